@@ -1,0 +1,120 @@
+"""Per-request parameters: defaults, overrides, and what is refused at admission."""
+
+import pickle
+
+import msgspec
+import pytest
+
+from sparse_attention_hub.sparse_attention.presets import get_preset
+from sparse_attention_hub.sparse_attention.serialization import config_fingerprint, config_to_json
+from vllm_sparse_plugin.request_parameters import RESOLVED, RequestParameters, resolve_request
+from vllm_sparse_plugin.serving_config import ServingConfig
+
+SERVER = ServingConfig.parse({"preset": "streaming-llm"})
+OPT_IN = ServingConfig.parse({"preset": "streaming-llm", "sparse_by_default": False})
+CLOSED = ServingConfig.parse({"preset": "streaming-llm", "allow_request_config": False})
+DENSE = ServingConfig.parse({"maskers": []})
+
+
+def resolved(extra_args: dict | None, server: ServingConfig = SERVER) -> RequestParameters | None:
+    return RequestParameters.from_extra_args(resolve_request(extra_args, server))
+
+
+def test_default_is_sparse_decoding_after_a_dense_prompt() -> None:
+    parameters = resolved(None)
+    assert parameters is not None
+    assert parameters.fingerprint == config_fingerprint(SERVER.attention)
+    assert parameters.dense_prefix_tokens(17) == 17
+
+
+@pytest.mark.parametrize("off", ["off", 0, False])
+def test_off_leaves_the_request_exactly_as_it_was(off: object) -> None:
+    extra_args = {"sparse_attention": off, "else": 1}
+    assert resolve_request(extra_args, SERVER) is extra_args
+
+
+def test_server_without_default_needs_on() -> None:
+    assert resolve_request(None, OPT_IN) is None
+    assert resolved({"sparse_attention": "on"}, OPT_IN) is not None
+
+
+def test_server_without_maskers_is_dense_unless_the_request_brings_some() -> None:
+    assert resolve_request(None, DENSE) is None
+    assert resolved({"sparse_attention_config": "streaming-llm"}, DENSE) is not None
+
+
+def test_request_maskers_as_json_or_preset() -> None:
+    config = get_preset("sink-local-oracle")
+    for value in ("sink-local-oracle", config_to_json(config)):
+        parameters = resolved({"sparse_attention_config": value})
+        assert parameters is not None
+        assert parameters.fingerprint == config_fingerprint(config)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 4000])
+def test_dense_prefix(prefix: int) -> None:
+    parameters = resolved({"sparse_attention_dense_prefix": prefix})
+    assert parameters is not None
+    assert parameters.dense_prefix_tokens(17) == prefix
+
+
+def test_tagged_dense_request_has_a_record_without_maskers() -> None:
+    parameters = resolved({"sparse_attention": "off", "sparse_attention_tag": "a.b-c_1"})
+    assert parameters == RequestParameters(None, "", None, "a.b-c_1")
+
+
+def test_plugin_not_selected_touches_nothing() -> None:
+    extra_args = {"else": 1}
+    assert resolve_request(extra_args, None) is extra_args
+    assert resolve_request(None, None) is None
+    with pytest.raises(ValueError, match="--attention-backend CUSTOM"):
+        resolve_request({"sparse_attention": "on"}, None)
+
+
+def test_reused_sampling_params_are_resolved_again() -> None:
+    once = resolve_request({"sparse_attention_dense_prefix": 5}, SERVER)
+    assert resolve_request(once, SERVER) == once
+
+
+def test_record_survives_the_ways_between_processes() -> None:
+    extra_args = resolve_request({"sparse_attention_dense_prefix": 5}, SERVER)
+    expected = RequestParameters.from_extra_args(extra_args)
+    through_msgpack = msgspec.msgpack.decode(msgspec.msgpack.encode(extra_args))
+    assert RequestParameters.from_extra_args(through_msgpack) == expected
+    assert RequestParameters.from_extra_args(pickle.loads(pickle.dumps(extra_args))) == expected
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "says"),
+    [
+        ({"sparse_attention": "maybe"}, ["sparse_attention", "maybe", '"on" or "off"']),
+        ({"sparse_attention": 2}, ["sparse_attention", "2"]),
+        ({"sparse_attention": [1]}, ["sparse_attention", "[1]"]),
+        ({"sparse_attention_dense_prefix": -1}, ["sparse_attention_dense_prefix", "-1", ">= 0"]),
+        ({"sparse_attention_dense_prefix": 1.5}, ["sparse_attention_dense_prefix", "1.5"]),
+        ({"sparse_attention_dense_prefix": "7"}, ["sparse_attention_dense_prefix", "'7'"]),
+        ({"sparse_attention_dense_prefix": True}, ["sparse_attention_dense_prefix", "True"]),
+        ({"sparse_attention_config": "nope"}, ["sparse_attention_config", "nope", "streaming-llm"]),
+        ({"sparse_attention_config": "{"}, ["sparse_attention_config"]),
+        ({"sparse_attention_config": 3}, ["sparse_attention_config", "3"]),
+        (
+            {"sparse_attention_config": '{"maskers": [{"type": "sink", "sink_size": -1}]}'},
+            ["sparse_attention_config", "sink_size", "-1"],
+        ),
+        ({"sparse_attention_tag": ""}, ["sparse_attention_tag"]),
+        ({"sparse_attention_tag": "a b"}, ["sparse_attention_tag", "'a b'"]),
+        ({"sparse_attention_tag": "x" * 65}, ["sparse_attention_tag"]),
+        ({"sparse_attentoin": "on", "sparse_attention_prefix": 3}, ["sparse_attention_prefix"]),
+        ({RESOLVED: {"config_json": None}}, [RESOLVED, "allowed"]),
+    ],
+)
+def test_bad_values_name_parameter_value_and_allowed(extra_args: dict, says: list[str]) -> None:
+    with pytest.raises(ValueError, match="vllm_xargs") as error:
+        resolve_request(extra_args, SERVER)
+    for part in says:
+        assert part in str(error.value)
+
+
+def test_request_maskers_can_be_switched_off() -> None:
+    with pytest.raises(ValueError, match="allow_request_config"):
+        resolve_request({"sparse_attention_config": "streaming-llm"}, CLOSED)

@@ -1,0 +1,79 @@
+"""The table of rows follows the batch of either model runner."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+
+from vllm_sparse_plugin.request_parameters import resolve_request
+from vllm_sparse_plugin.row_parameters import RowParametersProcessor, row_table
+from vllm_sparse_plugin.serving_config import ServingConfig
+
+SERVER = ServingConfig.parse("streaming-llm")
+
+
+class Config:
+    """Stands for the engine's configuration: the table only needs its identity."""
+
+
+def parameters(**extra_args: object) -> SamplingParams:
+    params = SamplingParams()
+    params.extra_args = resolve_request(dict(extra_args), SERVER)
+    return params
+
+
+def update(size: int, added=(), removed=(), moved=()) -> BatchUpdate:
+    return BatchUpdate(batch_size=size, added=added, removed=removed, moved=moved)
+
+
+@pytest.fixture
+def engine():
+    config = Config()
+    return config, RowParametersProcessor(config, "cpu", False), row_table(config).rows
+
+
+def test_v1_rows_come_go_and_move(engine) -> None:
+    _, processor, rows = engine
+    prefix = parameters(sparse_attention_dense_prefix=3)
+    dense = parameters(sparse_attention="off")
+    processor.update_state(
+        update(3, added=[(0, parameters(), [1] * 10, []), (1, dense, [1], []), (2, prefix, [1], [])])
+    )
+    assert {row: entry.dense_prefix_tokens for row, entry in rows.items()} == {0: 10, 2: 3}
+    processor.update_state(None)
+    processor.update_state(
+        update(2, removed=[0], moved=[(2, 0, MoveDirectionality.UNIDIRECTIONAL)])
+    )
+    assert {row: entry.dense_prefix_tokens for row, entry in rows.items()} == {0: 3}
+    processor.update_state(update(2, moved=[(0, 1, MoveDirectionality.SWAP)]))
+    assert {row: entry.dense_prefix_tokens for row, entry in rows.items()} == {1: 3}
+    # A plain dense request takes the row of a sparse one.
+    processor.update_state(update(2, added=[(1, dense, [1], [])]))
+    assert rows == {}
+
+
+def test_v2_slot_is_overwritten() -> None:
+    config = Config()
+    slots = SimpleNamespace(prompt_len=SimpleNamespace(np=np.array([10, 20, 30])))
+    processor = RowParametersProcessor(config, slots)
+    rows = row_table(config).rows
+    assert processor.add_request(1, parameters()) is False
+    assert rows[1].dense_prefix_tokens == 20
+    processor.add_request(1, parameters(sparse_attention="off"))
+    assert rows == {}
+
+
+def test_logits_are_not_touched(engine) -> None:
+    _, processor, _ = engine
+    logits = object()
+    assert processor.apply(logits) is logits
+    assert processor.is_argmax_invariant()
+
+
+def test_a_table_lives_as_long_as_its_engine() -> None:
+    config = Config()
+    table = row_table(config)
+    assert row_table(config) is table
+    assert row_table(Config()) is not table

@@ -1,0 +1,54 @@
+"""Counting what was read."""
+
+from vllm_sparse_plugin import statistics
+from vllm_sparse_plugin.endpoint import merge_reports
+from vllm_sparse_plugin.statistics import Statistics
+
+
+def test_counts_add_up_per_tag_and_in_total() -> None:
+    counts = Statistics()
+    counts.add_queries("a", sparse=1, dense=10)
+    counts.add_keys("a", read=5, visible=20)
+    counts.add_keys("a", read=5, visible=20)
+    counts.add_queries(None, sparse=1, dense=0)
+    counts.add_keys(None, read=10, visible=10)
+    assert counts.report("a") == {
+        "sparse_queries": 1,
+        "dense_queries": 10,
+        "read_keys": 10,
+        "visible_keys": 40,
+        "density": 0.25,
+    }
+    assert counts.report()["density"] == 0.4
+    assert counts.report("b") is None
+
+
+def test_density_of_a_dense_request_is_one() -> None:
+    counts = Statistics()
+    counts.add_queries("a", sparse=0, dense=10)
+    assert counts.report("a")["density"] == 1.0
+
+
+def test_oldest_tag_is_forgotten(monkeypatch) -> None:
+    monkeypatch.setattr(statistics, "MAX_TAGS", 2)
+    counts = Statistics()
+    for tag in ("a", "b", "c"):
+        counts.add_queries(tag, sparse=1, dense=0)
+    assert counts.report("a") is None
+    assert counts.report("b") is not None
+    assert counts.report("c") is not None
+
+
+def test_workers_hold_different_heads_of_the_same_queries() -> None:
+    one, two = Statistics(), Statistics()
+    for counts, read in ((one, 3), (two, 5)):
+        counts.add_queries("a", sparse=1, dense=2)
+        counts.add_keys("a", read=read, visible=8)
+    assert merge_reports([one.report("a"), two.report("a")]) == {
+        "sparse_queries": 1,
+        "dense_queries": 2,
+        "read_keys": 8,
+        "visible_keys": 16,
+        "density": 0.5,
+    }
+    assert merge_reports([one.report("a"), None]) is None

@@ -1,0 +1,308 @@
+"""The attention backend: vLLM's dense backend of the platform, with sparse rows taken out.
+
+Dense rows go to the platform's own kernel, in one call and untouched when no row is sparse.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
+
+from vllm_sparse_plugin import compat
+from vllm_sparse_plugin.masked_attention import attend_row, attention_of
+from vllm_sparse_plugin.paged_cache import (
+    BlockReader,
+    cpu_block_reader,
+    gather_row,
+    read_token_major,
+)
+from vllm_sparse_plugin.row_parameters import Row, row_table
+from vllm_sparse_plugin.step_plan import DenseRow, SparseRow, StepPlan, dense_part, split_rows
+
+if TYPE_CHECKING:
+    from vllm.config.cache import CacheDType
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+logger = logging.getLogger(__name__)
+
+_DenseBackend, _DenseBuilder, _DenseImpl = compat.dense_backend()
+
+
+class SparseAttentionBackend(_DenseBackend):  # type: ignore[misc, valid-type]
+    """What the plugin can and cannot serve, in vLLM's terms.
+
+    `is_sparse()` stays False: to vLLM, True means DeepSeek-style sparse models.
+    """
+
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
+
+    @staticmethod
+    def get_name() -> str:
+        """The name of the enum member under which the backend is registered."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[SparseAttentionImpl]:
+        """The per-layer implementation."""
+        return SparseAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SparseAttentionMetadataBuilder]:
+        """The per-step metadata builder."""
+        return SparseAttentionMetadataBuilder
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        """Decoder self-attention only: maskers assume causal attention over one's own tokens."""
+        return bool(attn_type == AttentionType.DECODER)
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        """False: maskers know no learned attention sinks."""
+        return False
+
+    @classmethod
+    def supports_alibi_sqrt(cls) -> bool:
+        """False: maskers know no position bias."""
+        return False
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        """False: maskers assume causal attention."""
+        return False
+
+    @classmethod
+    def supports_non_causal(cls) -> bool:
+        """False: maskers assume causal attention."""
+        return False
+
+    @classmethod
+    def supports_rswa(cls) -> bool:
+        """False: the prefix of that attention is not known to maskers."""
+        return False
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """False: a connector's keys may not tell sparse blocks from dense ones."""
+        return False
+
+
+class SparseAttentionMetadataBuilder(_DenseBuilder):  # type: ignore[misc, valid-type]
+    """Plans each step, once for all layers of a KV cache group."""
+
+    # The general path runs on the host's side of each step: no CUDA graph can hold it.
+    _cudagraph_support = AttentionCGSupport.NEVER
+    supports_update_block_table = False
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        """Joins the engine's row table, and looks which layers can be sparse."""
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # A worker may get its configuration without an API server in front of it.
+        self._config = compat.serving_config(vllm_config)
+        self._table = row_table(vllm_config)
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        dense_only = [name for name, layer in layers.items() if not layer.impl.can_be_sparse]
+        if dense_only:
+            logger.warning(
+                "sparse attention: %d of %d layers have a sliding window and stay dense: %s",
+                len(dense_only),
+                len(layers),
+                ", ".join(dense_only),
+            )
+        self._has_dense_layers = bool(dense_only)
+        self._has_sparse_layers = len(dense_only) < len(layers)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Any:
+        """The dense backend's metadata; with a `StepPlan` on it when a query is sparse."""
+
+        def build_dense(common: CommonAttentionMetadata) -> Any:
+            return super(SparseAttentionMetadataBuilder, self).build(
+                common_prefix_len, common, fast_build
+            )
+
+        rows = self._rows_of_batch(common_attn_metadata)
+        if not rows or not self._has_sparse_layers:
+            return build_dense(common_attn_metadata)
+        dense, sparse = split_rows(
+            common_attn_metadata.query_start_loc_cpu.tolist(),
+            self._host_seq_lens(common_attn_metadata),
+            rows,
+        )
+        self._count_queries(rows, dense, sparse)
+        if not sparse:
+            return build_dense(common_attn_metadata)
+        tokens = torch.empty(0, dtype=torch.long)
+        metadata = None
+        if dense:
+            part, tokens = dense_part(common_attn_metadata, dense)
+            metadata = build_dense(part)
+        # Layers with a sliding window read the whole step's metadata; others read the plan.
+        whole = metadata
+        if whole is None or self._has_dense_layers:
+            whole = build_dense(common_attn_metadata)
+        whole.sparse_plan = StepPlan(
+            sparse_rows=tuple(sparse),
+            block_table=common_attn_metadata.block_table_tensor,
+            dense_tokens=tokens,
+            dense_metadata=metadata,
+        )
+        return whole
+
+    def _rows_of_batch(self, common: CommonAttentionMetadata) -> dict[int, Row]:
+        """The engine's special rows by position in this batch."""
+        if common.req_idx is None:  # runner V1: the table is kept by batch row
+            return self._table.rows
+        slots = common.req_idx.tolist()
+        return {row: self._table.rows[s] for row, s in enumerate(slots) if s in self._table.rows}
+
+    @staticmethod
+    def _host_seq_lens(common: CommonAttentionMetadata) -> list[int]:
+        """Sequence lengths without a device sync (the bound is exact without speculation)."""
+        bound = common.seq_lens_cpu_upper_bound
+        lengths: list[int] = (common.seq_lens if bound is None else bound).tolist()
+        return lengths[: common.num_reqs]
+
+    def _count_queries(
+        self, rows: Mapping[int, Row], dense: list[DenseRow], sparse: list[SparseRow]
+    ) -> None:
+        for part in dense:
+            row = rows.get(part.row)
+            if row is not None:
+                count = part.query_end - part.query_start
+                self._table.statistics.add_queries(row.parameters.tag, sparse=0, dense=count)
+        for piece in sparse:
+            count = piece.query_end - piece.query_start
+            self._table.statistics.add_queries(piece.parameters.tag, sparse=count, dense=0)
+
+
+class SparseAttentionImpl(_DenseImpl):  # type: ignore[misc, valid-type]
+    """One attention layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **extra: Any,
+    ) -> None:
+        """Refuses what maskers would get wrong.
+
+        Raises:
+            ValueError: The layer has ALiBi slopes or a logits soft cap.
+        """
+        if alibi_slopes is not None:
+            raise ValueError("--attention-backend CUSTOM (sparse attention): ALiBi not supported")
+        if logits_soft_cap:
+            raise ValueError(
+                "--attention-backend CUSTOM (sparse attention): logits soft cap not supported"
+            )
+        super().__init__(
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+            alibi_slopes,
+            sliding_window,
+            kv_cache_dtype,
+            logits_soft_cap,
+            attn_type,
+            kv_sharing_target_layer_name,
+            **extra,
+        )
+        self.can_be_sparse = sliding_window is None
+        self._statistics = row_table(compat.current_vllm_config()).statistics
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of one step; shapes as in vLLM's `AttentionImpl.forward`."""
+        plan: StepPlan | None = getattr(attn_metadata, "sparse_plan", None)
+        if plan is None or not self.can_be_sparse:
+            dense: torch.Tensor = super().forward(
+                layer,
+                query,
+                key,
+                value,
+                kv_cache,
+                attn_metadata,
+                output,
+                output_scale,
+                output_block_scale,
+            )
+            return dense
+        if plan.dense_metadata is not None:
+            tokens = plan.dense_tokens
+            part = torch.empty_like(output[: len(tokens)])
+            super().forward(
+                layer, query[tokens], key[tokens], value[tokens], kv_cache, plan.dense_metadata, part
+            )
+            output[tokens] = part
+        read = self._block_reader(layer, kv_cache)
+        layer_index = extract_layer_index(layer.layer_name)
+        for row in plan.sparse_rows:
+            self._attend(row, plan, read, layer_index, query, kv_cache, output)
+        return output
+
+    def _attend(
+        self,
+        row: SparseRow,
+        plan: StepPlan,
+        read: BlockReader,
+        layer_index: int,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Writes the output of one row's sparse queries, and counts what they read."""
+        assert row.parameters.config_json is not None
+        keys, values = gather_row(read, kv_cache, plan.block_table[row.row], row.seq_len)
+        result = attend_row(
+            attention_of(row.parameters.config_json),
+            query[row.query_start : row.query_end],
+            keys,
+            values,
+            self.scale,
+            layer_index,
+        )
+        target = output[row.query_start : row.query_end]
+        target.copy_(result.output.view_as(target))
+        self._statistics.add_keys(row.parameters.tag, result.read_keys, result.visible_keys)
+
+    def _block_reader(self, layer: Any, kv_cache: torch.Tensor) -> BlockReader:
+        if kv_cache.device.type != "cpu":
+            return read_token_major
+        return cpu_block_reader(kv_cache.shape[2], self.head_size, kv_cache.dtype, layer.isa)

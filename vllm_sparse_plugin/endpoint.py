@@ -1,0 +1,94 @@
+"""`GET /sparse_attention/stats`: the active configuration and the measured density.
+
+vLLM adds HTTP routes only for plugins named in `VLLM_PLUGINS`:
+`VLLM_PLUGINS=sparse_attention vllm serve ...`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, HTTPException
+
+from sparse_attention_hub.sparse_attention.serialization import config_fingerprint
+from vllm_sparse_plugin import compat
+from vllm_sparse_plugin.serving_config import ServingConfig
+from vllm_sparse_plugin.statistics import ReadCount
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from starlette.datastructures import State
+    from vllm.engine.protocol import EngineClient
+
+ROUTE = "/sparse_attention/stats"
+
+
+class SparseAttentionEndpoint:
+    """vLLM's `EndpointPlugin` protocol."""
+
+    name = "sparse_attention"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        """Starts without an engine; `init_state` brings it."""
+        self._engine: EngineClient | None = None
+        self._config: ServingConfig | None = None
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Adds the route."""
+        app.add_api_route(ROUTE, self.stats, methods=["GET"])
+
+    async def init_state(
+        self, engine_client: EngineClient | None, state: State, args: Namespace
+    ) -> None:
+        """Takes the engine and its configuration."""
+        self._engine = engine_client
+        if engine_client is not None:
+            self._config = compat.serving_config(engine_client.vllm_config)
+
+    async def stats(self, tag: str | None = None) -> dict[str, Any]:
+        """The counts of one tagged request, or the configuration and all counts.
+
+        Raises:
+            HTTPException: 404 where the backend is not selected, or the tag was never seen.
+        """
+        if self._engine is None or self._config is None:
+            raise HTTPException(404, "this server does not run --attention-backend CUSTOM")
+        reports = await self._engine.collective_rpc(compat.STATS_METHOD, args=(tag,))
+        report = merge_reports(reports)
+        if tag is None:
+            return {
+                "config": self._config.to_dict(),
+                "fingerprint": config_fingerprint(self._config.attention),
+                "totals": report,
+            }
+        if report is None:
+            raise HTTPException(404, f"no request with the tag {tag!r} has run")
+        return {"tag": tag, **report}
+
+
+def merge_reports(reports: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """One report of all tensor-parallel workers: same queries, different heads.
+
+    Args:
+        reports: `Statistics.report` of each worker.
+
+    Returns:
+        None when a worker has none.
+    """
+    known = [report for report in reports if report is not None]
+    if not known or len(known) < len(reports):
+        return None
+    merged = ReadCount(
+        sparse_queries=known[0]["sparse_queries"],
+        dense_queries=known[0]["dense_queries"],
+        read_keys=sum(report["read_keys"] for report in known),
+        visible_keys=sum(report["visible_keys"] for report in known),
+    )
+    return merged.report()
+
+
+def create_endpoint_plugin() -> SparseAttentionEndpoint:
+    """The `vllm.endpoint_plugins` entry point."""
+    return SparseAttentionEndpoint()

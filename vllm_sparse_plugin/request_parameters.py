@@ -1,0 +1,149 @@
+"""Per-request parameters: what an OpenAI body's `vllm_xargs` may say, and what it comes to.
+
+They are resolved once, at admission in the API server, to one flat record under `RESOLVED`, which
+travels with the request to the scheduler (block hashes) and the worker (masks). Those two never
+look at the raw values, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparse_attention_hub.sparse_attention.presets import PRESETS, get_preset
+from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
+from sparse_attention_hub.sparse_attention.serialization import (
+    config_fingerprint,
+    config_from_json,
+    config_to_json,
+)
+from vllm_sparse_plugin.serving_config import ServingConfig
+
+MODE = "sparse_attention"
+DENSE_PREFIX = "sparse_attention_dense_prefix"
+CONFIG = "sparse_attention_config"
+TAG = "sparse_attention_tag"
+RESOLVED = "sparse_attention_resolved"
+
+_ALLOWED = (MODE, DENSE_PREFIX, CONFIG, TAG)
+_TAG_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_MODES: Mapping[object, bool] = {"on": True, "off": False, True: True, False: False}
+
+
+@dataclass(frozen=True)
+class RequestParameters:
+    """What one request's attention does, after defaults.
+
+    Attributes:
+        config_json: The maskers as JSON; None = every query is dense.
+        fingerprint: Of the maskers; empty when dense.
+        dense_prefix: Leading tokens whose queries attend densely; None = the whole prompt.
+        tag: The name under which the measured density can be asked for, if any.
+    """
+
+    config_json: str | None
+    fingerprint: str
+    dense_prefix: int | None
+    tag: str | None
+
+    def dense_prefix_tokens(self, num_prompt_tokens: int) -> int:
+        """Leading tokens whose queries attend densely, for a prompt of this many tokens."""
+        return num_prompt_tokens if self.dense_prefix is None else self.dense_prefix
+
+    @classmethod
+    def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> RequestParameters | None:
+        """Reads the resolved record back; None for a plain dense request.
+
+        Args:
+            extra_args: `SamplingParams.extra_args` in any process after admission, where the
+                record may have become a plain mapping on its way.
+        """
+        record = (extra_args or {}).get(RESOLVED)
+        if record is None or isinstance(record, cls):
+            return record
+        return cls(**record)
+
+
+def resolve_request(
+    extra_args: dict[str, Any] | None, server: ServingConfig | None
+) -> dict[str, Any] | None:
+    """Checks a request's parameters and adds their resolved record.
+
+    Args:
+        extra_args: `SamplingParams.extra_args` as the client sent it; not modified.
+        server: The server's configuration; None when the plugin is not selected.
+
+    Returns:
+        `extra_args` itself for a plain dense request, else a copy with the record.
+
+    Raises:
+        ValueError: Names the parameter, its value and what is allowed.
+    """
+    given = {name: value for name, value in (extra_args or {}).items() if name.startswith(MODE)}
+    if isinstance(given.get(RESOLVED), RequestParameters):
+        # The caller reuses one SamplingParams object for several requests.
+        del given[RESOLVED]
+        extra_args = {name: value for name, value in (extra_args or {}).items() if name != RESOLVED}
+    for name in given:
+        if name not in _ALLOWED:
+            raise ValueError(f"vllm_xargs.{name} is not known; allowed: {', '.join(_ALLOWED)}")
+    if server is None:
+        if given:
+            raise ValueError(
+                f"vllm_xargs.{next(iter(given))} needs a server that was started with "
+                "--attention-backend CUSTOM; this one was not"
+            )
+        return extra_args
+    parameters = _parameters(given, server)
+    if parameters.config_json is None and parameters.tag is None:
+        return extra_args
+    return {**(extra_args or {}), RESOLVED: parameters}
+
+
+def _parameters(given: Mapping[str, Any], server: ServingConfig) -> RequestParameters:
+    mode = _mode(given[MODE]) if MODE in given else server.sparse_by_default
+    config = _config(given[CONFIG], server) if CONFIG in given else server.attention
+    dense_prefix = _dense_prefix(given[DENSE_PREFIX]) if DENSE_PREFIX in given else None
+    tag = _tag(given[TAG]) if TAG in given else None
+    if not mode or not config.masker_configs:
+        return RequestParameters(None, "", None, tag)
+    return RequestParameters(config_to_json(config), config_fingerprint(config), dense_prefix, tag)
+
+
+def _mode(value: object) -> bool:
+    if isinstance(value, (str, int)) and value in _MODES:
+        return _MODES[value]
+    raise ValueError(f'vllm_xargs.{MODE} must be "on" or "off", got {value!r}')
+
+
+def _dense_prefix(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(
+            f"vllm_xargs.{DENSE_PREFIX} must be an integer >= 0 (leading tokens that attend "
+            f"densely), got {value!r}"
+        )
+    return value
+
+
+def _tag(value: object) -> str:
+    if not isinstance(value, str) or not _TAG_PATTERN.fullmatch(value):
+        raise ValueError(f"vllm_xargs.{TAG} must match {_TAG_PATTERN.pattern}, got {value!r}")
+    return value
+
+
+def _config(value: object, server: ServingConfig) -> ResearchAttentionConfig:
+    if not server.allow_request_config:
+        raise ValueError(
+            f"vllm_xargs.{CONFIG} is switched off on this server (allow_request_config is false)"
+        )
+    if not isinstance(value, str):
+        raise ValueError(
+            f"vllm_xargs.{CONFIG} must be a preset ({', '.join(sorted(PRESETS))}) or maskers as "
+            f"one JSON string, got {value!r}"
+        )
+    try:
+        return config_from_json(value) if value.lstrip().startswith("{") else get_preset(value)
+    except ValueError as error:
+        raise ValueError(f"vllm_xargs.{CONFIG}: {error}") from error

@@ -1,0 +1,138 @@
+"""The server-wide configuration, given to `vllm serve` with `--additional-config`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_attention_hub.sparse_attention.presets import PRESETS, get_preset
+from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
+from sparse_attention_hub.sparse_attention.serialization import config_from_dict, config_to_dict
+
+NAMESPACE = "sparse_attention"
+"""The key of `--additional-config` that holds this configuration."""
+
+_FILE_SUFFIXES = (".json", ".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    """What a server does with its requests, unless a request says otherwise.
+
+    Attributes:
+        attention: The maskers of sparse queries. No maskers = every request is dense.
+        sparse_by_default: Whether a request that does not say is sparse.
+        allow_request_config: Whether a request may bring maskers of its own.
+        imports: Modules imported before `attention` is read, so that a user's own maskers are
+            registered in every process of the server.
+    """
+
+    attention: ResearchAttentionConfig
+    sparse_by_default: bool = True
+    allow_request_config: bool = True
+    imports: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the types, since the values come from JSON."""
+        for name in ("sparse_by_default", "allow_request_config"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{NAMESPACE}.{name} must be true or false, got {value!r}")
+
+    @classmethod
+    def parse(cls, value: object) -> ServingConfig:
+        """Reads an object, a preset's name, or the path of a JSON or YAML file.
+
+        Args:
+            value: What stands under `"sparse_attention"` in `--additional-config`.
+
+        Raises:
+            ValueError: Names the field, its value and what is allowed.
+        """
+        if isinstance(value, str):
+            if value.endswith(_FILE_SUFFIXES):
+                return cls.parse(_read_file(Path(value)))
+            return cls(attention=_named(get_preset, value))
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                f"--additional-config needs the key {NAMESPACE!r} when --attention-backend is "
+                f"CUSTOM: a preset ({', '.join(sorted(PRESETS))}), the path of a .json or .yaml "
+                f'file, or an object such as {{"maskers": [{{"type": "sink", "sink_size": 4}}]}}; '
+                f"got {value!r}"
+            )
+        return cls._from_mapping(value)
+
+    @classmethod
+    def _from_mapping(cls, value: Mapping[str, Any]) -> ServingConfig:
+        options = {field.name for field in dataclasses.fields(cls)} - {"attention"}
+        allowed = {"maskers", "preset", *options}
+        unknown = sorted(set(value) - allowed)
+        if unknown:
+            raise ValueError(
+                f"{NAMESPACE}.{unknown[0]} is not a field; allowed: {', '.join(sorted(allowed))}"
+            )
+        if ("maskers" in value) == ("preset" in value):
+            raise ValueError(
+                f'{NAMESPACE} needs exactly one of "maskers" and "preset", got {dict(value)!r}'
+            )
+        imports = value.get("imports", [])
+        if not isinstance(imports, list) or not all(isinstance(name, str) for name in imports):
+            raise ValueError(f"{NAMESPACE}.imports must be a list of module names, got {imports!r}")
+        for name in imports:
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                raise ValueError(f"{NAMESPACE}.imports: cannot import {name!r}: {error}") from error
+        if "preset" in value:
+            attention = _named(get_preset, value["preset"])
+        else:
+            attention = _named(config_from_dict, {"maskers": value["maskers"]})
+        return cls(
+            attention=attention,
+            imports=tuple(imports),
+            **{name: value[name] for name in options - {"imports"} if name in value},
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, which `parse` reads back to an equal object."""
+        return {
+            **config_to_dict(self.attention),
+            "sparse_by_default": self.sparse_by_default,
+            "allow_request_config": self.allow_request_config,
+            "imports": list(self.imports),
+        }
+
+
+def _named(read: Any, value: Any) -> ResearchAttentionConfig:
+    try:
+        config: ResearchAttentionConfig = read(value)
+    except ValueError as error:
+        raise ValueError(f"{NAMESPACE}: {error}") from error
+    return config
+
+
+def _read_file(path: Path) -> object:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{NAMESPACE}: cannot read the configuration file: {error}") from error
+    try:
+        if path.suffix == ".json":
+            content: object = json.loads(text)
+        else:
+            import yaml  # vLLM depends on it; only needed for YAML files
+
+            content = yaml.safe_load(text)
+    except ValueError as error:
+        raise ValueError(f"{NAMESPACE}: {path} is not valid JSON: {error}") from error
+    except Exception as error:
+        raise ValueError(f"{NAMESPACE}: {path} is not valid YAML: {error}") from error
+    if not isinstance(content, Mapping):
+        # A file that names a file or a preset would hide where the configuration comes from.
+        raise ValueError(f"{NAMESPACE}: {path} must hold an object, got {type(content).__name__}")
+    return content
