@@ -1,0 +1,33 @@
+"""Maskers that select each key with certainty."""
+
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base import (
+    FixedMasker,
+    FixedMaskerConfig,
+    TopKMasker,
+    TopKMaskerConfig,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations import (
+    CausalMasker,
+    LocalMasker,
+    LocalMaskerConfig,
+    OracleTopK,
+    OracleTopKConfig,
+    OracleTopKMasker,
+    SinkMasker,
+    SinkMaskerConfig,
+)
+
+__all__ = [
+    "CausalMasker",
+    "FixedMasker",
+    "FixedMaskerConfig",
+    "LocalMasker",
+    "LocalMaskerConfig",
+    "OracleTopK",
+    "OracleTopKConfig",
+    "OracleTopKMasker",
+    "SinkMasker",
+    "SinkMaskerConfig",
+    "TopKMasker",
+    "TopKMaskerConfig",
+]

@@ -1,0 +1,149 @@
+"""Bases of maskers that select with certainty, and the top-k rule they share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
+    MaskerConfig,
+    ResearchMasker,
+    add_selected,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import (
+    Size,
+    checked_size,
+    resolve_size,
+    visible_counts,
+)
+from sparse_attention_hub.sparse_attention.utils.mask import Mask
+from sparse_attention_hub.sparse_attention.visibility import add_bias, visible_keys
+
+
+@dataclass(frozen=True)
+class FixedMaskerConfig(MaskerConfig):
+    """Base of configurations without sampling; by itself, the configuration of `CausalMasker`."""
+
+    json_name: ClassVar[str | None] = "causal"
+
+
+class FixedMasker(ResearchMasker):
+    """A masker that selects each key with probability 1."""
+
+
+@dataclass(frozen=True)
+class TopKMaskerConfig(FixedMaskerConfig):
+    """Heavy hitters by some score.
+
+    Attributes:
+        heavy_size: Keys beyond those already selected: a number, or a share of the keys that a
+            query may see.
+    """
+
+    json_name: ClassVar[str | None] = None
+
+    heavy_size: Size
+
+    def __post_init__(self) -> None:
+        """Checks the size.
+
+        Raises:
+            ValueError: `heavy_size` is neither an integer >= 1 nor a float in (0, 1].
+        """
+        object.__setattr__(self, "heavy_size", checked_size("heavy_size", self.heavy_size))
+
+
+class TopKMasker(FixedMasker):
+    """Selects the `heavy_size` keys with the highest score that are visible and not yet selected.
+
+    Equal scores: the lower position wins. Fewer candidates than `heavy_size`: all of them.
+    """
+
+    def __init__(self, config: TopKMaskerConfig) -> None:
+        """Keeps the configuration.
+
+        Args:
+            config: Of this masker.
+        """
+        super().__init__(config)
+        self.heavy_size = config.heavy_size
+
+    @abstractmethod
+    def scores(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        sparse_meta_data: dict[Any, Any],
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """What keys are ranked by; `queries` `(B, H, Q, D)`, `keys` `(B, G, K, D)`.
+
+        Returns:
+            `(B, H, Q, K)`, in the units of unscaled dot products: the additive part of the
+            attention mask is added to it.
+        """
+
+    def add_mask(
+        self,
+        keys: torch.Tensor,
+        queries: torch.Tensor,
+        values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float,
+        dropout: float,
+        sparse_meta_data: dict[Any, Any],
+        previous_mask: Mask,
+        **kwargs: Any,
+    ) -> Mask:
+        """See `ResearchMasker.add_mask`."""
+        if previous_mask.is_full_mask():
+            return previous_mask
+        num_keys = keys.shape[2]
+        if isinstance(self.heavy_size, int) and num_keys <= self.heavy_size:
+            return Mask.create_full_mask(
+                previous_mask.shape, previous_mask.dtype, queries.device
+            )
+        candidates = previous_mask.get_dense_mask() == 0
+        visible = visible_keys(attention_mask, num_keys)
+        if visible is not None:
+            candidates &= visible
+        scores = add_bias(self.scores(queries, keys, sparse_meta_data, **kwargs), attention_mask)
+        selected = largest(
+            scores,
+            candidates,
+            resolve_size(self.heavy_size, visible_counts(attention_mask, num_keys)),
+            at_most=resolve_size(self.heavy_size, num_keys),
+        )
+        return add_selected(previous_mask, selected)
+
+
+def largest(
+    scores: torch.Tensor, candidates: torch.Tensor, count: int | torch.Tensor, at_most: int
+) -> torch.Tensor:
+    """The `count` candidates of each row with the highest scores; the lower position wins ties.
+
+    Args:
+        scores: `(..., K)`.
+        candidates: Boolean, of the same shape.
+        count: Per row, broadcastable to `(..., 1)`.
+        at_most: A bound of `count` that is known without looking into a tensor.
+
+    Returns:
+        Boolean `(..., K)`.
+    """
+    at_most = min(at_most, scores.shape[-1])
+    if at_most <= 0:
+        return torch.zeros_like(candidates)
+    scores = scores.masked_fill(~candidates, -torch.inf)
+    available = candidates.sum(dim=-1, keepdim=True)
+    count = torch.minimum(torch.as_tensor(count, device=scores.device), available)
+    ranked = scores.topk(at_most, dim=-1).values
+    # A row's lowest selected score: everything above it is in, and ties fill up from the left.
+    bound = ranked.gather(-1, (count - 1).clamp(min=0))
+    above = scores > bound
+    tied = (scores == bound) & candidates
+    room = count - above.sum(dim=-1, keepdim=True)
+    return (above | (tied & (tied.cumsum(dim=-1) <= room))) & (count > 0)

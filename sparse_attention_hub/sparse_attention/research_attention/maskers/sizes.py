@@ -1,0 +1,69 @@
+"""Sizes of selections: a number of keys, or a share of the keys that a query may see."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import TypeAlias, overload
+
+import torch
+
+from sparse_attention_hub.sparse_attention.visibility import visible_keys
+
+Size: TypeAlias = "int | float"
+
+
+def checked_size(field: str, value: object) -> Size:
+    """A size as a plain int or float.
+
+    Args:
+        field: Its name, for the error.
+        value: An integer >= 1 (keys), or a float in (0, 1] (share of the visible keys).
+
+    Raises:
+        ValueError: It is neither; the message names the field, the value and what is allowed.
+    """
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        if int(value) >= 1:
+            return int(value)
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = float(value)
+        if math.isfinite(number) and 0.0 < number <= 1.0:
+            return number
+    raise ValueError(
+        f"{field} must be an integer >= 1 (keys) or a float in (0, 1] (share of the keys that a "
+        f"query may see), got {value!r}"
+    )
+
+
+@overload
+def resolve_size(size: Size, num_keys: int) -> int: ...
+
+
+@overload
+def resolve_size(size: Size, num_keys: torch.Tensor) -> torch.Tensor: ...
+
+
+def resolve_size(size: Size, num_keys: int | torch.Tensor) -> int | torch.Tensor:
+    """A size in keys, at most `num_keys`; shares are rounded down.
+
+    Args:
+        size: As checked by `checked_size`.
+        num_keys: Keys that a query may see; an int, or an int64 tensor of one count per row.
+    """
+    if isinstance(num_keys, int):
+        return min(int(size * num_keys), num_keys) if isinstance(size, float) else min(size, num_keys)
+    if isinstance(size, float):
+        # float64, as Python multiplies, so that a row gives what the number alone gives.
+        return (num_keys.double() * size).floor().long()
+    return num_keys.clamp(max=size)
+
+
+def visible_counts(attention_mask: torch.Tensor | None, num_keys: int) -> int | torch.Tensor:
+    """How many keys each query may see.
+
+    Returns:
+        `num_keys` when there is no mask, else int64 `(B, 1 or H, Q, 1)`.
+    """
+    visible = visible_keys(attention_mask, num_keys)
+    return num_keys if visible is None else visible.sum(dim=-1, keepdim=True)

@@ -1,0 +1,116 @@
+"""Configurations as JSON: `{"maskers": [{"type": "sink", "sink_size": 128}, ...]}`.
+
+Every registered masker is readable and writable by its JSON name; nothing here names one.
+`search_space` (for tuners) is not part of what a masker does, and is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# Registers the built-in maskers.
+import sparse_attention_hub.sparse_attention.research_attention.maskers.fixed  # noqa: F401
+from sparse_attention_hub.sparse_attention.research_attention.base import ResearchAttentionConfig
+from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
+    MaskerConfig,
+    MaskerRegistry,
+    json_name,
+)
+
+_LEFT_OUT = "search_space"
+
+
+def config_to_dict(config: ResearchAttentionConfig) -> dict[str, Any]:
+    """A configuration as plain data, with every field written out."""
+    return {"maskers": [_masker_to_dict(masker) for masker in config.masker_configs]}
+
+
+def _masker_to_dict(config: MaskerConfig) -> dict[str, Any]:
+    fields = {field.name: getattr(config, field.name) for field in _fields(type(config))}
+    return {"type": json_name(type(config)), **fields}
+
+
+def _fields(config_type: type[MaskerConfig]) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(config_type) if field.name != _LEFT_OUT]
+
+
+def config_from_dict(data: object) -> ResearchAttentionConfig:
+    """Reads what `config_to_dict` writes; fields with a default may be left out.
+
+    Raises:
+        ValueError: A type or field is unknown or missing, or a value is not allowed. The message
+            says where, what was found and what is allowed.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f'a configuration must be an object {{"maskers": [...]}}, got {data!r}')
+    for name in data:
+        if name != "maskers":
+            raise ValueError(f"{name!r} is not a field of a configuration; allowed: maskers")
+    maskers = data.get("maskers")
+    if not isinstance(maskers, list):
+        raise ValueError(f'"maskers" must be a list of objects, got {maskers!r}')
+    return ResearchAttentionConfig(
+        [_masker_from_dict(masker, f"maskers[{index}]") for index, masker in enumerate(maskers)]
+    )
+
+
+def _masker_from_dict(data: object, where: str) -> MaskerConfig:
+    if not isinstance(data, Mapping):
+        raise ValueError(f'{where} must be an object with a "type", got {data!r}')
+    types = MaskerRegistry.config_types()
+    name = data.get("type")
+    if name not in types:
+        raise ValueError(f"{where}.type {name!r} is not a masker; {_allowed(name, types)}")
+    config_type = types[name]
+    fields = {field.name: field for field in _fields(config_type)}
+    values = {field: value for field, value in data.items() if field != "type"}
+    for field in values:
+        if field not in fields:
+            raise ValueError(f"{where}.{field} is not a field of {name!r}; {_allowed(field, fields)}")
+    for field, definition in fields.items():
+        if field not in values and _is_required(definition):
+            raise ValueError(f"{where}.{field} is missing; {name!r} needs it")
+    try:
+        return config_type(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} ({name}): {error}") from error
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is missing and field.default_factory is missing
+
+
+def _allowed(given: object, names: Iterable[str]) -> str:
+    names = sorted(names)
+    close = difflib.get_close_matches(str(given), names, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"allowed: {', '.join(names) or 'none'}{hint}"
+
+
+def config_to_json(config: ResearchAttentionConfig) -> str:
+    """The canonical JSON text: equal configurations give equal texts."""
+    return json.dumps(config_to_dict(config), sort_keys=True, separators=(",", ":"))
+
+
+def config_from_json(text: str) -> ResearchAttentionConfig:
+    """Reads JSON text.
+
+    Raises:
+        ValueError: It is not JSON, or not a configuration (see `config_from_dict`).
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"a configuration must be JSON: {error}") from error
+    return config_from_dict(data)
+
+
+def config_fingerprint(config: ResearchAttentionConfig) -> str:
+    """16 hexadecimal digits that are the same for equal configurations, in every process."""
+    return hashlib.sha256(config_to_json(config).encode()).hexdigest()[:16]

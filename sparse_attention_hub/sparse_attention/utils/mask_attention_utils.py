@@ -1,0 +1,249 @@
+"""Attention under a `Mask`, and dense attention to compare with.
+
+For a query with scaled scores `s_i` and a selection S with probabilities `p_i`:
+`out = sum_S (exp(s_i) / p_i) v_i / sum_S (exp(s_i) / p_i)` (self-normalised inverse-probability
+estimate; with all `p_i = 1`, attention over S). It is computed stably: the maximum of
+`s_i - log p_i` over the selected keys is subtracted, so scores of keys that were not selected
+cannot make it underflow. Half-precision inputs are computed in float32.
+
+A row that selects nothing it may see has no defined output; it gives zeros, never NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+from torch import nn
+
+from sparse_attention_hub.sparse_attention.utils.kv_utils import (
+    accumulation_dtype,
+    grouped_scores,
+    grouped_sum,
+)
+from sparse_attention_hub.sparse_attention.utils.mask import Mask
+from sparse_attention_hub.sparse_attention.visibility import add_bias, visible_keys
+
+
+def _compute_masked_exp_attention_weights(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    sparse_attention_mask: Mask,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> torch.Tensor:
+    """`exp(s_i - m) / p_i` of the selected visible keys, 0 elsewhere; m is a row constant.
+
+    Args:
+        queries: `(B, H, Q, D)`.
+        keys: `(B, G, K, D)`.
+        attention_mask: Additive or boolean, `(B, 1 or H, Q, >= K)`; see `visible_keys`.
+        scaling: Of the scores.
+        sparse_attention_mask: Of shape `(B, H, Q, K)`.
+        dropout: Probability, applied when `training`.
+        training: Whether the model is in training.
+
+    Returns:
+        `(B, H, Q, K)`, at least float32.
+    """
+    logits = add_bias(grouped_scores(queries, keys) * scaling, attention_mask)
+    visible = visible_keys(attention_mask, keys.shape[2])
+    if visible is not None:
+        logits = logits.masked_fill(~visible, -torch.inf)
+    if sparse_attention_mask.is_empty_mask():
+        logits = torch.full_like(logits, -torch.inf)
+    elif not sparse_attention_mask.is_full_mask():
+        # log 0 = -inf takes the keys that are not selected out.
+        logits = logits - _log_or_inf(sparse_attention_mask.get_dense_mask().to(logits.dtype))
+    largest = logits.amax(dim=-1, keepdim=True)
+    weights = torch.exp(logits - largest.masked_fill(largest == -torch.inf, 0))
+    if dropout > 0.0 and training:
+        weights = nn.functional.dropout(weights, p=dropout, training=True)
+    return weights
+
+
+def _log_or_inf(probabilities: torch.Tensor) -> torch.Tensor:
+    """`log p`, and +inf for p = 0, so that subtracting it removes the key."""
+    return torch.where(probabilities > 0, probabilities.log(), torch.inf)
+
+
+def _divide(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    """The quotient; 0 for a row that selected nothing."""
+    return numerator / denominator.masked_fill(denominator == 0, 1)
+
+
+def _is_training(module: nn.Module | None) -> bool:
+    return module.training if module is not None else False
+
+
+def get_attention_denominator(
+    module: nn.Module | None,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float,
+    sparse_attention_mask: Mask,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """The denominator of the formula above, up to the row constant `exp(-m)`.
+
+    Returns:
+        `(B, H, Q, 1)`, at least float32; comparable with `get_attention_numerator` of the same
+        arguments.
+    """
+    weights = _compute_masked_exp_attention_weights(
+        queries,
+        keys,
+        attention_mask,
+        scaling,
+        sparse_attention_mask,
+        dropout,
+        _is_training(module),
+    )
+    return weights.sum(dim=-1, keepdim=True)
+
+
+def get_attention_numerator(
+    module: nn.Module | None,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float,
+    sparse_attention_mask: Mask,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """The numerator of the formula above, up to the row constant `exp(-m)`.
+
+    Returns:
+        `(B, H, Q, Dv)`, at least float32.
+    """
+    weights = _compute_masked_exp_attention_weights(
+        queries,
+        keys,
+        attention_mask,
+        scaling,
+        sparse_attention_mask,
+        dropout,
+        _is_training(module),
+    )
+    return grouped_sum(weights, values)
+
+
+@overload
+def get_masked_attention_output(
+    module: nn.Module | None,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float,
+    sparse_attention_mask: Mask,
+    return_attention_weights: Literal[False] = False,
+    **kwargs: Any,
+) -> torch.Tensor: ...
+
+
+@overload
+def get_masked_attention_output(
+    module: nn.Module | None,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float,
+    sparse_attention_mask: Mask,
+    return_attention_weights: Literal[True],
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def get_masked_attention_output(
+    module: nn.Module | None,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float,
+    sparse_attention_mask: Mask,
+    return_attention_weights: bool = False,
+    **kwargs: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the selected keys.
+
+    Args:
+        module: Tells whether dropout applies; None = inference.
+        queries: `(B, H, Q, D)`.
+        keys: `(B, G, K, D)`.
+        values: `(B, G, K, Dv)`.
+        attention_mask: Additive or boolean, `(B, 1 or H, Q, >= K)`; see `visible_keys`.
+        scaling: Of the scores.
+        dropout: Of the weights, in training.
+        sparse_attention_mask: Of shape `(B, H, Q, K)`.
+        return_attention_weights: Whether to return the weights too.
+        kwargs: Ignored (the attention module's own).
+
+    Returns:
+        The output `(B, Q, H, Dv)`, contiguous, in the dtype of `queries`; with the weights
+        `(B, H, Q, K)` when asked for.
+    """
+    weights = _compute_masked_exp_attention_weights(
+        queries,
+        keys,
+        attention_mask,
+        scaling,
+        sparse_attention_mask,
+        dropout,
+        _is_training(module),
+    )
+    denominator = weights.sum(dim=-1, keepdim=True)
+    output = _divide(grouped_sum(weights, values), denominator)
+    output = output.to(queries.dtype).transpose(1, 2).contiguous()
+    if return_attention_weights:
+        return output, _divide(weights, denominator).to(queries.dtype)
+    return output
+
+
+def get_true_attention_output(
+    module: nn.Module | None,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense attention over all visible keys.
+
+    Returns:
+        The output `(B, Q, H, Dv)` and the weights `(B, H, Q, K)`, in the dtype of `queries`.
+    """
+    shape = (*queries.shape[:3], keys.shape[2])
+    full = Mask.create_full_mask(shape, accumulation_dtype(queries.dtype), queries.device)
+    return get_masked_attention_output(
+        module, queries, keys, values, attention_mask, scaling, dropout, full, True
+    )
+
+
+def apply_inv_mask_sum(input_tensor: torch.Tensor, mask: Mask) -> torch.Tensor:
+    """Row sums of `input / weight` over the selected elements.
+
+    Args:
+        input_tensor: Of the mask's shape.
+        mask: The selection; a full one gives plain sums, an empty one zeros.
+
+    Returns:
+        `(..., 1)`.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    return mask.apply_inv_mask(input_tensor).sum(dim=-1, keepdim=True)
