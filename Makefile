@@ -1,0 +1,34 @@
+# `make demo` and `make test` install what they need into .venv, and are quick the second time.
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+# The model of the demo: a name or folder that transformers and vLLM can load; empty = a small one.
+MODEL ?=
+
+.PHONY: demo test lint bench clean
+
+demo: $(INSTALLED)
+	$(VENV)/bin/python -m examples.demo $(if $(MODEL),--model $(MODEL))
+
+test: $(INSTALLED) lint
+	$(VENV)/bin/python -m pytest
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(INSTALLED)
+	$(VENV)/bin/python -m benchmarks.dense_throughput
+
+# The last line is reached only when everything is there, so a broken install is taken up again.
+$(INSTALLED): requirements/cpu-dev.lock.txt requirements/vllm-name/pyproject.toml pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --no-deps -r requirements/cpu-dev.lock.txt
+	$(PIP) install --no-deps --no-build-isolation ./requirements/vllm-name
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
