@@ -1,0 +1,131 @@
+"""The one attention function that transformers models call for sparse adapters.
+
+It looks at a context variable for what to do: nothing there (another adapter, another thread,
+a dense pass) means the model's usual scaled-dot-product attention. So models are shared freely
+between adapters, and no mode can leak from one to another.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_NAME = "sparse_attention_hub"
+
+_UNSUPPORTED = {
+    "softcap": "a soft cap of scores",
+    "s_aux": "learned attention sinks",
+    "position_bias": "a position bias",
+}
+
+
+@dataclass
+class AttentionSession:
+    """One stretch of sparse attention: a question and its answer.
+
+    Attributes:
+        attend: `get_custom_attention_function` of the adapter.
+        count: Called with queries, keys and the mask of each attention call; see `density`.
+        sparse_meta_data: The maskers' cache.
+        read_keys: Keys read so far.
+        visible_keys: Keys that a dense pass would have read.
+    """
+
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    sparse_meta_data: dict[Any, Any] = field(default_factory=dict)
+    read_keys: int = 0
+    visible_keys: int = 0
+
+    def add_counts(self, counts: tuple[int, int]) -> None:
+        """Adds what one attention call read and could have read."""
+        self.read_keys += counts[0]
+        self.visible_keys += counts[1]
+
+
+_SESSION: ContextVar[AttentionSession | None] = ContextVar("attention_session", default=None)
+
+
+def current_session() -> AttentionSession | None:
+    """The running session of this thread or task; None = dense."""
+    return _SESSION.get()
+
+
+@contextmanager
+def attention_session(session: AttentionSession | None) -> Iterator[None]:
+    """Makes `session` the running one for the `with` block; None = dense."""
+    token = _SESSION.set(session)
+    try:
+        yield
+    finally:
+        _SESSION.reset(token)
+
+
+def install(model: PreTrainedModel) -> None:
+    """Makes a model call the function of this module; without a session it stays dense.
+
+    Raises:
+        ValueError: The model does not take its attention from transformers' registry.
+    """
+    AttentionInterface.register(ATTENTION_NAME, _attention)
+    # Without a mask function of the same name, transformers passes no mask and padding is seen.
+    AttentionMaskInterface.register(ATTENTION_NAME, _mask)
+    if model.config._attn_implementation == ATTENTION_NAME:
+        return
+    model.set_attn_implementation(ATTENTION_NAME)
+    if model.config._attn_implementation != ATTENTION_NAME:
+        raise ValueError(f"{type(model).__name__} does not support a custom attention function")
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    session = _SESSION.get()
+    # Layers with a sliding window stay dense, as in the vLLM plugin.
+    if session is None or kwargs.get("sliding_window") is not None:
+        result: tuple[torch.Tensor, torch.Tensor | None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return result
+    for name, what in _UNSUPPORTED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"sparse attention does not support {what} (layer {module})")
+    return session.attend(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        dropout,
+        sparse_meta_data=session.sparse_meta_data,
+        **kwargs,
+    )
+
+
+def _mask(**arguments: Any) -> torch.Tensor | None:
+    if _SESSION.get() is None:
+        mask: torch.Tensor | None = sdpa_mask(**arguments)
+        return mask
+    # One query without padding sees every key: no mask at all, as the paged path has it.
+    if arguments["q_length"] == 1 and sdpa_mask(**arguments) is None:
+        return None
+    additive: torch.Tensor = eager_mask(**arguments)
+    return additive

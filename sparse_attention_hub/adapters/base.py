@@ -1,0 +1,219 @@
+"""Requests, responses, and the interface of every adapter."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from sparse_attention_hub.sparse_attention.base import SparseAttention, SparseAttentionConfig
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+INT_MAX = 2**31 - 1
+"""The default of `max_context_length`: no limit."""
+
+DEFAULT_MAX_NEW_TOKENS = 50
+
+Mode = Literal["dense", "sparse"]
+
+_SPARSE_ADAPTERS: ContextVar[tuple[int, ...]] = ContextVar("sparse_adapters", default=())
+"""Adapters (by id) whose `enable_sparse_mode` this thread or task is inside of."""
+
+
+@dataclass
+class Request:
+    """Questions about a context.
+
+    Attributes:
+        context: Text that every question is about.
+        questions: One question, or a list.
+        answer_prefix: Text that every answer begins with.
+    """
+
+    context: str
+    questions: str | list[str]
+    answer_prefix: str = ""
+
+
+@dataclass(frozen=True)
+class AnswerDetails:
+    """What is known about one answer beyond its text.
+
+    Attributes:
+        mode: Whether the question and the answer attended sparsely.
+        token_ids: Generated tokens, an end-of-sequence token included.
+        prompt_tokens: Tokens before the answer.
+        context_tokens: Those of them that belong to the context, and attended densely.
+        density: Keys read / keys a dense pass would read, over question and answer, all layers and
+            query heads; 1.0 in dense mode, None when unknown.
+        read_keys: The numerator; None when dense or unknown.
+        visible_keys: The denominator; None when dense or unknown.
+        time_to_first_token_s: Seconds; includes the context's prefill for the question that paid it.
+        time_per_output_token_s: Seconds between tokens, mean; None for fewer than two tokens.
+        finish_reason: "stop" or "length".
+        logits: `[tokens, vocabulary]`, float32, before any sampling; only when asked for.
+    """
+
+    mode: Mode
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    context_tokens: int
+    density: float | None
+    read_keys: int | None
+    visible_keys: int | None
+    time_to_first_token_s: float | None
+    time_per_output_token_s: float | None
+    finish_reason: str
+    logits: torch.Tensor | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass
+class RequestResponse:
+    """Answers.
+
+    Attributes:
+        responses: A text for a single question, a list for a list.
+        details: One per question, in order.
+    """
+
+    responses: str | list[str]
+    details: tuple[AnswerDetails, ...] = field(default=(), compare=False)
+
+
+class ModelHubAdapterInterface(ABC):
+    """What runs requests."""
+
+    @abstractmethod
+    def process_request(
+        self,
+        request: Request,
+        generation_kwargs: dict[str, Any] | None = None,
+        request_kwargs: dict[str, Any] | None = None,
+    ) -> RequestResponse:
+        """Answers a request.
+
+        Args:
+            request: Context and questions.
+            generation_kwargs: How to generate, in transformers' names; greedy, 50 tokens by
+                default.
+            request_kwargs: `max_context_length` (context tokens; default: no limit),
+                `truncate_context` (default False: a longer context is an error; True: its first
+                tokens are kept), `include_answer_prefix` (default True: the answer's text begins
+                with it).
+        """
+
+
+class SparseAttentionAdapterInterface(ABC):
+    """What runs a sparse attention inside a model."""
+
+    @abstractmethod
+    def get_custom_attention_function(
+        self, sparse_attention: SparseAttention
+    ) -> Callable[..., Any]:
+        """The sparse attention in the form that the model calls."""
+
+
+class ModelAdapter(ModelHubAdapterInterface, SparseAttentionAdapterInterface, ABC):
+    """A model, with a sparse attention that can be switched on.
+
+    Outside `with adapter.enable_sparse_mode():` an adapter is dense. Inside it, a request's
+    context attends densely, its questions and answers sparsely. The switch is seen by the thread
+    (or asyncio task) that made it alone, and by this adapter alone.
+
+    Attributes:
+        model_name: As given.
+        sparse_attention_config: As given; None = always dense.
+        sparse_attention: Made from it, or None.
+        sparse_by_default: Whether sparse mode needs no context manager.
+        kwargs: Further arguments, as given.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        sparse_attention_config: SparseAttentionConfig | None = None,
+        *,
+        sparse_by_default: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Builds the sparse attention.
+
+        Raises:
+            ValueError: `sparse_by_default` without a configuration.
+        """
+        if sparse_by_default and sparse_attention_config is None:
+            raise ValueError("sparse_by_default=True needs a sparse_attention_config, got None")
+        self.model_name = model_name
+        self.sparse_attention_config = sparse_attention_config
+        self.sparse_by_default = sparse_by_default
+        self.kwargs = kwargs
+        self.sparse_attention: SparseAttention | None = None
+        if sparse_attention_config is not None:
+            self.sparse_attention = SparseAttention.create_from_config(sparse_attention_config)
+        self._warned_dense = False
+
+    @abstractmethod
+    @contextmanager
+    def enable_sparse_mode(self) -> Iterator[None]:
+        """Sparse mode, for the `with` block.
+
+        Raises:
+            RuntimeError: The adapter has no sparse configuration.
+        """
+        if self.sparse_attention is None:
+            raise RuntimeError(
+                "enable_sparse_mode needs an adapter with a sparse_attention_config; this one has "
+                "None"
+            )
+        token = _SPARSE_ADAPTERS.set((*_SPARSE_ADAPTERS.get(), id(self)))
+        try:
+            yield
+        finally:
+            _SPARSE_ADAPTERS.reset(token)
+
+    def is_sparse(self) -> bool:
+        """Whether a request would now run sparsely."""
+        return self.sparse_by_default or id(self) in _SPARSE_ADAPTERS.get()
+
+    def _mode_of_request(self) -> Mode:
+        """The mode; warns once about a sparse configuration that is not used."""
+        if self.is_sparse():
+            return "sparse"
+        if self.sparse_attention is not None and not self._warned_dense:
+            self._warned_dense = True
+            logger.warning(
+                "this adapter has a sparse_attention_config but runs dense: wrap the call in "
+                "`with adapter.enable_sparse_mode():`, or construct it with sparse_by_default=True"
+            )
+        return "dense"
+
+
+def questions_of(request: Request) -> list[str]:
+    """The questions as a list."""
+    questions = request.questions
+    return [questions] if isinstance(questions, str) else list(questions)
+
+
+def make_response(
+    request: Request, texts: list[str], details: list[AnswerDetails], include_answer_prefix: bool
+) -> RequestResponse:
+    """Puts answers into the form of the request's questions.
+
+    Args:
+        request: That was answered.
+        texts: What was generated, without the answer prefix.
+        details: One per text.
+        include_answer_prefix: Whether answers begin with the prefix.
+    """
+    prefix = request.answer_prefix if include_answer_prefix else ""
+    answers = [prefix + text for text in texts]
+    single = isinstance(request.questions, str)
+    return RequestResponse(answers[0] if single else answers, tuple(details))
