@@ -35,8 +35,7 @@ class AttentionSession:
     """One stretch of sparse attention: a question and its answer.
 
     Attributes:
-        attend: `get_custom_attention_function` of the adapter.
-        count: Called with queries, keys and the mask of each attention call; see `density`.
+        attend: The adapter's sparse attention, called with a layer's inputs.
         sparse_meta_data: The maskers' cache.
         read_keys: Keys read so far.
         visible_keys: Keys that a dense pass would have read.

@@ -179,6 +179,35 @@ class ModelAdapter(ModelHubAdapterInterface, SparseAttentionAdapterInterface, AB
         finally:
             _SPARSE_ADAPTERS.reset(token)
 
+    def get_custom_attention_function(
+        self, sparse_attention: SparseAttention
+    ) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+        """A function with the arguments of transformers' attention functions.
+
+        It takes `sparse_meta_data` (a dict; ValueError without it) beside them, and returns the
+        output `(B, Q, H, D)` and the weights, if there are any.
+        """
+
+        def attend(
+            module: torch.nn.Module | None,
+            queries: torch.Tensor,
+            keys: torch.Tensor,
+            values: torch.Tensor,
+            attention_mask: torch.Tensor | None,
+            scaling: float = 1.0,
+            dropout: float = 0.0,
+            **kwargs: Any,
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            if "sparse_meta_data" not in kwargs:
+                raise ValueError("sparse_meta_data must be given: a dict, the maskers' cache")
+            if hasattr(module, "layer_idx"):
+                kwargs["layer_idx"] = module.layer_idx
+            return sparse_attention.custom_attention(
+                module, queries, keys, values, attention_mask, scaling, dropout, **kwargs
+            )
+
+        return attend
+
     def is_sparse(self) -> bool:
         """Whether a request would now run sparsely."""
         return self.sparse_by_default or id(self) in _SPARSE_ADAPTERS.get()

@@ -28,7 +28,7 @@ from sparse_attention_hub.adapters.base import (
 from sparse_attention_hub.adapters.model_servers.huggingface import ModelServerHF
 from sparse_attention_hub.adapters.prompt import RequestOptions, tokenize_request
 from sparse_attention_hub.adapters.utils.model_utils import default_device
-from sparse_attention_hub.sparse_attention.base import SparseAttention, SparseAttentionConfig
+from sparse_attention_hub.sparse_attention.base import SparseAttentionConfig
 from sparse_attention_hub.sparse_attention.density import count_read_keys
 from sparse_attention_hub.sparse_attention.research_attention import ResearchAttention
 from sparse_attention_hub.sparse_attention.utils.mask_attention_utils import (
@@ -139,35 +139,6 @@ class ModelAdapterHF(ModelAdapter):
         """See `ModelAdapter.enable_sparse_mode`; direct calls of `self.model` are sparse too."""
         with super().enable_sparse_mode(), attention_session.attention_session(self._session()):
             yield
-
-    def get_custom_attention_function(
-        self, sparse_attention: SparseAttention
-    ) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-        """A function with the arguments of transformers' attention functions.
-
-        It takes `sparse_meta_data` (a dict; ValueError without it) beside them, and returns the
-        output `(B, Q, H, D)` and the weights, if there are any.
-        """
-
-        def attend(
-            module: torch.nn.Module,
-            queries: torch.Tensor,
-            keys: torch.Tensor,
-            values: torch.Tensor,
-            attention_mask: torch.Tensor | None,
-            scaling: float = 1.0,
-            dropout: float = 0.0,
-            **kwargs: Any,
-        ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            if "sparse_meta_data" not in kwargs:
-                raise ValueError("sparse_meta_data must be given: a dict, the maskers' cache")
-            if hasattr(module, "layer_idx"):
-                kwargs["layer_idx"] = module.layer_idx
-            return sparse_attention.custom_attention(
-                module, queries, keys, values, attention_mask, scaling, dropout, **kwargs
-            )
-
-        return attend
 
     def _session(self) -> AttentionSession:
         """A session of this adapter's attention that counts what it reads."""
@@ -291,9 +262,17 @@ class ModelAdapterHF(ModelAdapter):
             visible_keys=session.visible_keys if session else None,
             time_to_first_token_s=clock.times[0] - started if clock.times else None,
             time_per_output_token_s=_mean_gap(clock.times),
-            finish_reason="length" if len(new_ids) >= generation["max_new_tokens"] else "stop",
+            finish_reason=self._finish_reason(new_ids, generation),
             logits=logits,
         )
+
+    def _finish_reason(self, new_ids: tuple[int, ...], generation: dict[str, Any]) -> str:
+        """ "stop" for an end-of-sequence token or a stop string, "length" for the limit."""
+        ends = generation.get("eos_token_id", self.model.generation_config.eos_token_id)
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        if new_ids and new_ids[-1] in ends:
+            return "stop"
+        return "length" if len(new_ids) >= generation["max_new_tokens"] else "stop"
 
 
 def _density(session: AttentionSession | None) -> float:
