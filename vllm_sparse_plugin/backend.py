@@ -268,7 +268,13 @@ class SparseAttentionImpl(_DenseImpl):  # type: ignore[misc, valid-type]
             tokens = plan.dense_tokens
             part = torch.empty_like(output[: len(tokens)])
             super().forward(
-                layer, query[tokens], key[tokens], value[tokens], kv_cache, plan.dense_metadata, part
+                layer,
+                query[tokens],
+                key[tokens],
+                value[tokens],
+                kv_cache,
+                plan.dense_metadata,
+                part,
             )
             output[tokens] = part
         read = self._block_reader(layer, kv_cache)

@@ -129,7 +129,7 @@ def check_engine(vllm_config: VllmConfig) -> None:
 def dense_backend() -> tuple[
     type[AttentionBackend], type[AttentionMetadataBuilder[Any]], type[AttentionImpl[Any]]
 ]:
-    """vLLM's own backend of this platform, which serves dense rows and owns the cache layout.
+    """VLLM's own backend of this platform, which serves dense rows and owns the cache layout.
 
     Returns:
         The backend, its metadata builder and its implementation.

@@ -106,9 +106,7 @@ class ModelAdapterHF(ModelAdapter):
         self.device = default_device() if device is _NOT_GIVEN else device
         server = ModelServerHF()
         self.model = server.get_model(model_name, self.device, self.model_kwargs)
-        self._held.append(
-            lambda: server.clear_model(model_name, self.device, self.model_kwargs)
-        )
+        self._held.append(lambda: server.clear_model(model_name, self.device, self.model_kwargs))
         self.tokenizer = server.get_tokenizer(model_name, self.tokenizer_kwargs)
         self._held.append(lambda: server.clear_tokenizer(model_name, self.tokenizer_kwargs))
         self.torch_dtype = self.model.dtype

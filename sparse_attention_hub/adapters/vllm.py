@@ -106,7 +106,9 @@ class ModelAdapterVLLM(ModelAdapter):
             model_name, sparse_attention_config, sparse_by_default=sparse_by_default, **kwargs
         )
         if base_url is not None and server_kwargs:
-            raise ValueError("server_kwargs are for a server of the adapter's own, not for base_url")
+            raise ValueError(
+                "server_kwargs are for a server of the adapter's own, not for base_url"
+            )
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model_name, **(tokenizer_kwargs or {}))
         except Exception as error:
@@ -189,7 +191,9 @@ class ModelAdapterVLLM(ModelAdapter):
         details = [answer(ids) for ids in tokens.question_ids[:1]]
         with ThreadPoolExecutor(MAX_CONCURRENT_QUESTIONS) as pool:
             details += pool.map(answer, tokens.question_ids[1:])
-        texts = [self.tokenizer.decode(item.token_ids, skip_special_tokens=True) for item in details]
+        texts = [
+            self.tokenizer.decode(item.token_ids, skip_special_tokens=True) for item in details
+        ]
         return make_response(request, texts, details, options.include_answer_prefix)
 
     def _answer(

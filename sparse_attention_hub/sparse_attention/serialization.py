@@ -71,7 +71,9 @@ def _masker_from_dict(data: object, where: str) -> MaskerConfig:
     values = {field: value for field, value in data.items() if field != "type"}
     for field in values:
         if field not in fields:
-            raise ValueError(f"{where}.{field} is not a field of {name!r}; {_allowed(field, fields)}")
+            raise ValueError(
+                f"{where}.{field} is not a field of {name!r}; {_allowed(field, fields)}"
+            )
     for field, definition in fields.items():
         if field not in values and _is_required(definition):
             raise ValueError(f"{where}.{field} is missing; {name!r} needs it")

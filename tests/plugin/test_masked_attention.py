@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from sparse_attention_hub.sparse_attention.serialization import config_to_json
-from sparse_attention_hub.sparse_attention.serialization import config_from_dict
+from sparse_attention_hub.sparse_attention.serialization import config_from_dict, config_to_json
 from tests.tolerances import ATTENTION_ATOL
 from vllm_sparse_plugin import masked_attention
 from vllm_sparse_plugin.masked_attention import attend_row, attention_of, causal_mask

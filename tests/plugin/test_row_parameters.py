@@ -39,7 +39,9 @@ def test_v1_rows_come_go_and_move(engine) -> None:
     prefix = parameters(sparse_attention_dense_prefix=3)
     dense = parameters(sparse_attention="off")
     processor.update_state(
-        update(3, added=[(0, parameters(), [1] * 10, []), (1, dense, [1], []), (2, prefix, [1], [])])
+        update(
+            3, added=[(0, parameters(), [1] * 10, []), (1, dense, [1], []), (2, prefix, [1], [])]
+        )
     )
     assert {row: entry.dense_prefix_tokens for row, entry in rows.items()} == {0: 10, 2: 3}
     processor.update_state(None)

@@ -39,9 +39,7 @@ class ResearchAttentionConfig(SparseAttentionConfig):
         """
         for index, config in enumerate(self.masker_configs):
             if not isinstance(config, MaskerConfig):
-                raise ValueError(
-                    f"masker_configs[{index}] must be a MaskerConfig, got {config!r}"
-                )
+                raise ValueError(f"masker_configs[{index}] must be a MaskerConfig, got {config!r}")
         object.__setattr__(self, "masker_configs", list(self.masker_configs))
 
     def __hash__(self) -> int:

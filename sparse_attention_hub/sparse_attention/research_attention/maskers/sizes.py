@@ -52,7 +52,9 @@ def resolve_size(size: Size, num_keys: int | torch.Tensor) -> int | torch.Tensor
         num_keys: Keys that a query may see; an int, or an int64 tensor of one count per row.
     """
     if isinstance(num_keys, int):
-        return min(int(size * num_keys), num_keys) if isinstance(size, float) else min(size, num_keys)
+        return (
+            min(int(size * num_keys), num_keys) if isinstance(size, float) else min(size, num_keys)
+        )
     if isinstance(size, float):
         # float64, as Python multiplies, so that a row gives what the number alone gives.
         return (num_keys.double() * size).floor().long()

@@ -103,9 +103,7 @@ class TopKMasker(FixedMasker):
             return previous_mask
         num_keys = keys.shape[2]
         if isinstance(self.heavy_size, int) and num_keys <= self.heavy_size:
-            return Mask.create_full_mask(
-                previous_mask.shape, previous_mask.dtype, queries.device
-            )
+            return Mask.create_full_mask(previous_mask.shape, previous_mask.dtype, queries.device)
         candidates = previous_mask.get_dense_mask() == 0
         visible = visible_keys(attention_mask, num_keys)
         if visible is not None:
