@@ -285,7 +285,7 @@ def _hook_cpu_backend_choice() -> None:
                     "--attention-backend CUSTOM (sparse attention) cannot serve this model: "
                     + "; ".join(reasons)
                 )
-            return AttentionBackendEnum.CUSTOM.get_path()
+            return str(AttentionBackendEnum.CUSTOM.get_path())
 
         return classmethod(get_attn_backend_cls)
 

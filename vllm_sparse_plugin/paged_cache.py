@@ -50,8 +50,7 @@ def read_token_major(
     blocks = kv_cache[block_ids].transpose(0, 1)
     num_kv_heads, _, _, width = blocks.shape
     rows = blocks.reshape(num_kv_heads, -1, width)
-    key, value = rows.split(width // 2, dim=-1)
-    return key, value
+    return rows[..., : width // 2], rows[..., width // 2 :]
 
 
 @functools.cache
@@ -115,9 +114,10 @@ def _learn_order(
     while weight < size:
         digit = ((element // weight) % base).view(block_size, 1, head_size).to(dtype)
         cache = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype)
-        halves = cache.chunk(2, dim=2)
-        compat.cpu_write_key_value(digit, digit, *halves, torch.arange(block_size), isa)
-        for order, half in zip(orders, halves, strict=True):
+        key_half, value_half = cache.chunk(2, dim=2)
+        slots = torch.arange(block_size)
+        compat.cpu_write_key_value(digit, digit, key_half, value_half, slots, isa)
+        for order, half in zip(orders, (key_half, value_half), strict=True):
             order += half.reshape(-1).long() * weight
         weight *= base
     for order in orders:

@@ -56,7 +56,7 @@ class AnswerDetails:
             query heads; 1.0 in dense mode, None when unknown.
         read_keys: The numerator; None when dense or unknown.
         visible_keys: The denominator; None when dense or unknown.
-        time_to_first_token_s: Seconds; includes the context's prefill for the question that paid it.
+        time_to_first_token_s: Seconds; with the context's prefill, where this question paid it.
         time_per_output_token_s: Seconds between tokens, mean; None for fewer than two tokens.
         finish_reason: "stop" or "length".
         logits: `[tokens, vocabulary]`, float32, before any sampling; only when asked for.
@@ -200,8 +200,9 @@ class ModelAdapter(ModelHubAdapterInterface, SparseAttentionAdapterInterface, AB
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
             if "sparse_meta_data" not in kwargs:
                 raise ValueError("sparse_meta_data must be given: a dict, the maskers' cache")
-            if hasattr(module, "layer_idx"):
-                kwargs["layer_idx"] = module.layer_idx
+            layer_index = getattr(module, "layer_idx", None)
+            if layer_index is not None:
+                kwargs["layer_idx"] = layer_index
             return sparse_attention.custom_attention(
                 module, queries, keys, values, attention_mask, scaling, dropout, **kwargs
             )

@@ -42,7 +42,7 @@ __all__ = ["INT_MAX", "ModelAdapterHF"]
 _NOT_GIVEN: Any = object()
 
 
-class _TokenClock(StoppingCriteria):  # type: ignore[misc]
+class _TokenClock(StoppingCriteria):
     """Notes when each token was there; never stops anything."""
 
     def __init__(self) -> None:
@@ -105,10 +105,15 @@ class ModelAdapterHF(ModelAdapter):
         self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
         self.device = default_device() if device is _NOT_GIVEN else device
         server = ModelServerHF()
-        self.model = server.get_model(model_name, self.device, self.model_kwargs)
-        self._held.append(lambda: server.clear_model(model_name, self.device, self.model_kwargs))
-        self.tokenizer = server.get_tokenizer(model_name, self.tokenizer_kwargs)
-        self._held.append(lambda: server.clear_tokenizer(model_name, self.tokenizer_kwargs))
+        model_key, tokenizer_key = (
+            (model_name, self.device, self.model_kwargs),
+            (model_name, self.tokenizer_kwargs),
+        )
+        self.model = server.get_model(*model_key)
+        # Not through `self`: an adapter that nobody holds must go at once.
+        self._held.append(lambda: server.clear_model(*model_key))
+        self.tokenizer = server.get_tokenizer(*tokenizer_key)
+        self._held.append(lambda: server.clear_tokenizer(*tokenizer_key))
         self.torch_dtype = self.model.dtype
         if self.sparse_attention is not None:
             attention_session.install(self.model)
@@ -265,7 +270,7 @@ class ModelAdapterHF(ModelAdapter):
         )
 
     def _finish_reason(self, new_ids: tuple[int, ...], generation: dict[str, Any]) -> str:
-        """ "stop" for an end-of-sequence token or a stop string, "length" for the limit."""
+        """Returns "stop" for an end-of-sequence token or a stop string, else "length"."""
         ends = generation.get("eos_token_id", self.model.generation_config.eos_token_id)
         ends = ends if isinstance(ends, (list, tuple)) else [ends]
         if new_ids and new_ids[-1] in ends:

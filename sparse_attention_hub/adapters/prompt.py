@@ -57,10 +57,9 @@ class RequestOptions:
                 f"request_kwargs['max_context_length'] must be an integer >= 1, got {length!r}"
             )
         for name in _REQUEST_KWARGS[1:]:
-            if not isinstance(getattr(options, name), bool):
-                raise ValueError(
-                    f"request_kwargs[{name!r}] must be True or False, got {getattr(options, name)!r}"
-                )
+            value = getattr(options, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"request_kwargs[{name!r}] must be True or False, got {value!r}")
         return options
 
 

@@ -109,6 +109,7 @@ class ModelAdapterVLLM(ModelAdapter):
             raise ValueError(
                 "server_kwargs are for a server of the adapter's own, not for base_url"
             )
+        self.tokenizer: Any
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(model_name, **(tokenizer_kwargs or {}))
         except Exception as error:

@@ -59,7 +59,7 @@ def test_every_query_is_in_the_part_of_its_position(step) -> None:
 
 
 def test_dense_part_is_the_metadata_of_the_dense_queries_alone() -> None:
-    # Rows: 5-token prefill chunk that leaves its dense prefix after 3, a sparse decode, a dense one.
+    # A 5-token prefill chunk that leaves its dense prefix after 3; a sparse and a dense decode.
     starts, seq_lens = [0, 5, 6, 7], [9, 40, 33]
     rows = {0: Row(SPARSE, 7), 1: Row(SPARSE, 20)}
     common = CommonAttentionMetadata(

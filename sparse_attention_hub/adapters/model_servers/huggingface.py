@@ -21,7 +21,7 @@ class ModelServerHF(ModelServer):
 
     def _create_model(self, model_name: str, gpu_id: Any, model_kwargs: dict[str, Any]) -> Any:
         device = resolve_device(gpu_id)
-        model = AutoModelForCausalLM.from_pretrained(model_name, **model_kwargs)
+        model: Any = AutoModelForCausalLM.from_pretrained(model_name, **model_kwargs)
         # With a device_map the loader has already placed it, possibly on several devices.
         if model_kwargs.get("device_map") is None:
             model = model.to(device)

@@ -25,5 +25,5 @@ def resolve_device(device: str | int | torch.device | None) -> torch.device:
 
 
 def default_device() -> str:
-    """ "cuda" where there is one, else "cpu"."""
+    """Returns "cuda" where there is one, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,7 +13,7 @@ _MODES = ("dense", "sparse")
 
 
 class Mask:
-    """One weight per element of `shape`: 0 = not selected, w in (0, 1] = selected with probability w.
+    """One weight per element: 0 = not selected, w in (0, 1] = selected with probability w.
 
     The last dimension counts keys, the ones before it rows (batch, query head, query). A mask is
     stored as nothing at all (`is_full`, `is_empty`), as a dense tensor, or as sorted flat indices

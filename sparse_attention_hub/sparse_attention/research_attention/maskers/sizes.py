@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from typing import TypeAlias, overload
 
@@ -23,13 +22,18 @@ def checked_size(field: str, value: object) -> Size:
     Raises:
         ValueError: It is neither; the message names the field, the value and what is allowed.
     """
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        if int(value) >= 1:
-            return int(value)
-    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+    if isinstance(value, bool):  # an int to Python, a mistake here
+        number: Size | None = None
+    elif isinstance(value, numbers.Integral):
+        number = int(value)
+        number = number if number >= 1 else None
+    elif isinstance(value, numbers.Real):
         number = float(value)
-        if math.isfinite(number) and 0.0 < number <= 1.0:
-            return number
+        number = number if 0.0 < number <= 1.0 else None  # not NaN, not infinite
+    else:
+        number = None
+    if number is not None:
+        return number
     raise ValueError(
         f"{field} must be an integer >= 1 (keys) or a float in (0, 1] (share of the keys that a "
         f"query may see), got {value!r}"
@@ -52,9 +56,7 @@ def resolve_size(size: Size, num_keys: int | torch.Tensor) -> int | torch.Tensor
         num_keys: Keys that a query may see; an int, or an int64 tensor of one count per row.
     """
     if isinstance(num_keys, int):
-        return (
-            min(int(size * num_keys), num_keys) if isinstance(size, float) else min(size, num_keys)
-        )
+        return min(int(size * num_keys) if isinstance(size, float) else size, num_keys)
     if isinstance(size, float):
         # float64, as Python multiplies, so that a row gives what the number alone gives.
         return (num_keys.double() * size).floor().long()

@@ -1,0 +1,25 @@
+"""What all tests share: the small real model, and where it is."""
+
+import os
+from pathlib import Path
+
+# Before torch and vLLM are imported: CI has two cores, and nothing may be downloaded.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+from examples.small_model import ensure_small_model
+
+
+@pytest.fixture(scope="session")
+def model_path() -> str:
+    return str(ensure_small_model())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick tests first: a plain mistake should not wait behind a server's start."""
+    for item in items:
+        if "e2e" in Path(item.fspath).parts:
+            item.add_marker(pytest.mark.e2e)
+    items.sort(key=lambda item: item.get_closest_marker("e2e") is not None)
