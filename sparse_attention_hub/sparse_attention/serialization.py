@@ -64,7 +64,7 @@ def _masker_from_dict(data: object, where: str) -> MaskerConfig:
         raise ValueError(f'{where} must be an object with a "type", got {data!r}')
     types = MaskerRegistry.config_types()
     name = data.get("type")
-    if name not in types:
+    if not isinstance(name, str) or name not in types:
         raise ValueError(f"{where}.type {name!r} is not a masker; {_allowed(name, types)}")
     config_type = types[name]
     fields = {field.name: field for field in _fields(config_type)}

@@ -78,9 +78,7 @@ def test_a_server_that_dies_is_an_error_with_its_log(monkeypatch: pytest.MonkeyP
 
 def test_a_server_that_never_answers_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     server = ModelServerVLLM("m", startup_timeout_s=3.0)
-    monkeypatch.setattr(
-        server, "_command", lambda port: [sys.executable, "-c", SPAWNS_AND_SLEEPS]
-    )
+    monkeypatch.setattr(server, "_command", lambda port: [sys.executable, "-c", SPAWNS_AND_SLEEPS])
     with pytest.raises(ModelServerError, match="did not answer within 3 s") as error:
         server.start()
     grandchild = int(str(error.value).splitlines()[-1])

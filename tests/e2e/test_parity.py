@@ -1,0 +1,114 @@
+"""The served answers are the reference's: same tokens, same keys read.
+
+The model is real, float32 and greedy. Where two logits tie closer than float noise the two may
+part; the test then prints both logits, and that it was a tie.
+"""
+
+import pytest
+import torch
+
+from examples.documents import python_manual
+from sparse_attention_hub import ModelAdapterHF, ModelAdapterVLLM, Request
+from sparse_attention_hub.adapters.comparison import compare_answers
+from sparse_attention_hub.sparse_attention.serialization import config_from_dict
+
+TOKENS = 24
+SINK_LOCAL = [{"type": "sink", "sink_size": 16}, {"type": "local", "window_size": 48}]
+CONFIGS = {
+    "dense": None,
+    "sink-local": SINK_LOCAL,
+    "oracle-count": [*SINK_LOCAL, {"type": "oracle_top_k", "heavy_size": 64}],
+    "oracle-share": [*SINK_LOCAL, {"type": "oracle_top_k", "heavy_size": 0.05}],
+}
+# Characters of the document, and about how many tokens that gives.
+CONTEXTS = {200: 800, 1500: 5500, 4000: 15200}
+QUESTIONS = [
+    "\n\nWhat is this text about?",
+    "\n\nName one method or statement that it describes.",
+    "\n\nGive an example.",
+]
+
+
+def request_of(characters: int) -> Request:
+    text = python_manual(["string-methods"], characters)
+    return Request("Read this.\n\n" + text, QUESTIONS, answer_prefix="Answer:")
+
+
+@pytest.mark.parametrize("length", CONTEXTS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_same_tokens_and_same_density(sparse, model_path, name, length, capsys) -> None:
+    maskers = CONFIGS[name]
+    config = None if maskers is None else config_from_dict({"maskers": maskers})
+    is_sparse = config is not None
+    request, generation = request_of(CONTEXTS[length]), {"max_new_tokens": TOKENS}
+    served = ModelAdapterVLLM(
+        model_path, config, base_url=sparse.server.base_url, sparse_by_default=is_sparse
+    ).process_request(request, generation)
+    with ModelAdapterHF(
+        model_path,
+        config,
+        model_kwargs={"dtype": torch.float32},
+        device=None,
+        sparse_by_default=is_sparse,
+    ) as adapter:
+        reference = adapter.process_request(request, generation, {"return_logits": True})
+    for expected, found in zip(reference.details, served.details, strict=True):
+        assert abs(found.context_tokens - length) < 0.15 * length
+        assert found.mode == ("sparse" if is_sparse else "dense")
+        comparison = compare_answers(expected, found)
+        if not comparison.is_equal:
+            with capsys.disabled():
+                print(f"\n{name}, {length} tokens: {comparison}")
+        assert comparison.is_equal or comparison.is_near_tie, str(comparison)
+        if comparison.is_equal:
+            assert len(found.token_ids) == TOKENS or found.finish_reason == "stop"
+            assert (found.read_keys, found.visible_keys) == (
+                expected.read_keys,
+                expected.visible_keys,
+            )
+
+
+LAYERS, HEADS = 30, 9  # of the small model
+
+
+def test_density_is_what_an_independent_count_gives(sparse, model_path) -> None:
+    """Counted here with a set per query, from the definition of the maskers alone."""
+    config = config_from_dict({"maskers": CONFIGS["oracle-count"]})
+    adapter = ModelAdapterVLLM(
+        model_path, config, base_url=sparse.server.base_url, sparse_by_default=True
+    )
+    response = adapter.process_request(request_of(CONTEXTS[200]), {"max_new_tokens": TOKENS})
+    for item in response.details:
+        # Sparse queries: the question's tokens and every generated token that was fed back.
+        last = item.prompt_tokens + len(item.token_ids) - 1
+        read = visible = 0
+        for position in range(item.context_tokens, last):
+            keys = set(range(16)) | set(range(position - 47, position + 1))
+            read += min(len(keys) + 64, position + 1)
+            visible += position + 1
+        assert item.read_keys == read * LAYERS * HEADS
+        assert item.visible_keys == visible * LAYERS * HEADS
+        assert item.density == pytest.approx(read / visible)
+
+
+def test_sparse_prefill_in_chunks_is_the_reference_in_one_piece(sparse, model_path) -> None:
+    """Without a context nearly the whole prompt is sparse; the server cuts it into chunks."""
+    config = config_from_dict({"maskers": CONFIGS["oracle-share"]})
+    request = Request("", python_manual(["formatstrings"], 5500))
+    arguments = {"max_new_tokens": TOKENS}
+    served = ModelAdapterVLLM(
+        model_path, config, base_url=sparse.server.base_url, sparse_by_default=True
+    ).process_request(request, arguments)
+    with ModelAdapterHF(
+        model_path,
+        config,
+        model_kwargs={"dtype": torch.float32},
+        device=None,
+        sparse_by_default=True,
+    ) as adapter:
+        reference = adapter.process_request(request, arguments, {"return_logits": True})
+    expected, found = reference.details[0], served.details[0]
+    assert found.prompt_tokens - found.context_tokens > 2 * 512
+    comparison = compare_answers(expected, found)
+    assert comparison.is_equal or comparison.is_near_tie, str(comparison)
+    assert found.visible_keys == expected.visible_keys

@@ -1,0 +1,218 @@
+"""Configurations: what is allowed, and their way through JSON and the registry."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from sparse_attention_hub.sparse_attention import (
+    LocalMaskerConfig,
+    OracleTopKConfig,
+    ResearchAttention,
+    ResearchAttentionConfig,
+    SinkMaskerConfig,
+    SparseAttention,
+    SparseAttentionConfig,
+    TopKMaskerConfig,
+)
+from sparse_attention_hub.sparse_attention.presets import PRESETS, get_preset
+from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
+    MaskerConfig,
+    MaskerRegistry,
+    ResearchMasker,
+    json_name,
+    require_config,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed import (
+    FixedMaskerConfig,
+    SinkMasker,
+)
+from sparse_attention_hub.sparse_attention.serialization import (
+    config_fingerprint,
+    config_from_dict,
+    config_from_json,
+    config_to_dict,
+    config_to_json,
+)
+
+FIELDS = {
+    "sink_size": SinkMaskerConfig,
+    "window_size": LocalMaskerConfig,
+    "heavy_size": OracleTopKConfig,
+}
+
+
+@pytest.mark.parametrize(
+    "size", [0, -1, True, False, float("nan"), float("inf"), 0.0, -0.1, 1.5, "8", None, [1]]
+)
+@pytest.mark.parametrize("field", FIELDS)
+def test_sizes_that_mean_nothing(field: str, size: object) -> None:
+    with pytest.raises(ValueError, match="integer >= 1") as error:
+        FIELDS[field](**{field: size})
+    assert field in str(error.value)
+    assert repr(size) in str(error.value)
+    assert "(0, 1]" in str(error.value)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_sizes_become_plain_numbers(field: str) -> None:
+    for given, kept in ((np.int64(3), 3), (np.float64(0.25), 0.25), (1.0, 1.0), (7, 7)):
+        value = getattr(FIELDS[field](given), field)
+        assert value == kept
+        assert type(value) is type(kept)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_configs_are_frozen(field: str) -> None:
+    config = FIELDS[field](3)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, field, 4)
+
+
+def test_the_list_is_the_configs_own_and_checked() -> None:
+    maskers = [SinkMaskerConfig(3)]
+    config = ResearchAttentionConfig(maskers)
+    maskers.append(LocalMaskerConfig(3))
+    assert config.masker_configs == [SinkMaskerConfig(3)]
+    assert hash(config) == hash(ResearchAttentionConfig([SinkMaskerConfig(3)]))
+    with pytest.raises(ValueError, match=r"masker_configs\[0\].*'sink'"):
+        ResearchAttentionConfig(["sink"])
+
+
+def test_json_round_trip() -> None:
+    config = ResearchAttentionConfig(
+        [SinkMaskerConfig(4), LocalMaskerConfig(0.1), OracleTopKConfig(1.0), FixedMaskerConfig()]
+    )
+    data = config_to_dict(config)
+    assert data["maskers"][0] == {"type": "sink", "sink_size": 4}
+    assert [masker["type"] for masker in data["maskers"]] == [
+        "sink",
+        "local",
+        "oracle_top_k",
+        "causal",
+    ]
+    assert config_from_dict(json.loads(json.dumps(data))) == config
+    assert config_from_json(config_to_json(config)) == config
+    # 1 key and all keys are different things.
+    assert config_from_json(config_to_json(config)).masker_configs[2].heavy_size == 1.0
+    assert isinstance(config_from_json(config_to_json(config)).masker_configs[2].heavy_size, float)
+
+
+@pytest.mark.parametrize(
+    ("data", "parts"),
+    [
+        ([], ["object"]),
+        ({}, ['"maskers"', "None"]),
+        ({"maskers": {}}, ['"maskers" must be a list']),
+        ({"maskers": [], "presets": 1}, ["'presets'", "allowed: maskers"]),
+        ({"maskers": ["sink"]}, ["maskers[0]", "'sink'"]),
+        ({"maskers": [{}]}, ["maskers[0].type", "None", "allowed:"]),
+        ({"maskers": [{"type": "snik"}]}, ["'snik'", "allowed:", "did you mean 'sink'"]),
+        ({"maskers": [{"type": ["sink"]}]}, ["maskers[0].type"]),
+        ({"maskers": [{"type": "sink"}]}, ["maskers[0].sink_size is missing"]),
+        (
+            {"maskers": [{"type": "sink", "sink_size": 1, "sinksize": 2}]},
+            ["maskers[0].sinksize", "allowed: sink_size"],
+        ),
+        (
+            {"maskers": [{"type": "sink", "sink_size": -2}]},
+            ["maskers[0] (sink)", "sink_size", "-2"],
+        ),
+        ({"maskers": [{"type": "sink", "sink_size": 1, "search_space": {}}]}, ["search_space"]),
+    ],
+)
+def test_reader_says_where_and_what_is_allowed(data: object, parts: list[str]) -> None:
+    with pytest.raises(ValueError, match=".") as error:
+        config_from_dict(data)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_not_json() -> None:
+    with pytest.raises(ValueError, match="must be JSON"):
+        config_from_json("{")
+
+
+def test_fingerprint() -> None:
+    one = ResearchAttentionConfig([SinkMaskerConfig(4), LocalMaskerConfig(8)])
+    same = ResearchAttentionConfig(
+        [SinkMaskerConfig(4, search_space={"a": 1}), LocalMaskerConfig(8)]
+    )
+    assert one == same
+    assert config_fingerprint(one) == config_fingerprint(same)
+    # Pinned: it is part of cache keys, and must be the same in every process and release.
+    assert config_fingerprint(ResearchAttentionConfig([])) == "5fe842988e56e75e"
+    others = [
+        ResearchAttentionConfig([LocalMaskerConfig(8), SinkMaskerConfig(4)]),
+        ResearchAttentionConfig([SinkMaskerConfig(4), LocalMaskerConfig(9)]),
+        ResearchAttentionConfig([SinkMaskerConfig(4)]),
+        ResearchAttentionConfig([OracleTopKConfig(1)]),
+        ResearchAttentionConfig([OracleTopKConfig(1.0)]),
+    ]
+    assert len({config_fingerprint(config) for config in [one, *others]}) == 6
+
+
+def test_presets() -> None:
+    assert {"streaming-llm", "sink-local-oracle"} <= set(PRESETS)
+    for name, config in PRESETS.items():
+        assert get_preset(name) == config
+        assert config_from_dict(config_to_dict(config)) == config
+    for name in ("strong", None, 3):
+        with pytest.raises(ValueError, match="sink-local-oracle, streaming-llm"):
+            get_preset(name)
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch):
+    """The registry, put back afterwards."""
+    monkeypatch.setattr(MaskerRegistry, "_maskers", dict(MaskerRegistry._maskers))
+    monkeypatch.setattr(MaskerRegistry, "_names", dict(MaskerRegistry._names))
+    return MaskerRegistry
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryOtherKeyMaskerConfig(MaskerConfig):
+    offset: int = 0
+
+
+class EveryOtherKeyMasker(ResearchMasker):
+    def add_mask(self, *, previous_mask, **kwargs):
+        return previous_mask
+
+    @classmethod
+    def create_from_config(cls, config):
+        return cls(require_config(config, EveryOtherKeyMaskerConfig))
+
+
+def test_a_masker_of_ones_own_is_usable_at_once(registry) -> None:
+    config = ResearchAttentionConfig([EveryOtherKeyMaskerConfig(1)])
+    with pytest.raises(ValueError, match="EveryOtherKeyMaskerConfig; registered: .*SinkMasker"):
+        ResearchAttention.create_from_config(config)
+    registry.register(EveryOtherKeyMaskerConfig)(EveryOtherKeyMasker)
+    assert json_name(EveryOtherKeyMaskerConfig) == "every_other_key"
+    assert config_from_dict({"maskers": [{"type": "every_other_key", "offset": 1}]}) == config
+    masker = ResearchAttention.create_from_config(config).maskers[0]
+    assert isinstance(masker, EveryOtherKeyMasker)
+    registry.register(EveryOtherKeyMaskerConfig)(EveryOtherKeyMasker)
+    assert registry.get_all_registered_types()[EveryOtherKeyMaskerConfig] is EveryOtherKeyMasker
+
+
+def test_two_maskers_of_one_name(registry) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class SinkConfig(MaskerConfig):
+        pass
+
+    with pytest.raises(ValueError, match="'sink'.*taken by.*SinkMaskerConfig"):
+        registry.register(SinkConfig)(EveryOtherKeyMasker)
+
+
+def test_wrong_types() -> None:
+    with pytest.raises(ValueError, match="expected a SinkMaskerConfig, got LocalMaskerConfig"):
+        SinkMasker.create_from_config(LocalMaskerConfig(3))
+    with pytest.raises(ValueError, match="TopKMaskerConfig"):
+        ResearchMasker.create_masker_from_config(TopKMaskerConfig(3))
+    with pytest.raises(TypeError, match="SparseAttentionConfig"):
+        SparseAttention.create_from_config(SparseAttentionConfig())
+    with pytest.raises(TypeError, match="SparseAttentionConfig"):
+        ResearchAttention.create_from_config(SparseAttentionConfig())
