@@ -81,7 +81,7 @@ def run(repetitions: int) -> dict[str, Any]:
         ModelServerVLLM(model, dense, arguments=ARGUMENTS, environment=ENVIRONMENT) as plugin,
     ):
         servers = {"stock": stock, "plugin": plugin}
-        for name, server in servers.items():
+        for server in servers.values():
             measure(server, prompt, "warm-up")
         for repetition in tqdm(range(repetitions), desc="repetitions"):
             order = list(servers) if repetition % 2 else list(reversed(servers))

@@ -41,7 +41,7 @@ class SparseAttentionBackend(_DenseBackend):  # type: ignore[misc, valid-type]
     `is_sparse()` stays False: to vLLM, True means DeepSeek-style sparse models.
     """
 
-    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [*compat.SUPPORTED_CACHE_DTYPES]
 
     @staticmethod
     def get_name() -> str:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 TESTED_VLLM = SpecifierSet(">=0.32,<0.33")
 BACKEND_PATH = "vllm_sparse_plugin.backend.SparseAttentionBackend"
 STATS_METHOD = "sparse_attention_stats"
+SUPPORTED_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 _MARK = "_sparse_attention_hook"
 
 
@@ -114,6 +115,11 @@ def check_engine(vllm_config: VllmConfig) -> None:
             (
                 parallel.pipeline_parallel_size > 1,
                 "pipeline parallelism: only the last stage learns the request's parameters",
+            ),
+            (
+                vllm_config.cache_config.cache_dtype not in SUPPORTED_CACHE_DTYPES,
+                f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype} (allowed: "
+                f"{', '.join(SUPPORTED_CACHE_DTYPES)})",
             ),
             (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
             (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),

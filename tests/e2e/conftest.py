@@ -24,9 +24,21 @@ class Client:
         self.root = server.base_url.removesuffix("/v1")
         self.openai = openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
 
-    def complete(self, prompt: list[int] | str, tokens: int = 16, salt: str | None = None, **xargs):
+    def complete(
+        self,
+        prompt: list[int] | str,
+        tokens: int = 16,
+        salt: str | None = None,
+        ignore_eos: bool = False,
+        **xargs,
+    ):
         """A greedy completion with token ids and their logprobs."""
-        extra = {"return_token_ids": True, "vllm_xargs": xargs or None, "cache_salt": salt}
+        extra = {
+            "ignore_eos": ignore_eos,
+            "return_token_ids": True,
+            "vllm_xargs": xargs or None,
+            "cache_salt": salt,
+        }
         return self.openai.completions.create(
             model=self.server.model_name,
             prompt=prompt,

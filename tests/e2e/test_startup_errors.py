@@ -13,7 +13,11 @@ SINK = {"maskers": [{"type": "sink", "sink_size": 4}]}
         ({"maskers": [{"type": "snik"}]}, [], "did you mean 'sink'"),
         ({"maskers": [{"type": "sink", "sink_size": 0}]}, [], "sink_size must be an integer >= 1"),
         ({**SINK, "sparse": True}, [], "sparse_attention.sparse is not a field; allowed:"),
-        (SINK, ["--kv-cache-dtype", "fp8"], "kv_cache_dtype not supported"),
+        (
+            SINK,
+            ["--kv-cache-dtype", "fp8"],
+            "--kv-cache-dtype fp8 (allowed: auto, float16, bfloat16)",
+        ),
     ],
 )
 def test_refused_at_start_up(serve, config, arguments, message: str) -> None:
