@@ -94,6 +94,7 @@ def run(repetitions: int) -> dict[str, Any]:
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
         ).stdout.strip(),
+        "repetitions": repetitions,
         "protocol": f"one request at a time, {PROMPT_TOKENS} prompt tokens (cold), {DECODE_TOKENS} "
         f"generated, SmolLM2-135M-Instruct float32, {repetitions} repetitions, servers in turn",
     }
@@ -112,7 +113,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         "# Dense requests: plugin against stock vLLM",
         "",
         f"{report['date']}, {report['machine']}, {report['versions']}, commit {report['commit']}.",
-        f"{report['protocol'].capitalize()}. Command: `make bench`.",
+        f"Protocol: {report['protocol']}.",
+        f"Command: `python -m benchmarks.dense_throughput --repetitions {report['repetitions']}`.",
         "",
         "| phase | stock tokens/s | plugin tokens/s | ratio (bar 0.9) |",
         "|---|---|---|---|",
