@@ -32,13 +32,27 @@ def test_a_second_question_finds_the_dense_context(sparse, model_path) -> None:
 
 
 def test_dense_after_sparse_is_a_cold_server(sparse, model_path) -> None:
+    """A block of tokens that were generated sparsely is computed anew by a dense request.
+
+    The cold side caches the prompt's two whole blocks densely first, so that both sides compute
+    the same 254 tokens in one step: vLLM's own rounding depends on how many it computes at once.
+    """
     start = prompt(model_path, 200, 300)
     generated = sparse.complete(start, tokens=200, ignore_eos=True, **ON).token_ids
     follow_up = start + generated + prompt(model_path, 7000, 10)
     assert len(follow_up) == 510  # three whole blocks, one of them full of sparse tokens
-    warm = sparse.complete(follow_up, **OFF)
-    cold = sparse.complete(follow_up, salt="cold-2", **OFF)
+    warm_hits, warm = hits_of(sparse, lambda: sparse.complete(follow_up, **OFF))
+    assert warm_hits == 256  # and not 384
+    sparse.complete(start, tokens=1, salt="cold-2", **OFF)
+    cold_hits, cold = hits_of(sparse, lambda: sparse.complete(follow_up, salt="cold-2", **OFF))
+    assert cold_hits == 256
     assert tokens_and_logprobs(warm) == tokens_and_logprobs(cold)
+    # The sparse continuation of the same request may go on from its own block.
+    hits, _ = hits_of(
+        sparse,
+        lambda: sparse.complete(follow_up, sparse_attention_dense_prefix=len(start), **ON),
+    )
+    assert hits == 384
 
 
 def test_sparse_prompt_tokens_are_not_reused_densely(sparse, model_path) -> None:
