@@ -117,9 +117,8 @@ class SparseAttentionMetadataBuilder(_DenseBuilder):  # type: ignore[misc, valid
         dense_only = [name for name, layer in layers.items() if not layer.impl.can_be_sparse]
         if dense_only:
             logger.warning(
-                "sparse attention: %d of %d layers have a sliding window and stay dense: %s",
+                "sparse attention: %d layers have a sliding window and stay dense: %s",
                 len(dense_only),
-                len(layers),
                 ", ".join(dense_only),
             )
         self._has_dense_layers = bool(dense_only)

@@ -9,6 +9,7 @@ import atexit
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 PLUGIN_NAME = "sparse_attention"
 _LOG_TAIL_LINES = 40
+_ERROR = re.compile(r"\b[A-Za-z]+(Error|Exception): .*")
 
 
 class ModelServerVLLM:
@@ -172,11 +174,18 @@ class ModelServerVLLM:
         return self._process is not None and self._process.poll() is None
 
     def log_tail(self, lines: int = _LOG_TAIL_LINES) -> str:
-        """The end of the server's log."""
+        """The end of the server's log, and the errors before it.
+
+        An error in the engine's process stands long before the end, which says only that there was
+        one.
+        """
         if self.log_path is None or not self.log_path.exists():
             return "(no log)"
-        text = self.log_path.read_text(encoding="utf-8", errors="replace")
-        return f"end of {self.log_path}:\n" + "\n".join(text.splitlines()[-lines:])
+        log = self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()
+        errors = dict.fromkeys(
+            found.group() for line in log[:-lines] if (found := _ERROR.search(line))
+        )
+        return "\n".join([*errors, f"end of {self.log_path}:", *log[-lines:]])
 
     def stop(self) -> None:
         """Ends the server and every process it started; does nothing when it does not run."""
