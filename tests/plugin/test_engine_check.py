@@ -1,0 +1,51 @@
+"""Engine options that the plugin refuses at start-up, all in one message."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_sparse_plugin import compat
+
+PARALLEL = (
+    "pipeline_parallel_size",
+    "decode_context_parallel_size",
+    "prefill_context_parallel_size",
+)
+
+
+def engine(**changes: Any) -> Any:
+    """An engine's configuration as `check_engine` reads it; names are held by the contract test."""
+    options = {**dict.fromkeys(PARALLEL, 1), "cache_dtype": "auto"} | changes
+    return SimpleNamespace(
+        speculative_config=options.get("speculative_config"),
+        kv_transfer_config=options.get("kv_transfer_config"),
+        cache_config=SimpleNamespace(cache_dtype=options["cache_dtype"]),
+        parallel_config=SimpleNamespace(**{name: options[name] for name in PARALLEL}),
+    )
+
+
+@pytest.mark.parametrize("cache_dtype", compat.SUPPORTED_CACHE_DTYPES)
+def test_a_plain_engine_passes(cache_dtype: str) -> None:
+    compat.check_engine(engine(cache_dtype=cache_dtype))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"speculative_config": object()}, "speculative decoding"),
+        ({"kv_transfer_config": object()}, "a KV connector"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"decode_context_parallel_size": 2}, "decode context parallelism"),
+        ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
+        ({"cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2 .allowed: auto, float16"),
+    ],
+)
+def test_refused_with_the_reason(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"does not support: {message}"):
+        compat.check_engine(engine(**changes))
+
+
+def test_all_reasons_at_once() -> None:
+    with pytest.raises(ValueError, match="speculative decoding.*; pipeline parallelism"):
+        compat.check_engine(engine(speculative_config=object(), pipeline_parallel_size=2))
