@@ -19,10 +19,22 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed impo
     OracleTopK,
     OracleTopKConfig,
     OracleTopKMasker,
+    OracleTopPMasker,
+    OracleTopPMaskerConfig,
+    QuestTopKMasker,
+    QuestTopKMaskerConfig,
     SinkMasker,
     SinkMaskerConfig,
     TopKMasker,
     TopKMaskerConfig,
+    TopPMasker,
+    TopPMaskerConfig,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling import (
+    RandomSamplingMasker,
+    RandomSamplingMaskerConfig,
+    SamplingMasker,
+    SamplingMaskerConfig,
 )
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
 
@@ -37,9 +49,17 @@ __all__ = [
     "OracleTopK",
     "OracleTopKConfig",
     "OracleTopKMasker",
+    "OracleTopPMasker",
+    "OracleTopPMaskerConfig",
+    "QuestTopKMasker",
+    "QuestTopKMaskerConfig",
+    "RandomSamplingMasker",
+    "RandomSamplingMaskerConfig",
     "ResearchAttention",
     "ResearchAttentionConfig",
     "ResearchMasker",
+    "SamplingMasker",
+    "SamplingMaskerConfig",
     "SinkMasker",
     "SinkMaskerConfig",
     "SparseAttention",
@@ -47,4 +67,6 @@ __all__ = [
     "SparseAttentionMetadata",
     "TopKMasker",
     "TopKMaskerConfig",
+    "TopPMasker",
+    "TopPMaskerConfig",
 ]

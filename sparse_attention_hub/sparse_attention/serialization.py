@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Registers the built-in maskers.
-import sparse_attention_hub.sparse_attention.research_attention.maskers.fixed  # noqa: F401
+import sparse_attention_hub.sparse_attention.research_attention.maskers.fixed
+import sparse_attention_hub.sparse_attention.research_attention.maskers.sampling  # noqa: F401
 from sparse_attention_hub.sparse_attention.research_attention.base import ResearchAttentionConfig
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
     MaskerConfig,

@@ -13,6 +13,9 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     MaskerConfig,
     ResearchMasker,
 )
+from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.base import (
+    SamplingMaskerConfig,
+)
 from sparse_attention_hub.sparse_attention.utils.kv_utils import accumulation_dtype
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
 from sparse_attention_hub.sparse_attention.utils.mask_attention_utils import (
@@ -35,11 +38,14 @@ class ResearchAttentionConfig(SparseAttentionConfig):
         """Copies the list, so that the caller's stays the caller's.
 
         Raises:
-            ValueError: An element is not a masker's configuration.
+            ValueError: An element is not a masker's configuration, or more than one samples.
         """
         for index, config in enumerate(self.masker_configs):
             if not isinstance(config, MaskerConfig):
                 raise ValueError(f"masker_configs[{index}] must be a MaskerConfig, got {config!r}")
+        sampling = [c for c in self.masker_configs if isinstance(c, SamplingMaskerConfig)]
+        if len(sampling) > 1:
+            raise ValueError(f"at most one sampling masker is allowed, got {sampling!r}")
         object.__setattr__(self, "masker_configs", list(self.masker_configs))
 
     def __hash__(self) -> int:

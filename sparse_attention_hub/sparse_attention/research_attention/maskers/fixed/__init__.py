@@ -13,8 +13,14 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.impl
     OracleTopK,
     OracleTopKConfig,
     OracleTopKMasker,
+    OracleTopPMasker,
+    OracleTopPMaskerConfig,
+    QuestTopKMasker,
+    QuestTopKMaskerConfig,
     SinkMasker,
     SinkMaskerConfig,
+    TopPMasker,
+    TopPMaskerConfig,
 )
 
 __all__ = [
@@ -26,8 +32,14 @@ __all__ = [
     "OracleTopK",
     "OracleTopKConfig",
     "OracleTopKMasker",
+    "OracleTopPMasker",
+    "OracleTopPMaskerConfig",
+    "QuestTopKMasker",
+    "QuestTopKMaskerConfig",
     "SinkMasker",
     "SinkMaskerConfig",
     "TopKMasker",
     "TopKMaskerConfig",
+    "TopPMasker",
+    "TopPMaskerConfig",
 ]

@@ -3,6 +3,13 @@
 from .causal import CausalMasker
 from .local import LocalMasker, LocalMaskerConfig
 from .oracle_top_k import OracleTopK, OracleTopKConfig, OracleTopKMasker
+from .oracle_top_p import (
+    OracleTopPMasker,
+    OracleTopPMaskerConfig,
+    TopPMasker,
+    TopPMaskerConfig,
+)
+from .quest_top_k import QuestTopKMasker, QuestTopKMaskerConfig
 from .sink import SinkMasker, SinkMaskerConfig
 
 __all__ = [
@@ -12,6 +19,12 @@ __all__ = [
     "OracleTopK",
     "OracleTopKConfig",
     "OracleTopKMasker",
+    "OracleTopPMasker",
+    "OracleTopPMaskerConfig",
+    "QuestTopKMasker",
+    "QuestTopKMaskerConfig",
     "SinkMasker",
     "SinkMaskerConfig",
+    "TopPMasker",
+    "TopPMaskerConfig",
 ]

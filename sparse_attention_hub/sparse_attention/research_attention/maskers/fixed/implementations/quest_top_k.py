@@ -1,0 +1,135 @@
+"""Quest masker: pages of keys, ranked by the highest score that their bounds allow.
+
+Tang et al. 2024, "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", section
+3.3: per page and channel the smallest and largest key element; a page's score is
+`sum_d max(q_d * min_d, q_d * max_d)`, an upper bound of every score in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
+    MaskerConfig,
+    MaskerRegistry,
+    add_selected,
+    require_config,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base import (
+    FixedMasker,
+    TopKMaskerConfig,
+    largest,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.quest_utils import (  # noqa: E501
+    allowed_pages,
+    pages_to_token_mask,
+    quest_page_scores,
+    visible_page_bounds,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import resolve_size
+from sparse_attention_hub.sparse_attention.utils.mask import Mask
+from sparse_attention_hub.sparse_attention.visibility import visible_keys
+
+MIN_PAGES = 3
+"""Pages that are read at least, whatever the budget (as in the field's API)."""
+
+
+def _search_space() -> dict[str, Any]:
+    return {
+        "heavy_size": {"grid_search": [step / 100 for step in range(1, 11)]},
+        "page_size": {"grid_search": [64, 128, 256]},
+    }
+
+
+@dataclass(frozen=True)
+class QuestTopKMaskerConfig(TopKMaskerConfig):
+    """How many keys are read, in whole pages.
+
+    Attributes:
+        page_size: Keys of a page; independent of the block size of a paged cache.
+        label_bits: Of each stored page minimum and maximum, 1 to 16; 16 = as the keys are.
+        search_space: For tuners; no part of what the masker does.
+    """
+
+    page_size: int
+    label_bits: int = 16
+    search_space: dict[str, Any] = field(default_factory=_search_space, compare=False)
+
+    def __post_init__(self) -> None:
+        """Checks the fields.
+
+        Raises:
+            ValueError: Names the field, its value and what is allowed.
+        """
+        super().__post_init__()
+        for name, at_most in (("page_size", None), ("label_bits", 16)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+            if at_most is not None and value > at_most:
+                raise ValueError(f"{name} must be at most {at_most}, got {value!r}")
+
+
+@MaskerRegistry.register(QuestTopKMaskerConfig)
+class QuestTopKMasker(FixedMasker):
+    """Selects the visible keys of the `heavy_size // page_size` pages with the highest bounds.
+
+    At least `MIN_PAGES` pages; all of them where a query sees no more than `heavy_size` keys. Pages
+    start at multiples of `page_size`; a query's last page has the bounds of the keys that the query
+    may see. Pages with nothing left to select are passed over; equal bounds: the lower page wins.
+    """
+
+    def __init__(self, config: QuestTopKMaskerConfig) -> None:
+        """Keeps the configuration.
+
+        Args:
+            config: Of this masker.
+        """
+        super().__init__(config)
+        self.heavy_size = config.heavy_size
+        self.page_size = config.page_size
+        self.label_bits = config.label_bits
+
+    def add_mask(
+        self,
+        keys: torch.Tensor,
+        queries: torch.Tensor,
+        values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float,
+        dropout: float,
+        sparse_meta_data: dict[Any, Any],
+        previous_mask: Mask,
+        **kwargs: Any,
+    ) -> Mask:
+        """See `ResearchMasker.add_mask`."""
+        if previous_mask.is_full_mask():
+            return previous_mask
+        num_keys = keys.shape[2]
+        if isinstance(self.heavy_size, int) and num_keys <= self.heavy_size:
+            return Mask.create_full_mask(previous_mask.shape, previous_mask.dtype, queries.device)
+        shape = previous_mask.shape
+        visible = visible_keys(attention_mask, num_keys)
+        if visible is None:
+            visible = torch.ones(1, 1, 1, num_keys, dtype=torch.bool, device=queries.device)
+        visible = visible.expand(shape[0], visible.shape[1], *shape[2:])
+        bounds = visible_page_bounds(keys, visible, self.page_size, self.label_bits)
+        scores = quest_page_scores(queries, *bounds)
+        candidates = (previous_mask.get_dense_mask() == 0) & visible
+        counts = visible.sum(dim=-1, keepdim=True)
+        wanted = resolve_size(self.heavy_size, counts)
+        num_pages = scores.shape[-1]
+        pages = (wanted // self.page_size).clamp(min=MIN_PAGES)
+        pages = torch.where(wanted >= counts, num_pages, pages)
+        chosen = largest(scores, allowed_pages(candidates, self.page_size), pages, num_pages)
+        return add_selected(
+            previous_mask, pages_to_token_mask(chosen, num_keys, self.page_size) & visible
+        )
+
+    @classmethod
+    def create_from_config(cls, config: MaskerConfig) -> QuestTopKMasker:
+        """See `ResearchMasker.create_from_config`."""
+        return cls(require_config(config, QuestTopKMaskerConfig))

@@ -1,0 +1,1 @@
+"""What single maskers compute with, apart from selecting."""

@@ -1,0 +1,129 @@
+"""Page bounds of Quest, and their scores."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.common_utils import (  # noqa: E501
+    pseudo_quantize,
+)
+from sparse_attention_hub.sparse_attention.utils.kv_utils import (
+    accumulation_dtype,
+    grouped_scores,
+    repeat_kv,
+)
+
+
+def compute_page_min_max(
+    keys: torch.Tensor, page_size: int, num_pages: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest and largest key element per page and channel; the last page may be partial.
+
+    Args:
+        keys: `(B, G, K, D)`.
+        page_size: Keys of a page.
+        num_pages: `ceil(K / page_size)`.
+
+    Returns:
+        Two `(B, G, num_pages, D)`, in the dtype of `keys`.
+    """
+    missing = num_pages * page_size - keys.shape[2]
+
+    def paged(fill: float) -> torch.Tensor:
+        padded = functional.pad(keys, (0, 0, 0, missing), value=fill)
+        return padded.view(*keys.shape[:2], num_pages, page_size, keys.shape[3])
+
+    return paged(torch.inf).amin(dim=3), paged(-torch.inf).amax(dim=3)
+
+
+def visible_page_bounds(
+    keys: torch.Tensor, visible: torch.Tensor, page_size: int, label_bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page bounds of the keys that each query may see, as they would be stored.
+
+    Args:
+        keys: `(B, G, K, D)`.
+        visible: Boolean `(B, 1 or H, Q, K)`.
+        page_size: Keys of a page.
+        label_bits: Of a stored bound.
+
+    Returns:
+        Two `(B, G, P, D)` when every query sees every key, else `(B, Q, G or H, P, D)`: of as many
+        heads as tell their keys apart. Pages without visible keys have bounds of 0.
+    """
+    num_keys = keys.shape[2]
+    num_pages = -(-num_keys // page_size)
+    if bool(visible.all()):
+        low, high = compute_page_min_max(keys, page_size, num_pages)
+        return pseudo_quantize(low, label_bits), pseudo_quantize(high, label_bits)
+    if visible.shape[1] > 1:
+        keys = repeat_kv(keys, visible.shape[1] // keys.shape[1])
+    bounds: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for query in range(visible.shape[2]):
+        seen = visible[:, :, query, :, None]
+        low, _ = compute_page_min_max(keys.masked_fill(~seen, torch.inf), page_size, num_pages)
+        _, high = compute_page_min_max(keys.masked_fill(~seen, -torch.inf), page_size, num_pages)
+        empty = low == torch.inf
+        low, high = low.masked_fill(empty, 0), high.masked_fill(empty, 0)
+        bounds.append((pseudo_quantize(low, label_bits), pseudo_quantize(high, label_bits)))
+    lows, highs = zip(*bounds, strict=True)
+    return torch.stack(lows, dim=1), torch.stack(highs, dim=1)
+
+
+def quest_page_scores(
+    queries: torch.Tensor, page_min: torch.Tensor, page_max: torch.Tensor
+) -> torch.Tensor:
+    """Upper bounds of the unscaled scores in each page.
+
+    `max(q * low, q * high)` is `q * high` for q > 0 and `q * low` for q < 0, so two matrix products
+    give the sum over channels without a tensor per channel.
+
+    Args:
+        queries: `(B, H, Q, D)`.
+        page_min: `(B, G, P, D)`, or `(B, Q, G, P, D)` with bounds for each query.
+        page_max: Likewise.
+
+    Returns:
+        `(B, H, Q, P)`, at least float32.
+    """
+    queries = queries.to(accumulation_dtype(queries.dtype))
+    up, down = queries.clamp(min=0), queries.clamp(max=0)
+    if page_min.ndim == 4:
+        return grouped_scores(up, page_max) + grouped_scores(down, page_min)
+    columns = [
+        grouped_scores(up[:, :, i : i + 1], page_max[:, i])
+        + grouped_scores(down[:, :, i : i + 1], page_min[:, i])
+        for i in range(queries.shape[2])
+    ]
+    return torch.cat(columns, dim=2)
+
+
+def allowed_pages(candidates: torch.Tensor, page_size: int) -> torch.Tensor:
+    """Pages with at least one candidate.
+
+    Args:
+        candidates: Boolean `(..., K)`.
+        page_size: Keys of a page.
+
+    Returns:
+        Boolean `(..., P)`.
+    """
+    num_keys = candidates.shape[-1]
+    num_pages = -(-num_keys // page_size)
+    padded = functional.pad(candidates, (0, num_pages * page_size - num_keys))
+    return padded.view(*candidates.shape[:-1], num_pages, page_size).any(dim=-1)
+
+
+def pages_to_token_mask(pages: torch.Tensor, num_keys: int, page_size: int) -> torch.Tensor:
+    """The keys of pages.
+
+    Args:
+        pages: Boolean `(..., P)`.
+        num_keys: K.
+        page_size: Keys of a page.
+
+    Returns:
+        Boolean `(..., K)`.
+    """
+    return pages.repeat_interleave(page_size, dim=-1)[..., :num_keys]

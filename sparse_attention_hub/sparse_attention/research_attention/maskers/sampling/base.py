@@ -1,0 +1,44 @@
+"""Bases of maskers that sample, and what a sample is to a mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
+    MaskerConfig,
+    ResearchMasker,
+)
+from sparse_attention_hub.sparse_attention.utils.mask import Mask
+
+
+@dataclass(frozen=True)
+class SamplingMaskerConfig(MaskerConfig):
+    """Base of configurations of sampling maskers."""
+
+
+class SamplingMasker(ResearchMasker):
+    """A masker that selects keys at random.
+
+    It samples from the visible keys that are not selected yet, and gives each its inclusion
+    probability as weight, so that the attention over the mask is the inverse-probability estimate
+    (Horvitz and Thompson 1952) of dense attention. One per `ResearchAttention`: two samples of the
+    same keys have no single inclusion probability.
+    """
+
+
+def add_sampled(
+    previous_mask: Mask, selected: torch.Tensor, probability: torch.Tensor | float
+) -> Mask:
+    """The union of a mask and a sample of keys that it does not select.
+
+    Args:
+        previous_mask: Not modified.
+        selected: Boolean, of the mask's shape; nothing that `previous_mask` selects.
+        probability: Inclusion probability of each, in (0, 1]; broadcastable to the mask's shape.
+    """
+    weights = previous_mask.get_dense_mask()
+    probabilities = torch.as_tensor(probability, dtype=weights.dtype, device=weights.device)
+    weights = torch.where(selected, probabilities, weights)
+    return Mask.create_mask_from_dense_mask(previous_mask.shape, weights, previous_mask.dtype)

@@ -1,0 +1,57 @@
+"""A counter-based generator: random numbers as a function of what they are for.
+
+A number depends on (seed, layer, query head, query position, key position) and on nothing that was
+drawn before. So a query's sample is the same alone and in a batch, in prefill chunks of any size,
+on contiguous tensors and on pages, today and after preemption. (The idea: Salmon et al. 2011,
+"Parallel random numbers: as easy as 1, 2, 3"; the mixing function: Steele et al. 2014, SplitMix64.)
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def _signed(value: int) -> int:
+    """A 64-bit pattern as torch's int64 holds it."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+_STEP = _signed(0x9E3779B97F4A7C15)
+_FIRST = _signed(0xBF58476D1CE4E5B9)
+_SECOND = _signed(0x94D049BB133111EB)
+
+
+def _shifted(bits: torch.Tensor, count: int) -> torch.Tensor:
+    """Logical shift to the right; torch's own keeps the sign."""
+    return (bits >> count) & ((1 << (64 - count)) - 1)
+
+
+def _mixed(bits: torch.Tensor) -> torch.Tensor:
+    bits = bits + _STEP
+    bits = (bits ^ _shifted(bits, 30)) * _FIRST
+    bits = (bits ^ _shifted(bits, 27)) * _SECOND
+    return bits ^ _shifted(bits, 31)
+
+
+def uniform_per_key(
+    seed: int, layer: int, num_heads: int, positions: torch.Tensor, num_keys: int
+) -> torch.Tensor:
+    """One number in [0, 1) for each query head, query and key.
+
+    Args:
+        seed: Of the configuration.
+        layer: Index of the attention layer.
+        num_heads: Query heads H.
+        positions: `(B, 1 or H, Q, 1)`, int64: each query's position in its sequence.
+        num_keys: K; key i is at position i.
+
+    Returns:
+        float64 `(B, H, Q, K)`, a multiple of 2**-53.
+    """
+    device = positions.device
+    start = torch.tensor(seed, dtype=torch.int64, device=device)
+    heads = torch.arange(num_heads, device=device).view(1, -1, 1, 1)
+    rows = _mixed(_mixed(_mixed(start) ^ layer) ^ heads)
+    rows = _mixed(rows ^ positions)
+    bits = _mixed(rows ^ torch.arange(num_keys, device=device))
+    return _shifted(bits, 11).double() * 2.0**-53

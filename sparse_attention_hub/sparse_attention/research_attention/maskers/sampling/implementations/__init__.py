@@ -1,0 +1,5 @@
+"""The sampling maskers, one file each."""
+
+from .random_sampling import RandomSamplingMasker, RandomSamplingMaskerConfig
+
+__all__ = ["RandomSamplingMasker", "RandomSamplingMaskerConfig"]

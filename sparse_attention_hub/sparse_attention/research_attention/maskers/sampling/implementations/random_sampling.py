@@ -1,0 +1,123 @@
+"""Random sampling masker: a uniform sample of the keys that nothing else selected."""
+
+from __future__ import annotations
+
+import numbers
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
+    MaskerConfig,
+    MaskerRegistry,
+    require_config,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base import largest
+from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.base import (
+    SamplingMasker,
+    SamplingMaskerConfig,
+    add_sampled,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.counter_random import (  # noqa: E501
+    uniform_per_key,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import visible_counts
+from sparse_attention_hub.sparse_attention.utils.mask import Mask
+from sparse_attention_hub.sparse_attention.visibility import visible_keys
+
+
+@dataclass(frozen=True)
+class RandomSamplingMaskerConfig(SamplingMaskerConfig):
+    """How many keys are sampled.
+
+    Attributes:
+        sampling_rate: Share, in (0, 1], of the visible keys that were not selected before; rounded
+            down, but at least one key.
+        seed: Of the sample, an integer in [0, 2**63).
+        search_space: For tuners; no part of what the masker does.
+    """
+
+    sampling_rate: float
+    search_space: dict[str, Any] = field(default_factory=dict, compare=False)
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        """Checks the fields.
+
+        Raises:
+            ValueError: Names the field, its value and what is allowed.
+        """
+        rate: object = self.sampling_rate
+        if (
+            isinstance(rate, bool)
+            or not isinstance(rate, numbers.Real)
+            or not 0.0 < float(rate) <= 1.0
+        ):
+            raise ValueError(f"sampling_rate must be a number in (0, 1], got {rate!r}")
+        object.__setattr__(self, "sampling_rate", float(rate))
+        seed: object = self.seed
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+            raise ValueError(f"seed must be an integer in [0, 2**63), got {seed!r}")
+
+
+@MaskerRegistry.register(RandomSamplingMaskerConfig)
+class RandomSamplingMasker(SamplingMasker):
+    """A sample without replacement: n of a row's R remaining keys, each with probability n / R.
+
+    The field's API draws with replacement and still weights by n / R, which leaves the estimate of
+    the denominator short (at n = R by 37 %); without replacement n / R is the exact probability.
+    """
+
+    def __init__(self, config: RandomSamplingMaskerConfig) -> None:
+        """Keeps the configuration.
+
+        Args:
+            config: Of this masker.
+        """
+        super().__init__(config)
+        self.sampling_rate = config.sampling_rate
+        self.seed = config.seed
+
+    def add_mask(
+        self,
+        keys: torch.Tensor,
+        queries: torch.Tensor,
+        values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float,
+        dropout: float,
+        sparse_meta_data: dict[Any, Any],
+        previous_mask: Mask,
+        **kwargs: Any,
+    ) -> Mask:
+        """See `ResearchMasker.add_mask`; `layer_idx` in `kwargs` keys the sample (default 0)."""
+        if previous_mask.is_full_mask():
+            return previous_mask
+        num_keys = keys.shape[2]
+        if self.sampling_rate == 1.0 and previous_mask.is_empty_mask():
+            return Mask.create_full_mask(previous_mask.shape, previous_mask.dtype, queries.device)
+        candidates = previous_mask.get_dense_mask() == 0
+        visible = visible_keys(attention_mask, num_keys)
+        if visible is not None:
+            candidates &= visible
+        # The n smallest of independent uniform numbers are a uniform sample of n keys.
+        positions = torch.as_tensor(visible_counts(attention_mask, num_keys)) - 1
+        numbers_of_keys = uniform_per_key(
+            self.seed,
+            int(kwargs.get("layer_idx", 0)),
+            queries.shape[1],
+            positions.view(1, 1, 1, 1) if positions.ndim == 0 else positions,
+            num_keys,
+        ).to(queries.device)
+        remaining = candidates.sum(dim=-1, keepdim=True)
+        count = (remaining.double() * self.sampling_rate).floor().long().clamp(min=1)
+        count = torch.minimum(count, remaining)
+        at_most = max(1, int(num_keys * self.sampling_rate))
+        selected = largest(-numbers_of_keys.expand_as(candidates), candidates, count, at_most)
+        return add_sampled(previous_mask, selected, count / remaining.clamp(min=1))
+
+    @classmethod
+    def create_from_config(cls, config: MaskerConfig) -> RandomSamplingMasker:
+        """See `ResearchMasker.create_from_config`."""
+        return cls(require_config(config, RandomSamplingMaskerConfig))

@@ -1,0 +1,72 @@
+"""Each registered masker, served in a batch with a dense request, gives the reference's tokens."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from examples.documents import python_manual
+from sparse_attention_hub import ModelAdapterHF, ModelAdapterVLLM, Request
+from sparse_attention_hub.adapters.comparison import compare_answers
+from sparse_attention_hub.sparse_attention.research_attention.maskers.base import MaskerRegistry
+from sparse_attention_hub.sparse_attention.serialization import config_from_dict
+from tests.e2e.texts import prompt
+
+SINK_LOCAL = [{"type": "sink", "sink_size": 8}, {"type": "local", "window_size": 24}]
+CONFIGS = {
+    "quest, 16 keys, as they are": {"type": "quest_top_k", "heavy_size": 0.1, "page_size": 16},
+    "quest, 8 keys, 4 bits": {
+        "type": "quest_top_k",
+        "heavy_size": 128,
+        "page_size": 8,
+        "label_bits": 4,
+    },
+    "top-p": {"type": "oracle_top_p", "top_p": 0.6},
+    "random": {"type": "random_sampling", "sampling_rate": 0.1, "seed": 3},
+}
+ELSEWHERE = {"sink", "local", "oracle_top_k", "causal"}  # test_parity; causal selects nothing
+LAYERS, HEADS = 30, 9
+
+
+def test_no_built_in_masker_is_forgotten() -> None:
+    built_in = {
+        name
+        for name, config in MaskerRegistry.config_types().items()
+        if config.__module__.startswith("sparse_attention_hub.")
+    }
+    assert built_in == ELSEWHERE | {masker["type"] for masker in CONFIGS.values()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_served_is_reference(sparse, model_path, name, capsys) -> None:
+    config = config_from_dict({"maskers": [*SINK_LOCAL, CONFIGS[name]]})
+    text = python_manual(["formatstrings"], 5000)
+    request = Request("Read this.\n\n" + text, ["\n\nWhat is a field?", "\n\nGive an example."])
+    arguments = {"max_new_tokens": 16}
+    served = ModelAdapterVLLM(
+        model_path, config, base_url=sparse.server.base_url, sparse_by_default=True
+    )
+    neighbour = prompt(model_path, 2500, 300)
+    with ThreadPoolExecutor() as pool:
+        beside = pool.submit(sparse.complete, neighbour, tokens=40, sparse_attention="off")
+        found = served.process_request(request, arguments)
+        assert len(beside.result().token_ids) > 0
+    with ModelAdapterHF(
+        model_path,
+        config,
+        model_kwargs={"dtype": torch.float32},
+        device=None,
+        sparse_by_default=True,
+    ) as adapter:
+        reference = adapter.process_request(request, arguments, {"return_logits": True})
+    for expected, answer in zip(reference.details, found.details, strict=True):
+        comparison = compare_answers(expected, answer)
+        if not comparison.is_equal:
+            with capsys.disabled():
+                print(f"\n{name}: {comparison}")
+        assert comparison.is_equal or comparison.is_near_tie, str(comparison)
+        if comparison.is_equal:
+            assert answer.visible_keys == expected.visible_keys
+            # A selection is a whole page here or there when two scores tie within float noise.
+            assert answer.read_keys == pytest.approx(expected.read_keys, rel=1e-3)
+            assert answer.density < 0.6
