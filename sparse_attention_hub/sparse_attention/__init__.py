@@ -31,6 +31,8 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed impo
     TopPMaskerConfig,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling import (
+    AdaptiveSamplingMasker,
+    AdaptiveSamplingMaskerConfig,
     RandomSamplingMasker,
     RandomSamplingMaskerConfig,
     SamplingMasker,
@@ -39,6 +41,8 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling i
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
 
 __all__ = [
+    "AdaptiveSamplingMasker",
+    "AdaptiveSamplingMaskerConfig",
     "CausalMasker",
     "FixedMasker",
     "FixedMaskerConfig",

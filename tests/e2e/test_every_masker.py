@@ -22,6 +22,14 @@ CONFIGS = {
         "label_bits": 4,
     },
     "top-p": {"type": "oracle_top_p", "top_p": 0.6},
+    "adaptive": {
+        "type": "adaptive_sampling",
+        "base_rate_sampling": 0.03,
+        "epsilon": 0.2,
+        "delta": 0.2,
+        "init_offset": 0,
+        "local_offset": 0,
+    },
     "random": {"type": "random_sampling", "sampling_rate": 0.1, "seed": 3},
 }
 ELSEWHERE = {"sink", "local", "oracle_top_k", "causal"}  # test_parity; causal selects nothing

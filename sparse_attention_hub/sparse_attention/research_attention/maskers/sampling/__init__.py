@@ -5,11 +5,15 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.b
     SamplingMaskerConfig,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.implementations import (  # noqa: E501
+    AdaptiveSamplingMasker,
+    AdaptiveSamplingMaskerConfig,
     RandomSamplingMasker,
     RandomSamplingMaskerConfig,
 )
 
 __all__ = [
+    "AdaptiveSamplingMasker",
+    "AdaptiveSamplingMaskerConfig",
     "RandomSamplingMasker",
     "RandomSamplingMaskerConfig",
     "SamplingMasker",

@@ -42,3 +42,13 @@ def add_sampled(
     probabilities = torch.as_tensor(probability, dtype=weights.dtype, device=weights.device)
     weights = torch.where(selected, probabilities, weights)
     return Mask.create_mask_from_dense_mask(previous_mask.shape, weights, previous_mask.dtype)
+
+
+def checked_seed(seed: object) -> None:
+    """Checks a seed of `counter_random`.
+
+    Raises:
+        ValueError: It is not an integer in [0, 2**63).
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed must be an integer in [0, 2**63), got {seed!r}")

@@ -18,6 +18,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.b
     SamplingMasker,
     SamplingMaskerConfig,
     add_sampled,
+    checked_seed,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.counter_random import (  # noqa: E501
     uniform_per_key,
@@ -56,9 +57,7 @@ class RandomSamplingMaskerConfig(SamplingMaskerConfig):
         ):
             raise ValueError(f"sampling_rate must be a number in (0, 1], got {rate!r}")
         object.__setattr__(self, "sampling_rate", float(rate))
-        seed: object = self.seed
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
-            raise ValueError(f"seed must be an integer in [0, 2**63), got {seed!r}")
+        checked_seed(self.seed)
 
 
 @MaskerRegistry.register(RandomSamplingMaskerConfig)

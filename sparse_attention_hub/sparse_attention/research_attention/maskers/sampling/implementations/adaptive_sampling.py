@@ -1,0 +1,237 @@
+"""Adaptive sampling masker (vAttention): as large a sample as the wanted accuracy needs.
+
+Desai et al. 2025, "vAttention: Verified Sparse Attention": with probability at least 1 - delta the
+estimated softmax denominator is within a relative error of epsilon, by the central limit theorem
+and a variance that a small base sample measures. Departures from the field's API, each because the
+stated probability would not hold otherwise:
+
+- samples are drawn without replacement and only from keys that nothing selected yet;
+- the base sample is kept: its keys are read anyway, so they count with certainty, and the rest is
+  sampled from what remains. Given the base sample the estimate is then exactly unbiased;
+- the quantile is two-sided, since errors of either sign count;
+- visible keys outside the sampled range are selected, not forgotten.
+"""
+
+from __future__ import annotations
+
+import numbers
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import Any
+
+import torch
+
+from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
+    MaskerConfig,
+    MaskerRegistry,
+    add_selected,
+    require_config,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base import largest
+from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.base import (
+    SamplingMasker,
+    SamplingMaskerConfig,
+    add_sampled,
+    checked_seed,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.counter_random import (  # noqa: E501
+    uniform_per_key,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import Size
+from sparse_attention_hub.sparse_attention.utils.kv_utils import grouped_scores
+from sparse_attention_hub.sparse_attention.utils.mask import Mask
+from sparse_attention_hub.sparse_attention.visibility import add_bias, visible_keys
+
+
+def _search_space() -> dict[str, Any]:
+    return {
+        "base_rate_sampling": {"grid_search": [0.01, 0.02, 0.03]},
+        "epsilon": {"grid_search": [0.05, 0.1, 0.2, 0.3]},
+        "delta": {"grid_search": [0.05, 0.1, 0.2, 0.3]},
+    }
+
+
+@dataclass(frozen=True)
+class AdaptiveSamplingMaskerConfig(SamplingMaskerConfig):
+    """The accuracy that is wanted, and where keys are sampled.
+
+    Attributes:
+        base_rate_sampling: Keys of the base sample: an integer >= 2, or a share in (0, 1) of the
+            keys to sample from (at least 2 keys).
+        epsilon: Largest relative error of the denominator, in (0, 1).
+        delta: Probability, in (0, 1), with which it may be larger.
+        init_offset: Leading visible keys that are read with certainty: an integer >= 0, or a share
+            in [0, 1].
+        local_offset: Trailing ones, likewise.
+        search_space: For tuners; no part of what the masker does.
+        seed: Of the sample, an integer in [0, 2**63).
+    """
+
+    base_rate_sampling: Size
+    epsilon: float
+    delta: float
+    init_offset: Size
+    local_offset: Size
+    search_space: dict[str, Any] = field(default_factory=_search_space, compare=False)
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        """Checks the fields.
+
+        Raises:
+            ValueError: Names the field, its value and what is allowed.
+        """
+        _check(self, "base_rate_sampling", "an integer >= 2 or a float in (0, 1)", 2, (0.0, 1.0))
+        for name in ("epsilon", "delta"):
+            _check(self, name, "a float in (0, 1)", None, (0.0, 1.0))
+        for name in ("init_offset", "local_offset"):
+            _check(self, name, "an integer >= 0 or a float in [0, 1]", 0, None)
+        checked_seed(self.seed)
+
+
+def _check(
+    config: AdaptiveSamplingMaskerConfig,
+    name: str,
+    allowed: str,
+    least_integer: int | None,
+    open_interval: tuple[float, float] | None,
+) -> None:
+    value: Any = getattr(config, name)
+    is_valid = False
+    if isinstance(value, bool):  # an int to Python, a mistake here
+        pass
+    elif isinstance(value, numbers.Integral):
+        value = int(value)
+        is_valid = least_integer is not None and value >= least_integer
+    elif isinstance(value, numbers.Real):
+        value = float(value)
+        low, high = open_interval or (0.0, 1.0)
+        is_valid = low < value < high if open_interval else low <= value <= high
+    if not is_valid:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    object.__setattr__(config, name, value)
+
+
+@MaskerRegistry.register(AdaptiveSamplingMaskerConfig)
+class AdaptiveSamplingMasker(SamplingMasker):
+    """Samples until the denominator is known to within epsilon, with probability 1 - delta.
+
+    Of the R visible keys in range that nothing selected, n_b form the base sample: read with
+    certainty. From their standard deviation s of `exp(score)` and their estimate D of the whole
+    denominator follow the keys to sample from the other R' = R - n_b,
+
+        n0 = (z * s * R' / (epsilon * D))**2,  n = n0 / (1 + n0 / R'),  n_b <= n <= R'
+
+    with z the two-sided normal quantile of delta; the second formula is the correction for drawing
+    without replacement. Each sampled key has the probability n / R'.
+
+    The bound rests on the normal approximation and on the base sample's deviation. Put a
+    heavy-hitter masker first, as the paper does: a few keys that hold nearly everything, none of
+    them in the base sample, break it, and no sample that leaves keys out could know of them.
+    """
+
+    def __init__(self, config: AdaptiveSamplingMaskerConfig) -> None:
+        """Keeps the configuration.
+
+        Args:
+            config: Of this masker.
+        """
+        super().__init__(config)
+        self.base_rate_sampling = config.base_rate_sampling
+        self.epsilon = config.epsilon
+        self.delta = config.delta
+        self.init_offset = config.init_offset
+        self.local_offset = config.local_offset
+        self.seed = config.seed
+        self.delta_ppf = NormalDist().inv_cdf(1 - config.delta / 2)
+
+    def add_mask(
+        self,
+        keys: torch.Tensor,
+        queries: torch.Tensor,
+        values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float,
+        dropout: float,
+        sparse_meta_data: dict[Any, Any],
+        previous_mask: Mask,
+        **kwargs: Any,
+    ) -> Mask:
+        """See `ResearchMasker.add_mask`; `layer_idx` in `kwargs` keys the sample (default 0)."""
+        if previous_mask.is_full_mask():
+            return previous_mask
+        num_keys, device = keys.shape[2], queries.device
+        visible = visible_keys(attention_mask, num_keys)
+        if visible is None:
+            visible = torch.ones(1, 1, 1, num_keys, dtype=torch.bool, device=device)
+        counts = visible.sum(dim=-1, keepdim=True)
+        certain = visible & ~self._in_range(visible, counts)
+        mask = add_selected(previous_mask, certain)
+        weights = mask.get_dense_mask()
+        residual = (weights == 0) & visible
+        size = residual.sum(dim=-1, keepdim=True)
+        order = -uniform_per_key(
+            self.seed, int(kwargs.get("layer_idx", 0)), queries.shape[1], counts - 1, num_keys
+        ).expand_as(residual)
+
+        if isinstance(self.base_rate_sampling, float):
+            base_size = (size.double() * self.base_rate_sampling).floor().long().clamp(min=2)
+        else:
+            base_size = torch.full_like(size, self.base_rate_sampling)
+        base_size = torch.minimum(base_size, size)
+        base = largest(order, residual, base_size, num_keys)
+
+        logits = add_bias(grouped_scores(queries, keys) * scaling, attention_mask)
+        logits = logits.masked_fill(~visible, -torch.inf)
+        top = logits.amax(dim=-1, keepdim=True)
+        mass = torch.exp(logits - top.masked_fill(top == -torch.inf, 0)).double()
+        rest = residual & ~base
+        budget = self._budget(mass, weights.double(), base, base_size, size)
+        sampled = largest(order, rest, budget, num_keys)
+        probability = budget / (size - base_size).clamp(min=1)
+        return add_sampled(add_selected(mask, base), sampled, probability)
+
+    def _in_range(self, visible: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Which keys are neither leading nor trailing ones, by their rank among the visible."""
+
+        def resolved(offset: Size) -> torch.Tensor | int:
+            return (counts.double() * offset).floor() if isinstance(offset, float) else offset
+
+        rank = visible.cumsum(dim=-1) - 1
+        return (rank >= resolved(self.init_offset)) & (rank < counts - resolved(self.local_offset))
+
+    def _budget(
+        self,
+        mass: torch.Tensor,
+        weights: torch.Tensor,
+        base: torch.Tensor,
+        base_size: torch.Tensor,
+        size: torch.Tensor,
+    ) -> torch.Tensor:
+        """Keys to sample beyond the base sample, int64 `(B, H, Q, 1)`; see the class.
+
+        Args:
+            mass: `exp(score)` up to a row constant, float64 `(B, H, Q, K)`.
+            weights: Of what is selected with certainty or before.
+            base: The base sample.
+            base_size: n_b.
+            size: R.
+        """
+        static = torch.where(weights > 0, mass / weights.masked_fill(weights == 0, 1), 0.0)
+        base_mass = torch.where(base, mass, 0.0)
+        count = base_size.clamp(min=1)
+        mean = base_mass.sum(dim=-1, keepdim=True) / count
+        squares = torch.where(base, (mass - mean) ** 2, 0.0).sum(dim=-1, keepdim=True)
+        deviation = (squares / (base_size - 1).clamp(min=1)).sqrt()
+        denominator = static.sum(dim=-1, keepdim=True) + mean * size
+        rest = (size - base_size).double()
+        tolerated = (self.epsilon * denominator).clamp(min=torch.finfo(torch.float64).tiny)
+        wanted = (self.delta_ppf * deviation * rest / tolerated) ** 2
+        # Without replacement: the variance falls to 0 as the sample takes everything.
+        corrected = wanted / (1 + wanted / rest.clamp(min=1))
+        return torch.minimum(torch.maximum(corrected.ceil().long(), base_size), size - base_size)
+
+    @classmethod
+    def create_from_config(cls, config: MaskerConfig) -> AdaptiveSamplingMasker:
+        """See `ResearchMasker.create_from_config`."""
+        return cls(require_config(config, AdaptiveSamplingMaskerConfig))
