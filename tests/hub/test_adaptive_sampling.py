@@ -9,8 +9,6 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparse_attention_hub.sparse_attention import (
     AdaptiveSamplingMaskerConfig,
@@ -28,6 +26,7 @@ from sparse_attention_hub.sparse_attention.utils.mask_attention_utils import (
     get_attention_denominator,
     get_attention_numerator,
 )
+from tests.captured_attention import captured_layers
 from tests.e2e.texts import prompt
 from tests.hub.brute_force import additive, causal
 
@@ -117,27 +116,15 @@ def test_reads_little_more_than_one_who_knows_the_deviation() -> None:
 
 def test_guarantee_on_real_attention(model_path: str) -> None:
     """Every layer and head of the small model, at several positions, as the paper composes it."""
-    captured: list[tuple[torch.Tensor, torch.Tensor, float]] = []
-
-    def capture(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        captured.append((query, key, scaling))
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-
-    AttentionInterface.register("captured_for_sampling", capture)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    model.set_attn_implementation("captured_for_sampling")
-    with torch.no_grad():
-        model(torch.tensor([prompt(model_path, 100, 1500)]))
     maskers = [SinkMaskerConfig(16), LocalMaskerConfig(32), OracleTopKConfig(0.05)]
     epsilon, delta, failures, rows = 0.05, 0.1, 0, 0
-    for layer, (query, key, scaling) in enumerate(captured):
+    calls = captured_layers(model_path, prompt(model_path, 100, 1500))
+    for layer, call in enumerate(calls):
         for position in (700, 1100, 1499):
-            part = query[:, :, position : position + 1], key[:, :, : position + 1]
-            scores = (part[0] @ part[1].repeat_interleave(3, 1).mT)[0, :, 0] * scaling
+            part = call.query[:, :, position : position + 1], call.key[:, :, : position + 1]
+            scores = (part[0] @ part[1].repeat_interleave(3, 1).mT)[0, :, 0] * call.scaling
             sampling = config(base_rate_sampling=0.05, epsilon=epsilon, delta=delta)
-            weights = select([*maskers, sampling], *part, None, scaling, layer)[0, :, 0]
+            weights = select([*maskers, sampling], *part, None, call.scaling, layer)[0, :, 0]
             failures += int((relative_error(scores, weights) > epsilon).sum())
             rows += len(scores)
     assert rows == 30 * 9 * 3

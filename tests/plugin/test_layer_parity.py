@@ -4,17 +4,15 @@ When served and reference answers part, this says which layer does it: no other 
 side is in the way. A decode step and a sparse prefill chunk of the real model, each of its layers.
 """
 
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from vllm.platforms import current_platform
 
 from sparse_attention_hub.sparse_attention.research_attention import ResearchAttention
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict
+from tests.captured_attention import LayerCall, captured_layers
 from tests.e2e.texts import prompt
 from tests.tolerances import ATTENTION_ATOL
 from vllm_sparse_plugin import compat
@@ -36,32 +34,10 @@ CONFIGS = {
 }
 
 
-@dataclass
-class LayerCall:
-    """What one layer of the model attended with; batch of one, as transformers has it."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    scaling: float
-
-
 @pytest.fixture(scope="module")
 def layer_calls(model_path: str) -> list[LayerCall]:
     """Each layer's queries, keys and values in one pass of the real model in float32."""
-    calls: list[LayerCall] = []
-
-    def capture(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        calls.append(LayerCall(query, key, value, scaling))
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-
-    AttentionInterface.register("captured", capture)
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    model.set_attn_implementation("captured")
-    with torch.no_grad():
-        model(torch.tensor([prompt(model_path, 400, CONTEXT)]))
+    calls = captured_layers(model_path, prompt(model_path, 400, CONTEXT))
     assert len(calls) == LAYERS
     return calls
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
+from sparse_attention_hub.sparse_attention.visibility import visible_keys
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,21 @@ def require_config(config: MaskerConfig, expected: type[Config]) -> Config:
     if not isinstance(config, expected):
         raise ValueError(f"expected a {expected.__name__}, got {type(config).__name__}")
     return config
+
+
+def unselected_keys(previous_mask: Mask, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """The visible keys that a mask does not select.
+
+    Args:
+        previous_mask: `(B, H, Q, K)`.
+        attention_mask: As in `visible_keys`.
+
+    Returns:
+        Boolean `(B, H, Q, K)`, the caller's own.
+    """
+    unselected = previous_mask.get_dense_mask() == 0
+    visible = visible_keys(attention_mask, previous_mask.shape[-1])
+    return unselected if visible is None else unselected & visible
 
 
 def add_selected(previous_mask: Mask, selected: torch.Tensor) -> Mask:

@@ -12,6 +12,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     MaskerConfig,
     ResearchMasker,
     add_selected,
+    unselected_keys,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import (
     Size,
@@ -20,7 +21,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes impo
     visible_counts,
 )
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
-from sparse_attention_hub.sparse_attention.visibility import add_bias, visible_keys
+from sparse_attention_hub.sparse_attention.visibility import add_bias
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,7 @@ class TopKMasker(FixedMasker):
         num_keys = keys.shape[2]
         if isinstance(self.heavy_size, int) and num_keys <= self.heavy_size:
             return Mask.create_full_mask(previous_mask.shape, previous_mask.dtype, queries.device)
-        candidates = previous_mask.get_dense_mask() == 0
-        visible = visible_keys(attention_mask, num_keys)
-        if visible is not None:
-            candidates &= visible
+        candidates = unselected_keys(previous_mask, attention_mask)
         scores = add_bias(self.scores(queries, keys, sparse_meta_data, **kwargs), attention_mask)
         selected = largest(
             scores,

@@ -13,6 +13,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     MaskerRegistry,
     add_selected,
     require_config,
+    unselected_keys,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base import (
     FixedMasker,
@@ -20,7 +21,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base
 )
 from sparse_attention_hub.sparse_attention.utils.kv_utils import grouped_scores
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
-from sparse_attention_hub.sparse_attention.visibility import add_bias, visible_keys
+from sparse_attention_hub.sparse_attention.visibility import add_bias
 
 _GRID = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99]
 
@@ -107,13 +108,9 @@ class OracleTopPMasker(TopPMasker):
         """See `ResearchMasker.add_mask`."""
         if previous_mask.is_full_mask():
             return previous_mask
-        num_keys = keys.shape[2]
         if self.top_p == 1.0 and previous_mask.is_empty_mask():
             return Mask.create_full_mask(previous_mask.shape, previous_mask.dtype, queries.device)
-        candidates = previous_mask.get_dense_mask() == 0
-        visible = visible_keys(attention_mask, num_keys)
-        if visible is not None:
-            candidates &= visible
+        candidates = unselected_keys(previous_mask, attention_mask)
         logits = add_bias(grouped_scores(queries, keys) * scaling, attention_mask)
         logits = logits.masked_fill(~candidates, -torch.inf)
         ranked = logits.sort(dim=-1, descending=True).values

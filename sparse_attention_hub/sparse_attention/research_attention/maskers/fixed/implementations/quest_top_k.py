@@ -17,6 +17,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     MaskerRegistry,
     add_selected,
     require_config,
+    unselected_keys,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base import (
     FixedMasker,
@@ -118,7 +119,7 @@ class QuestTopKMasker(FixedMasker):
         visible = visible.expand(shape[0], visible.shape[1], *shape[2:])
         bounds = visible_page_bounds(keys, visible, self.page_size, self.label_bits)
         scores = quest_page_scores(queries, *bounds)
-        candidates = (previous_mask.get_dense_mask() == 0) & visible
+        candidates = unselected_keys(previous_mask, attention_mask)
         counts = visible.sum(dim=-1, keepdim=True)
         wanted = resolve_size(self.heavy_size, counts)
         num_pages = scores.shape[-1]

@@ -26,6 +26,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     MaskerRegistry,
     add_selected,
     require_config,
+    unselected_keys,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base import largest
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.base import (
@@ -168,7 +169,7 @@ class AdaptiveSamplingMasker(SamplingMasker):
         certain = visible & ~self._in_range(visible, counts)
         mask = add_selected(previous_mask, certain)
         weights = mask.get_dense_mask()
-        residual = (weights == 0) & visible
+        residual = unselected_keys(mask, attention_mask)
         size = residual.sum(dim=-1, keepdim=True)
         order = -uniform_per_key(
             self.seed, int(kwargs.get("layer_idx", 0)), queries.shape[1], counts - 1, num_keys

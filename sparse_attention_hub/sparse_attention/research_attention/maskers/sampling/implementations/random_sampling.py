@@ -12,6 +12,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     MaskerConfig,
     MaskerRegistry,
     require_config,
+    unselected_keys,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base import largest
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.base import (
@@ -25,7 +26,6 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.c
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import visible_counts
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
-from sparse_attention_hub.sparse_attention.visibility import visible_keys
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,7 @@ class RandomSamplingMasker(SamplingMasker):
         num_keys = keys.shape[2]
         if self.sampling_rate == 1.0 and previous_mask.is_empty_mask():
             return Mask.create_full_mask(previous_mask.shape, previous_mask.dtype, queries.device)
-        candidates = previous_mask.get_dense_mask() == 0
-        visible = visible_keys(attention_mask, num_keys)
-        if visible is not None:
-            candidates &= visible
+        candidates = unselected_keys(previous_mask, attention_mask)
         # The n smallest of independent uniform numbers are a uniform sample of n keys.
         positions = torch.as_tensor(visible_counts(attention_mask, num_keys)) - 1
         numbers_of_keys = uniform_per_key(
