@@ -17,9 +17,15 @@ EXAMPLES = [
     {"type": "sink", "sink_size": 4},
     {"type": "local", "window_size": 0.1},
     {"type": "causal"},
-    {"type": "oracle_top_k", "heavy_size": 32},
+    {"type": "oracle_top_k", "heavy_size": 32, "head_granularity": "kv_head"},
     {"type": "oracle_top_p", "top_p": 0.9},
-    {"type": "quest_top_k", "heavy_size": 0.1, "page_size": 16, "label_bits": 4},
+    {
+        "type": "quest_top_k",
+        "heavy_size": 0.1,
+        "head_granularity": "query_head",
+        "page_size": 16,
+        "label_bits": 4,
+    },
     {"type": "random_sampling", "sampling_rate": 0.05, "seed": 7},
     {
         "type": "adaptive_sampling",

@@ -16,10 +16,11 @@ class Mask:
     """One weight per element: 0 = not selected, w in (0, 1] = selected with probability w.
 
     The last dimension counts keys, the ones before it rows (batch, query head, query). A mask is
-    stored as nothing at all (`is_full`, `is_empty`), as a dense tensor, or as sorted flat indices
-    with row pointers. It never shares memory with a tensor of the caller, in or out, and every
-    form gives the same answers. The two flags are set by construction only: finding out that a
-    dense mask happens to be full would cost a pass over it, and a host sync on a GPU.
+    stored as nothing at all (`is_full`, `is_empty`), as a dense tensor, as sorted flat indices with
+    row pointers, or as equally many key positions per row (`rows`). Every form gives the same
+    answers, and shares no memory with a tensor of the caller (`create_from_rows` excepted). The two
+    flags are set by construction only: finding out that a dense mask happens to be full would cost
+    a pass over it, and a host sync on a GPU.
 
     Attributes:
         shape: Of the mask.
@@ -64,6 +65,7 @@ class Mask:
         self.indices: torch.Tensor | None = None
         self.ptr: torch.Tensor | None = None
         self.data: torch.Tensor | None = None
+        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
         self.from_dense_mask = from_dense_mask
         self.from_index = from_index
         self.is_full = is_full
@@ -167,6 +169,22 @@ class Mask:
         return cls(shape, dtype, indices=indices, ptr=ptr, data=data, from_index=True)
 
     @classmethod
+    def create_from_rows(
+        cls, shape: Sequence[int], key_indices: torch.Tensor, weights: torch.Tensor
+    ) -> Mask:
+        """A mask from key positions per row, taken as they are: nothing is checked or copied.
+
+        Args:
+            shape: Of the mask.
+            key_indices: `(*shape[:-1], n)`; distinct within a row where the weight is not 0.
+            weights: Of the same shape and in the mask's dtype; 0 = no key.
+        """
+        mask = cls(shape, weights.dtype, key_indices.device, is_empty=True)
+        mask.is_empty = False
+        mask._rows = (key_indices, weights)
+        return mask
+
+    @classmethod
     def create_from_row_wise_idx(
         cls,
         shape: Sequence[int],
@@ -227,10 +245,25 @@ class Mask:
         """Whether the mask was made empty (see the class about flags)."""
         return self.is_empty
 
+    def rows(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Key positions and weights per row, if the mask is stored so or empty; else None.
+
+        Returns:
+            Two `(*shape[:-1], n)`, not to be written to; a weight of 0 = no key.
+        """
+        if self.is_empty:
+            shape = (*self.shape[:-1], 0)
+            positions = torch.empty(shape, dtype=torch.int64, device=self.device)
+            return positions, torch.empty(shape, dtype=self.dtype, device=self.device)
+        return self._rows
+
     def get_dense_mask(self) -> torch.Tensor:
         """The weights as a tensor of `shape` that belongs to the caller."""
         if self.mask is not None:
             return self.mask.clone()
+        if self._rows is not None:
+            weights = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            return weights.scatter_add_(-1, *self._rows)
         fill = torch.ones if self.is_full else torch.zeros
         dense = fill(self._numel(), dtype=self.dtype, device=self.device)
         if self.indices is not None and self.data is not None:
@@ -328,6 +361,8 @@ class Mask:
             return 0
         if self.indices is not None:
             return self.indices.numel()
+        if self._rows is not None:
+            return int((self._rows[1] > 0).sum())
         assert self.mask is not None
         return int((self.mask > 0).sum())
 

@@ -22,6 +22,7 @@ from sparse_attention_hub.sparse_attention.utils.kv_utils import (
     grouped_sum,
 )
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
+from sparse_attention_hub.sparse_attention.utils.row_attention import attend_rows
 from sparse_attention_hub.sparse_attention.visibility import add_bias, visible_keys
 
 
@@ -194,6 +195,14 @@ def get_masked_attention_output(
         The output `(B, Q, H, Dv)`, contiguous, in the dtype of `queries`; with the weights
         `(B, H, Q, K)` when asked for.
     """
+    is_training = _is_training(module) and dropout > 0.0
+    rows = sparse_attention_mask.rows()
+    if (
+        rows is not None
+        and attention_mask is None
+        and not (return_attention_weights or is_training)
+    ):
+        return attend_rows(queries, keys, values, scaling, *rows)
     weights = _compute_masked_exp_attention_weights(
         queries,
         keys,
@@ -201,7 +210,7 @@ def get_masked_attention_output(
         scaling,
         sparse_attention_mask,
         dropout,
-        _is_training(module),
+        is_training,
     )
     denominator = weights.sum(dim=-1, keepdim=True)
     output = _divide(grouped_sum(weights, values), denominator)

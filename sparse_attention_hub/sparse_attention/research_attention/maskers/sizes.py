@@ -48,6 +48,10 @@ def resolve_size(size: Size, num_keys: int) -> int: ...
 def resolve_size(size: Size, num_keys: torch.Tensor) -> torch.Tensor: ...
 
 
+@overload
+def resolve_size(size: Size, num_keys: int | torch.Tensor) -> int | torch.Tensor: ...
+
+
 def resolve_size(size: Size, num_keys: int | torch.Tensor) -> int | torch.Tensor:
     """A size in keys, at most `num_keys`; shares are rounded down.
 

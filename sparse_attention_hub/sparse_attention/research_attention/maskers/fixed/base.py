@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,18 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     add_selected,
     unselected_keys,
 )
+from sparse_attention_hub.sparse_attention.research_attention.maskers.head_groups import (
+    HEAD_GRANULARITIES,
+    any_of_groups,
+    most_of_groups,
+    per_query_head,
+    pooled_scores,
+    selecting_units,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.single_row import (
+    add_top,
+    is_single_row,
+)
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import (
     Size,
     checked_size,
@@ -21,7 +33,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes impo
     visible_counts,
 )
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
-from sparse_attention_hub.sparse_attention.visibility import add_bias
+from sparse_attention_hub.sparse_attention.visibility import add_bias, visible_keys
 
 
 @dataclass(frozen=True)
@@ -42,25 +54,37 @@ class TopKMaskerConfig(FixedMaskerConfig):
     Attributes:
         heavy_size: Keys beyond those already selected: a number, or a share of the keys that a
             query may see.
+        head_granularity: "query_head": each query head selects for itself. "kv_head": the query
+            heads that share a KV head select together, see `pooled_scores`; a server then
+            loads for the group no more than for one of them.
     """
 
     json_name: ClassVar[str | None] = None
 
     heavy_size: Size
+    head_granularity: str = field(default="query_head", kw_only=True)
 
     def __post_init__(self) -> None:
-        """Checks the size.
+        """Checks the fields.
 
         Raises:
-            ValueError: `heavy_size` is neither an integer >= 1 nor a float in (0, 1].
+            ValueError: `heavy_size` is neither an integer >= 1 nor a float in (0, 1], or
+                `head_granularity` is not one of `HEAD_GRANULARITIES`.
         """
         object.__setattr__(self, "heavy_size", checked_size("heavy_size", self.heavy_size))
+        if self.head_granularity not in HEAD_GRANULARITIES:
+            raise ValueError(
+                f"head_granularity must be one of {', '.join(HEAD_GRANULARITIES)}, "
+                f"got {self.head_granularity!r}"
+            )
 
 
 class TopKMasker(FixedMasker):
     """Selects the `heavy_size` keys with the highest score that are visible and not yet selected.
 
-    Equal scores: the lower position wins. Fewer candidates than `heavy_size`: all of them.
+    Equal scores: the lower position wins. Fewer candidates than `heavy_size`: all of them. Query
+    heads that select together all get the same `heavy_size` keys, out of those that not all of them
+    have.
     """
 
     def __init__(self, config: TopKMaskerConfig) -> None:
@@ -71,16 +95,19 @@ class TopKMasker(FixedMasker):
         """
         super().__init__(config)
         self.heavy_size = config.heavy_size
+        self.head_granularity = config.head_granularity
 
     @abstractmethod
     def scores(
         self,
         queries: torch.Tensor,
         keys: torch.Tensor,
+        values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
         sparse_meta_data: dict[Any, Any],
-        **kwargs: Any,
+        layer_idx: int,
     ) -> torch.Tensor:
-        """What keys are ranked by; `queries` `(B, H, Q, D)`, `keys` `(B, G, K, D)`.
+        """What keys are ranked by; arguments as in `add_mask`.
 
         Returns:
             `(B, H, Q, K)`, in the units of unscaled dot products: the additive part of the
@@ -105,15 +132,27 @@ class TopKMasker(FixedMasker):
         num_keys = keys.shape[2]
         if isinstance(self.heavy_size, int) and num_keys <= self.heavy_size:
             return Mask.create_full_mask(previous_mask.shape, previous_mask.dtype, queries.device)
-        candidates = unselected_keys(previous_mask, attention_mask)
-        scores = add_bias(self.scores(queries, keys, sparse_meta_data, **kwargs), attention_mask)
+        heads, units = queries.shape[1], self._units(queries, keys)
+        layer = int(kwargs.get("layer_idx", 0))
+        scores = self.scores(queries, keys, values, attention_mask, sparse_meta_data, layer)
+        if scores.dtype == torch.float32 and is_single_row(previous_mask, attention_mask):
+            count = resolve_size(self.heavy_size, num_keys)
+            return add_top(previous_mask, pooled_scores(scores, units, scaling), count)
+        visible = visible_keys(attention_mask, num_keys)
+        scores = add_bias(scores, attention_mask)
+        if visible is not None:
+            scores = scores.masked_fill(~visible, -torch.inf)
+        counts = most_of_groups(visible_counts(attention_mask, num_keys), units)
         selected = largest(
-            scores,
-            candidates,
-            resolve_size(self.heavy_size, visible_counts(attention_mask, num_keys)),
+            pooled_scores(scores, units, scaling),
+            any_of_groups(unselected_keys(previous_mask, attention_mask), units),
+            resolve_size(self.heavy_size, counts),
             at_most=resolve_size(self.heavy_size, num_keys),
         )
-        return add_selected(previous_mask, selected)
+        return add_selected(previous_mask, per_query_head(selected, heads))
+
+    def _units(self, queries: torch.Tensor, keys: torch.Tensor) -> int:
+        return selecting_units(self.head_granularity, queries.shape[1], keys.shape[1])
 
 
 def largest(

@@ -10,6 +10,12 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     MaskerConfig,
     ResearchMasker,
 )
+from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.counter_random import (  # noqa: E501
+    uniform_per_key,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.single_row import (
+    exclude_selected,
+)
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
 
 
@@ -42,6 +48,29 @@ def add_sampled(
     probabilities = torch.as_tensor(probability, dtype=weights.dtype, device=weights.device)
     weights = torch.where(selected, probabilities, weights)
     return Mask.create_mask_from_dense_mask(previous_mask.shape, weights, previous_mask.dtype)
+
+
+def unselected_in_random_order(
+    previous_mask: Mask, seed: int, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranks the keys of a decode step's query by random numbers, selected ones last.
+
+    Args:
+        previous_mask: `(B, H, 1, K)`, by index.
+        seed: Of the configuration.
+        layer: Index of the attention layer.
+
+    Returns:
+        float64 `(B, H, 1, K)`, -inf for selected keys, and how many are not selected, int64
+        `(B, H, 1, 1)`. The largest n are a uniform sample of n unselected keys.
+    """
+    batch, heads, _, num_keys = previous_mask.shape
+    rows = previous_mask.rows()
+    assert rows is not None  # by index, as the caller has checked
+    position = torch.full((batch, 1, 1, 1), num_keys - 1, device=previous_mask.device)
+    order = -uniform_per_key(seed, layer, heads, position, num_keys)
+    remaining = num_keys - (rows[1] > 0).sum(dim=-1, keepdim=True)
+    return exclude_selected(order, *rows, never=-torch.inf), remaining
 
 
 def checked_seed(seed: object) -> None:

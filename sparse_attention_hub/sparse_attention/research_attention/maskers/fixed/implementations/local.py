@@ -17,6 +17,10 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base
     FixedMasker,
     FixedMaskerConfig,
 )
+from sparse_attention_hub.sparse_attention.research_attention.maskers.single_row import (
+    add_range,
+    is_single_row,
+)
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import (
     Size,
     checked_size,
@@ -85,6 +89,8 @@ class LocalMasker(FixedMasker):
         window = resolve_size(self.window_size, visible_counts(attention_mask, num_keys))
         if num_queries == 1 and isinstance(window, int) and num_keys <= window:
             return Mask.create_full_mask(previous_mask.shape, previous_mask.dtype, keys.device)
+        if isinstance(window, int) and is_single_row(previous_mask, attention_mask):
+            return add_range(previous_mask, num_keys - window, num_keys)
         key = torch.arange(num_keys, device=keys.device)
         query = torch.arange(num_keys - num_queries, num_keys, device=keys.device)[:, None]
         selected = (key <= query) & (key > query - window)

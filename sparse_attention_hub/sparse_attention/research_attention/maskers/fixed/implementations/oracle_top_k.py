@@ -42,8 +42,10 @@ class OracleTopKMasker(TopKMasker):
         self,
         queries: torch.Tensor,
         keys: torch.Tensor,
+        values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
         sparse_meta_data: dict[Any, Any],
-        **kwargs: Any,
+        layer_idx: int,
     ) -> torch.Tensor:
         """See `TopKMasker.scores`."""
         return grouped_scores(queries, keys)

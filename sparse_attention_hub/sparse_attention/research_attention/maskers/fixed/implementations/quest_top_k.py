@@ -25,10 +25,22 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base
     largest,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.quest_utils import (  # noqa: E501
+    add_top_pages,
     allowed_pages,
     pages_to_token_mask,
     quest_page_scores,
+    stored_page_bounds,
     visible_page_bounds,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.head_groups import (
+    any_of_groups,
+    most_of_groups,
+    per_query_head,
+    pooled_scores,
+    selecting_units,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.single_row import (
+    is_single_row,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import resolve_size
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
@@ -91,6 +103,7 @@ class QuestTopKMasker(FixedMasker):
         """
         super().__init__(config)
         self.heavy_size = config.heavy_size
+        self.head_granularity = config.head_granularity
         self.page_size = config.page_size
         self.label_bits = config.label_bits
 
@@ -112,23 +125,51 @@ class QuestTopKMasker(FixedMasker):
         num_keys = keys.shape[2]
         if isinstance(self.heavy_size, int) and num_keys <= self.heavy_size:
             return Mask.create_full_mask(previous_mask.shape, previous_mask.dtype, queries.device)
-        shape = previous_mask.shape
+        units = selecting_units(self.head_granularity, queries.shape[1], keys.shape[1])
+        if is_single_row(previous_mask, attention_mask) and keys.dtype != torch.float64:
+            bounds = stored_page_bounds(
+                keys,
+                self.page_size,
+                self.label_bits,
+                sparse_meta_data,
+                int(kwargs.get("layer_idx", 0)),
+            )
+            scores = pooled_scores(quest_page_scores(queries, *bounds), units, scaling)
+            return add_top_pages(
+                previous_mask, scores, self._num_pages(num_keys, num_keys), self.page_size
+            )
         visible = visible_keys(attention_mask, num_keys)
         if visible is None:
             visible = torch.ones(1, 1, 1, num_keys, dtype=torch.bool, device=queries.device)
-        visible = visible.expand(shape[0], visible.shape[1], *shape[2:])
+        visible = visible.expand(queries.shape[0], visible.shape[1], queries.shape[2], num_keys)
         bounds = visible_page_bounds(keys, visible, self.page_size, self.label_bits)
-        scores = quest_page_scores(queries, *bounds)
-        candidates = unselected_keys(previous_mask, attention_mask)
-        counts = visible.sum(dim=-1, keepdim=True)
-        wanted = resolve_size(self.heavy_size, counts)
-        num_pages = scores.shape[-1]
-        pages = (wanted // self.page_size).clamp(min=MIN_PAGES)
-        pages = torch.where(wanted >= counts, num_pages, pages)
-        chosen = largest(scores, allowed_pages(candidates, self.page_size), pages, num_pages)
+        seen = allowed_pages(visible, self.page_size)
+        scores = quest_page_scores(queries, *bounds).masked_fill(~seen, -torch.inf)
+        candidates = any_of_groups(unselected_keys(previous_mask, attention_mask), units)
+        counts = most_of_groups(visible.sum(dim=-1, keepdim=True), units)
+        chosen = largest(
+            pooled_scores(scores, units, scaling),
+            allowed_pages(candidates, self.page_size),
+            self._num_pages(counts, scores.shape[-1] * self.page_size),
+            scores.shape[-1],
+        )
+        chosen = per_query_head(chosen, queries.shape[1])
         return add_selected(
             previous_mask, pages_to_token_mask(chosen, num_keys, self.page_size) & visible
         )
+
+    def _num_pages(self, visible: int | torch.Tensor, num_keys: int) -> Any:
+        """Pages to read, an int or int64 like `visible`: how many keys a query may see."""
+        wanted = resolve_size(self.heavy_size, visible)
+        every = -(-num_keys // self.page_size)
+        if isinstance(wanted, int):
+            return (
+                every
+                if wanted >= num_keys
+                else min(every, max(MIN_PAGES, wanted // self.page_size))
+            )
+        pages = (wanted // self.page_size).clamp(min=MIN_PAGES)
+        return torch.where(wanted >= torch.as_tensor(visible), every, pages)
 
     @classmethod
     def create_from_config(cls, config: MaskerConfig) -> QuestTopKMasker:

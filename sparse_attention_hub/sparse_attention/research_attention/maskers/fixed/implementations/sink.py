@@ -17,6 +17,10 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base
     FixedMasker,
     FixedMaskerConfig,
 )
+from sparse_attention_hub.sparse_attention.research_attention.maskers.single_row import (
+    add_range,
+    is_single_row,
+)
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import (
     Size,
     checked_size,
@@ -84,6 +88,8 @@ class SinkMasker(FixedMasker):
         num_keys = keys.shape[2]
         if isinstance(self.sink_size, int) and num_keys <= self.sink_size:
             return Mask.create_full_mask(previous_mask.shape, previous_mask.dtype, keys.device)
+        if is_single_row(previous_mask, attention_mask):
+            return add_range(previous_mask, 0, resolve_size(self.sink_size, num_keys))
         size = resolve_size(self.sink_size, visible_counts(attention_mask, num_keys))
         visible = visible_keys(attention_mask, num_keys)
         if visible is None:

@@ -34,9 +34,15 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.b
     SamplingMaskerConfig,
     add_sampled,
     checked_seed,
+    unselected_in_random_order,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.counter_random import (  # noqa: E501
     uniform_per_key,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.single_row import (
+    add_range,
+    add_weighted,
+    is_single_row,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import Size
 from sparse_attention_hub.sparse_attention.utils.kv_utils import grouped_scores
@@ -162,6 +168,12 @@ class AdaptiveSamplingMasker(SamplingMasker):
         if previous_mask.is_full_mask():
             return previous_mask
         num_keys, device = keys.shape[2], queries.device
+        layer = int(kwargs.get("layer_idx", 0))
+        # The number of sampled keys is measured; listing them needs it on the host, which is free
+        # on a CPU alone.
+        if device.type == "cpu" and is_single_row(previous_mask, attention_mask):
+            logits = grouped_scores(queries, keys) * scaling
+            return self._add_to_row(previous_mask, logits, layer)
         visible = visible_keys(attention_mask, num_keys)
         if visible is None:
             visible = torch.ones(1, 1, 1, num_keys, dtype=torch.bool, device=device)
@@ -172,14 +184,10 @@ class AdaptiveSamplingMasker(SamplingMasker):
         residual = unselected_keys(mask, attention_mask)
         size = residual.sum(dim=-1, keepdim=True)
         order = -uniform_per_key(
-            self.seed, int(kwargs.get("layer_idx", 0)), queries.shape[1], counts - 1, num_keys
+            self.seed, layer, queries.shape[1], counts - 1, num_keys
         ).expand_as(residual)
 
-        if isinstance(self.base_rate_sampling, float):
-            base_size = (size.double() * self.base_rate_sampling).floor().long().clamp(min=2)
-        else:
-            base_size = torch.full_like(size, self.base_rate_sampling)
-        base_size = torch.minimum(base_size, size)
+        base_size = self._base_size(size)
         base = largest(order, residual, base_size, num_keys)
 
         logits = add_bias(grouped_scores(queries, keys) * scaling, attention_mask)
@@ -187,7 +195,9 @@ class AdaptiveSamplingMasker(SamplingMasker):
         top = logits.amax(dim=-1, keepdim=True)
         mass = torch.exp(logits - top.masked_fill(top == -torch.inf, 0)).double()
         rest = residual & ~base
-        budget = self._budget(mass, weights.double(), base, base_size, size)
+        weights = weights.double()
+        static = mass / weights.masked_fill(weights == 0, torch.inf)
+        budget = self._budget(static.sum(dim=-1, keepdim=True), mass, base, base_size, size)
         sampled = largest(order, rest, budget, num_keys)
         probability = budget / (size - base_size).clamp(min=1)
         return add_sampled(add_selected(mask, base), sampled, probability)
@@ -201,10 +211,62 @@ class AdaptiveSamplingMasker(SamplingMasker):
         rank = visible.cumsum(dim=-1) - 1
         return (rank >= resolved(self.init_offset)) & (rank < counts - resolved(self.local_offset))
 
+    def _base_size(self, size: torch.Tensor) -> torch.Tensor:
+        """Keys of the base sample, n_b, out of R; both int64 `(B, H, Q, 1)`."""
+        if isinstance(self.base_rate_sampling, float):
+            base_size = (size.double() * self.base_rate_sampling).floor().long().clamp(min=2)
+        else:
+            base_size = torch.full_like(size, self.base_rate_sampling)
+        return torch.minimum(base_size, size)
+
+    def _add_to_row(self, previous_mask: Mask, logits: torch.Tensor, layer: int) -> Mask:
+        """The same by index, for one query that sees every key (see `single_row`).
+
+        Args:
+            previous_mask: `(B, H, 1, K)`, by index.
+            logits: Scaled scores, `(B, H, 1, K)`.
+            layer: Index of the attention layer.
+        """
+        num_keys = logits.shape[-1]
+        start, stop = self._range(num_keys)
+        mask = add_range(add_range(previous_mask, 0, start), stop, num_keys)
+        rows = mask.rows()
+        assert rows is not None  # add_range keeps the form
+        order, size = unselected_in_random_order(mask, self.seed, layer)
+        base_size = self._base_size(size)
+        top = logits.amax(dim=-1, keepdim=True)
+
+        def mass_of(indices: torch.Tensor) -> torch.Tensor:
+            return torch.exp(logits.gather(-1, indices) - top).double()
+
+        weights = rows[1].double()
+        static = torch.where(
+            weights > 0, mass_of(rows[0]) / weights.masked_fill(weights == 0, 1), 0.0
+        )
+        drawn = order.topk(int(base_size.max()), dim=-1).indices
+        is_base = torch.arange(drawn.shape[-1]) < base_size
+        budget = self._budget(
+            static.sum(dim=-1, keepdim=True), mass_of(drawn), is_base, base_size, size
+        )
+        drawn = order.topk(int((base_size + budget).max()), dim=-1).indices
+        place = torch.arange(drawn.shape[-1])
+        probability = budget / (size - base_size).clamp(min=1)
+        probabilities = torch.where(place < base_size, 1.0, probability)
+        return add_weighted(mask, drawn, probabilities * (place < base_size + budget))
+
+    def _range(self, num_keys: int) -> tuple[int, int]:
+        """Where keys are sampled, of `num_keys` visible ones; as `_in_range`."""
+
+        def resolved(offset: Size) -> int:
+            return min(int(num_keys * offset) if isinstance(offset, float) else offset, num_keys)
+
+        start = resolved(self.init_offset)
+        return start, max(start, num_keys - resolved(self.local_offset))
+
     def _budget(
         self,
+        static: torch.Tensor,
         mass: torch.Tensor,
-        weights: torch.Tensor,
         base: torch.Tensor,
         base_size: torch.Tensor,
         size: torch.Tensor,
@@ -212,19 +274,18 @@ class AdaptiveSamplingMasker(SamplingMasker):
         """Keys to sample beyond the base sample, int64 `(B, H, Q, 1)`; see the class.
 
         Args:
-            mass: `exp(score)` up to a row constant, float64 `(B, H, Q, K)`.
-            weights: Of what is selected with certainty or before.
-            base: The base sample.
+            static: The estimate of the denominator from what is selected before, `(B, H, Q, 1)`.
+            mass: `exp(score)` up to a row constant, float64 `(B, H, Q, n)`.
+            base: Which of these n keys form the base sample.
             base_size: n_b.
             size: R.
         """
-        static = torch.where(weights > 0, mass / weights.masked_fill(weights == 0, 1), 0.0)
         base_mass = torch.where(base, mass, 0.0)
         count = base_size.clamp(min=1)
         mean = base_mass.sum(dim=-1, keepdim=True) / count
         squares = torch.where(base, (mass - mean) ** 2, 0.0).sum(dim=-1, keepdim=True)
         deviation = (squares / (base_size - 1).clamp(min=1)).sqrt()
-        denominator = static.sum(dim=-1, keepdim=True) + mean * size
+        denominator = static + mean * size
         rest = (size - base_size).double()
         tolerated = (self.epsilon * denominator).clamp(min=torch.finfo(torch.float64).tiny)
         wanted = (self.delta_ppf * deviation * rest / tolerated) ** 2

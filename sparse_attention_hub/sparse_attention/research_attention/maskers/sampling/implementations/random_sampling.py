@@ -20,9 +20,14 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.b
     SamplingMaskerConfig,
     add_sampled,
     checked_seed,
+    unselected_in_random_order,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.counter_random import (  # noqa: E501
     uniform_per_key,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.single_row import (
+    add_weighted,
+    is_single_row,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import visible_counts
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
@@ -96,22 +101,38 @@ class RandomSamplingMasker(SamplingMasker):
         num_keys = keys.shape[2]
         if self.sampling_rate == 1.0 and previous_mask.is_empty_mask():
             return Mask.create_full_mask(previous_mask.shape, previous_mask.dtype, queries.device)
+        layer = int(kwargs.get("layer_idx", 0))
+        if is_single_row(previous_mask, attention_mask):
+            return self._add_to_row(previous_mask, layer)
         candidates = unselected_keys(previous_mask, attention_mask)
         # The n smallest of independent uniform numbers are a uniform sample of n keys.
         positions = torch.as_tensor(visible_counts(attention_mask, num_keys)) - 1
         numbers_of_keys = uniform_per_key(
             self.seed,
-            int(kwargs.get("layer_idx", 0)),
+            layer,
             queries.shape[1],
             positions.view(1, 1, 1, 1) if positions.ndim == 0 else positions,
             num_keys,
         ).to(queries.device)
         remaining = candidates.sum(dim=-1, keepdim=True)
-        count = (remaining.double() * self.sampling_rate).floor().long().clamp(min=1)
-        count = torch.minimum(count, remaining)
+        count = self._count(remaining)
         at_most = max(1, int(num_keys * self.sampling_rate))
         selected = largest(-numbers_of_keys.expand_as(candidates), candidates, count, at_most)
         return add_sampled(previous_mask, selected, count / remaining.clamp(min=1))
+
+    def _count(self, remaining: torch.Tensor) -> torch.Tensor:
+        """Keys to sample of those that remain, int64."""
+        count = (remaining.double() * self.sampling_rate).floor().long().clamp(min=1)
+        return torch.minimum(count, remaining)
+
+    def _add_to_row(self, previous_mask: Mask, layer: int) -> Mask:
+        """The same by index, for one query that sees every key (see `single_row`)."""
+        num_keys = previous_mask.shape[-1]
+        order, remaining = unselected_in_random_order(previous_mask, self.seed, layer)
+        count = self._count(remaining)
+        drawn = order.topk(max(1, int(num_keys * self.sampling_rate)), dim=-1).indices
+        is_drawn = torch.arange(drawn.shape[-1], device=drawn.device) < count
+        return add_weighted(previous_mask, drawn, is_drawn * (count / remaining.clamp(min=1)))
 
     @classmethod
     def create_from_config(cls, config: MaskerConfig) -> RandomSamplingMasker:

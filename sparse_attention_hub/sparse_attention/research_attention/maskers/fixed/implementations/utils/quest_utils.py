@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional
 
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base import largest
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.common_utils import (  # noqa: E501
     pseudo_quantize,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.head_groups import (
+    per_query_head,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.key_labels import (
+    labels_of_keys,
 )
 from sparse_attention_hub.sparse_attention.utils.kv_utils import (
     accumulation_dtype,
     grouped_scores,
     repeat_kv,
 )
+from sparse_attention_hub.sparse_attention.utils.mask import Mask
 
 
 def compute_page_min_max(
@@ -69,6 +79,77 @@ def visible_page_bounds(
         bounds.append((pseudo_quantize(low, label_bits), pseudo_quantize(high, label_bits)))
     lows, highs = zip(*bounds, strict=True)
     return torch.stack(lows, dim=1), torch.stack(highs, dim=1)
+
+
+def stored_page_bounds(
+    keys: torch.Tensor,
+    page_size: int,
+    label_bits: int,
+    sparse_meta_data: dict[Any, Any],
+    layer_idx: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page bounds of all keys; those of full pages are computed once and kept.
+
+    Args:
+        keys: `(B, G, K, D)`.
+        page_size: Keys of a page.
+        label_bits: Of a stored bound.
+        sparse_meta_data: Where they are kept, see `labels_of_keys`.
+        layer_idx: Of the attention layer.
+
+    Returns:
+        Two `(B, G, P, D)`.
+    """
+
+    def bounds(part: torch.Tensor) -> torch.Tensor:
+        low, high = compute_page_min_max(part, page_size, -(-part.shape[2] // page_size))
+        return torch.cat(
+            [pseudo_quantize(low, label_bits), pseudo_quantize(high, label_bits)], dim=-1
+        )
+
+    name = ("quest_pages", page_size, label_bits)
+    stored = labels_of_keys(sparse_meta_data, name, layer_idx, keys, bounds, page_size)
+    whole = stored.shape[2] * page_size
+    if whole < keys.shape[2]:
+        stored = torch.cat([stored, bounds(keys[:, :, whole:])], dim=2)
+    head_size = keys.shape[3]
+    return stored[..., :head_size], stored[..., head_size:]
+
+
+def add_top_pages(previous_mask: Mask, scores: torch.Tensor, count: int, page_size: int) -> Mask:
+    """The union of a mask and the `count` best pages with something left to select.
+
+    Args:
+        previous_mask: `(B, H, 1, K)`, by index; not modified.
+        scores: float32 `(B, U, 1, P)`; the lower page wins ties.
+        count: Pages, at most P.
+        page_size: Keys of a page.
+    """
+    _, heads, _, num_keys = previous_mask.shape
+    units = scores.shape[1]
+    rows = previous_mask.rows()
+    assert rows is not None  # by index, as the caller has checked
+    indices, weights = rows
+    held = (weights > 0).to(torch.int32)
+    # Keys of a page that all query heads of the unit have; a page is out when these are all of it.
+    per_key = torch.zeros(*scores.shape[:3], num_keys, dtype=torch.int32, device=scores.device)
+    if indices.shape[-1]:
+        flat = (scores.shape[0], units, 1, -1)
+        per_key.scatter_add_(-1, indices.reshape(flat), held.reshape(flat))
+    left = allowed_pages(per_key < heads // units, page_size)
+    chosen = largest(scores, left, count, count)
+    # Exactly `count` positions of pages, chosen ones first; the rest weighs nothing.
+    best = chosen.to(torch.int8).topk(count, dim=-1)
+    keys = best.indices.unsqueeze(-1) * page_size + torch.arange(page_size, device=scores.device)
+    valid = (best.values > 0).unsqueeze(-1) & (keys < num_keys)
+    keys, valid = keys.clamp(max=num_keys - 1).flatten(3), valid.flatten(3)
+    chosen = per_query_head(chosen, heads)
+    kept = weights * ~chosen.gather(-1, indices // page_size)
+    return Mask.create_from_rows(
+        previous_mask.shape,
+        torch.cat([indices, per_query_head(keys, heads)], dim=-1),
+        torch.cat([kept, per_query_head(valid, heads).to(weights.dtype)], dim=-1),
+    )
 
 
 def quest_page_scores(

@@ -1,0 +1,145 @@
+"""Selection by index, where one query per sequence sees every key: a decode step.
+
+Then a selection is a list of key positions per query head, and nothing of the size of all keys is
+written but the scores themselves. The general case (several queries, or an attention mask) works on
+boolean tensors of the whole shape; both select the same keys.
+
+Nothing here reads a number back from the device.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sparse_attention_hub.sparse_attention.utils.mask import Mask
+
+_NEVER = torch.iinfo(torch.int64).min
+
+
+def is_single_row(previous_mask: Mask, attention_mask: torch.Tensor | None) -> bool:
+    """Whether the functions below apply: one query, every key visible, a selection by index."""
+    return (
+        attention_mask is None and previous_mask.shape[2] == 1 and previous_mask.rows() is not None
+    )
+
+
+def add_range(previous_mask: Mask, start: int, stop: int) -> Mask:
+    """The union of a mask and the keys at positions [start, stop).
+
+    Args:
+        previous_mask: `(B, H, 1, K)`, by index; not modified.
+        start: At least 0.
+        stop: At most K.
+    """
+    if stop <= start:
+        return previous_mask
+    indices, weights = _rows(previous_mask)
+    outside = (indices < start) | (indices >= stop)
+    span = torch.arange(start, stop, device=indices.device).expand(*indices.shape[:-1], -1)
+    return _joined(previous_mask, indices, weights * outside, span, torch.ones_like(span))
+
+
+def add_top(previous_mask: Mask, scores: torch.Tensor, count: int) -> Mask:
+    """The union of a mask and the `count` unselected keys with the highest scores.
+
+    Equal scores: the lower position wins.
+
+    Args:
+        previous_mask: `(B, H, 1, K)`, by index; not modified.
+        scores: float32 `(B, U, 1, K)`. U = H: each query head selects for itself. U = KV heads: the
+            query heads of a group get the same keys, out of those that not all of them have.
+        count: Keys to add, at most K.
+    """
+    if count <= 0:
+        return previous_mask
+    indices, weights = _rows(previous_mask)
+    units = scores.shape[1]
+    order = exclude_selected(_ordered(scores), indices, weights, _NEVER)
+    best = order.topk(count, dim=-1, sorted=False)
+    return _joined_units(previous_mask, indices, weights, best, units)
+
+
+def _joined_units(
+    previous_mask: Mask,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    best: torch.return_types.topk,
+    units: int,
+) -> Mask:
+    heads = previous_mask.shape[1]
+    group = heads // units
+    valid = best.values != _NEVER
+    if group > 1:
+        # A head may have some of the group's keys already; certainty replaces its probability.
+        chosen = torch.zeros(
+            *best.indices.shape[:-1], previous_mask.shape[-1], dtype=torch.bool, device=valid.device
+        ).scatter_(-1, best.indices, valid)
+        chosen = chosen.repeat_interleave(group, dim=1)
+        weights = weights * ~chosen.gather(-1, indices)
+    added = best.indices.repeat_interleave(group, dim=1)
+    return _joined(previous_mask, indices, weights, added, valid.repeat_interleave(group, dim=1))
+
+
+def exclude_selected(
+    order: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, never: float
+) -> torch.Tensor:
+    """An order of keys in which those that are selected come last.
+
+    Args:
+        order: `(B, U, 1, K)`, changed in place.
+        indices: `(B, H, 1, n)` key positions, H a multiple of U.
+        weights: `(B, H, 1, n)`; 0 = no key.
+        never: Written where every query head of a group has selected the key.
+
+    Returns:
+        `order`.
+    """
+    batch, units, _, _ = order.shape
+    group = indices.shape[1] // units
+    # Heads of one group side by side: a key is out when all of them have it.
+    held = torch.zeros(order.shape, dtype=torch.int16, device=order.device)
+    held.scatter_add_(
+        -1,
+        indices.reshape(batch, units, 1, -1),
+        (weights > 0).to(torch.int16).reshape(batch, units, 1, -1),
+    )
+    return order.masked_fill_(held == group, never)
+
+
+def add_weighted(previous_mask: Mask, indices: torch.Tensor, weights: torch.Tensor) -> Mask:
+    """The union of a mask and keys that it does not select.
+
+    Args:
+        previous_mask: `(B, H, 1, K)`, by index; not modified.
+        indices: `(B, H, 1, n)` key positions.
+        weights: `(B, H, 1, n)` probabilities; 0 = no key.
+    """
+    return _joined(previous_mask, *_rows(previous_mask), indices, weights)
+
+
+def _rows(mask: Mask) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = mask.rows()
+    assert rows is not None  # is_single_row said so
+    return rows
+
+
+def _joined(
+    mask: Mask,
+    indices: torch.Tensor,
+    weights: torch.Tensor,
+    more_indices: torch.Tensor,
+    more_weights: torch.Tensor,
+) -> Mask:
+    return Mask.create_from_rows(
+        mask.shape,
+        torch.cat([indices, more_indices], dim=-1),
+        torch.cat([weights, more_weights.to(weights.dtype)], dim=-1),
+    )
+
+
+def _ordered(scores: torch.Tensor) -> torch.Tensor:
+    """Distinct int64 that rank as (score, lower position first): the float's bits, then place."""
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0: -0.0 equals 0.0
+    ranked = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    places = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
+    return (ranked.long() << 32) | places
