@@ -45,6 +45,7 @@ def labels_of_keys(
     keys: torch.Tensor,
     label: Callable[[torch.Tensor], torch.Tensor],
     stride: int = 1,
+    version: Hashable = None,
 ) -> torch.Tensor:
     """Labels of all keys; those of keys seen in an earlier call are taken from the cache.
 
@@ -55,12 +56,13 @@ def labels_of_keys(
         keys: `(B, G, K, D)`.
         label: Gives `(B, *, m, *)` for keys `(B, G, m * stride, D)`.
         stride: Keys per label; a rest of less than `stride` keys gets none.
+        version: Of what labels are made with; another one than before starts anew.
 
     Returns:
         `(B, *, K // stride, *)`, not to be written to.
     """
     state = sparse_meta_data.setdefault(name, {})
-    owner = (keys.shape[0], keys.shape[1], keys.shape[3], keys.dtype, keys.device)
+    owner = (keys.shape[0], keys.shape[1], keys.shape[3], keys.dtype, keys.device, version)
     known = state.get(layer_idx)
     wanted = keys.shape[2] // stride
     if known is None or known[0] != owner or known[1].length > wanted:

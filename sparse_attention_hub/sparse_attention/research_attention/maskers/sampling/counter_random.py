@@ -8,6 +8,8 @@ on contiguous tensors and on pages, today and after preemption. (The idea: Salmo
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -55,3 +57,20 @@ def uniform_per_key(
     rows = _mixed(rows ^ positions)
     bits = _mixed(rows ^ torch.arange(num_keys, device=device))
     return _shifted(bits, 11).double() * 2.0**-53
+
+
+def normal_numbers(seed: int, layer: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Independent standard normal numbers that belong to a layer, not to a position.
+
+    Args:
+        seed: Of the configuration.
+        layer: Index of the attention layer.
+        shape: Of the result.
+
+    Returns:
+        float64 on the CPU, so that every device computes with the same ones.
+    """
+    start = _mixed(_mixed(torch.tensor(seed, dtype=torch.int64)) ^ layer)
+    # The complement keeps these apart from the numbers of positions and keys.
+    bits = _mixed(~start ^ torch.arange(math.prod(shape)))
+    return torch.special.ndtri((_shifted(bits, 11).double() + 0.5) * 2.0**-53).view(shape)

@@ -24,3 +24,15 @@ def pseudo_quantize(tensor: torch.Tensor, num_bits: int) -> torch.Tensor:
     step = torch.where(span > 0, span / levels, torch.ones_like(span))
     codes = ((values - low) / step).round().clamp(0, levels)
     return (codes * step + low).to(tensor.dtype)
+
+
+def checked_integer(field: str, value: object, least: int, most: int | None = None) -> None:
+    """Checks a whole number.
+
+    Raises:
+        ValueError: It is none, or outside [least, most]; names the field, the value and the range.
+    """
+    allowed = f">= {least}" if most is None else f"in [{least}, {most}]"
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or value < least or (most is not None and value > most):  # type: ignore[operator]
+        raise ValueError(f"{field} must be an integer {allowed}, got {value!r}")

@@ -1,0 +1,188 @@
+"""PQCache masker: keys ranked by scores that a product quantiser of them gives.
+
+Zhang et al. 2024, "PQCache: Product Quantization-based KVCache for Long Context LLM Inference",
+section 3: keys are cut into sub-vectors, k-means gives each sub-space a codebook, and a query's
+score with a key is the sum of its dot products with the key's centroids. The codebook is learned
+from a prefix of the keys (see `key_prefix`: the paper takes the prompt, which a chunked prefill or a
+continued conversation does not tell apart); later keys get codes of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
+    MaskerConfig,
+    MaskerRegistry,
+    require_config,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base import (
+    TopKMasker,
+    TopKMaskerConfig,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.common_utils import (  # noqa: E501
+    checked_integer,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.lookup_scores import (  # noqa: E501
+    lookup_scores,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.key_labels import (
+    labels_of_keys,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.key_prefix import (
+    first_visible_keys,
+    prefix_sizes,
+)
+
+
+@dataclass(frozen=True)
+class PQCacheConfig(TopKMaskerConfig):
+    """How keys are quantised.
+
+    Attributes:
+        pq_sub_dim: Channels of a sub-vector; a divisor of the head size.
+        pq_bits: Of a sub-vector's code, 1 to 8: 2**pq_bits centroids.
+        kmeans_iterations: Of the codebook.
+    """
+
+    json_name: ClassVar[str | None] = "pq_cache"
+
+    pq_sub_dim: int
+    pq_bits: int
+    kmeans_iterations: int = 10
+
+    def __post_init__(self) -> None:
+        """Checks the fields.
+
+        Raises:
+            ValueError: Names the field, its value and what is allowed.
+        """
+        super().__post_init__()
+        checked_integer("pq_sub_dim", self.pq_sub_dim, 1)
+        checked_integer("pq_bits", self.pq_bits, 1, 8)
+        checked_integer("kmeans_iterations", self.kmeans_iterations, 1)
+
+
+@MaskerRegistry.register(PQCacheConfig)
+class PQCache(TopKMasker):
+    """Ranks keys by the dot product of the query with the key's nearest centroids."""
+
+    def __init__(self, config: PQCacheConfig) -> None:
+        """Keeps the configuration.
+
+        Args:
+            config: Of this masker.
+        """
+        super().__init__(config)
+        self.pq_sub_dim = config.pq_sub_dim
+        self.pq_bits = config.pq_bits
+        self.kmeans_iterations = config.kmeans_iterations
+        self._name = ("pq", config.pq_sub_dim, config.pq_bits, config.kmeans_iterations)
+
+    def scores(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        sparse_meta_data: dict[Any, Any],
+        layer_idx: int,
+    ) -> torch.Tensor:
+        """See `TopKMasker.scores`.
+
+        Raises:
+            ValueError: `pq_sub_dim` does not divide the head size.
+        """
+        head_size = keys.shape[3]
+        if head_size % self.pq_sub_dim:
+            raise ValueError(
+                f"pq_sub_dim must divide the head size {head_size}, got {self.pq_sub_dim}"
+            )
+        parts = queries.float().unflatten(-1, (-1, self.pq_sub_dim))
+        group = queries.shape[1] // keys.shape[1]
+        scores: torch.Tensor | None = None
+        for size, rows in prefix_sizes(attention_mask, keys.shape[2]):
+            codebook = self._codebook(keys, attention_mask, size, sparse_meta_data, layer_idx)
+            codes = labels_of_keys(
+                sparse_meta_data,
+                (*self._name, "codes"),
+                layer_idx,
+                keys,
+                lambda part, codebook=codebook: nearest_centroids(part, codebook),
+                version=size,
+            )
+            books = codebook.repeat_interleave(group, dim=1)
+            found = lookup_scores(torch.einsum("bhqms,bhmcs->bhqmc", parts, books), codes)
+            scores = found if scores is None or rows is None else torch.where(rows, found, scores)
+        assert scores is not None  # there is at least one prefix size
+        return scores
+
+    def _codebook(
+        self,
+        keys: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        size: int,
+        sparse_meta_data: dict[Any, Any],
+        layer_idx: int,
+    ) -> torch.Tensor:
+        """Centroids `(B, G, M, C, pq_sub_dim)` of the first `size` keys."""
+        state = sparse_meta_data.setdefault((*self._name, "codebook"), {})
+        known = state.get(layer_idx)
+        place = (size, keys.shape[0], keys.shape[1], keys.device)
+        if known is None or known[0] != place:
+            prefix = first_visible_keys(keys, attention_mask, size)
+            book = learned_codebook(prefix, self.pq_sub_dim, self.pq_bits, self.kmeans_iterations)
+            known = state[layer_idx] = (place, book)
+        codebook: torch.Tensor = known[1]
+        return codebook
+
+    @classmethod
+    def create_from_config(cls, config: MaskerConfig) -> PQCache:
+        """See `ResearchMasker.create_from_config`."""
+        return cls(require_config(config, PQCacheConfig))
+
+
+def learned_codebook(
+    keys: torch.Tensor, sub_dim: int, num_bits: int, iterations: int
+) -> torch.Tensor:
+    """Centroids by Lloyd's k-means, started from evenly spaced keys: no chance in it.
+
+    Args:
+        keys: `(B, G, n, D)`, to learn from.
+        sub_dim: Channels of a sub-vector.
+        num_bits: 2**num_bits centroids, or n if there are fewer keys.
+        iterations: Of k-means; a centroid that no key is nearest to stays where it is.
+
+    Returns:
+        float32 `(B, G, D // sub_dim, C, sub_dim)`.
+    """
+    batch, kv_heads, num_keys, _ = keys.shape
+    parts = keys.float().unflatten(-1, (-1, sub_dim)).transpose(2, 3)  # (B, G, M, n, sub_dim)
+    size = min(2**num_bits, num_keys)
+    starts = torch.arange(size, device=keys.device) * num_keys // size
+    centroids = parts[:, :, :, starts]
+    for _ in range(iterations):
+        nearest = _nearest(parts, centroids).unsqueeze(-1)
+        shape = (batch, kv_heads, parts.shape[2], size)
+        counts = torch.zeros(*shape, 1, device=keys.device)
+        counts.scatter_add_(3, nearest, torch.ones_like(nearest, dtype=torch.float32))
+        sums = torch.zeros(*shape, sub_dim, device=keys.device)
+        sums.scatter_add_(3, nearest.expand_as(parts), parts)
+        centroids = torch.where(counts > 0, sums / counts.clamp(min=1), centroids)
+    return centroids
+
+
+def nearest_centroids(keys: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """The codes of keys `(B, G, n, D)`: int32 `(B, G, n, M)`; the lower code wins ties."""
+    parts = keys.float().unflatten(-1, (-1, codebook.shape[-1])).transpose(2, 3)
+    return _nearest(parts, codebook).transpose(2, 3).to(torch.int32).contiguous()
+
+
+def _nearest(parts: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """Indices `(..., n)` of the centroids `(..., C, s)` nearest to `(..., n, s)`."""
+    # |x - c|^2 without |x|^2, which is the same for every centroid.
+    distances = centroids.square().sum(-1).unsqueeze(-2) - 2 * parts @ centroids.transpose(-1, -2)
+    return distances.argmin(dim=-1)
