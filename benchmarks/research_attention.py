@@ -160,9 +160,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with torch.inference_mode():
         lines = [
-            line
-            for num_keys in arguments.keys
-            for line in measure(num_keys, arguments.repetitions)
+            line for num_keys in arguments.keys for line in measure(num_keys, arguments.repetitions)
         ]
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "

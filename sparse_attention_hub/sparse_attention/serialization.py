@@ -1,7 +1,10 @@
 """Configurations as JSON: `{"maskers": [{"type": "sink", "sink_size": 128}, ...]}`.
 
+`"dense_layers": [0, 1]` keeps layers dense, `"layers": {"5": [...]}` gives one its own maskers.
+
 Every registered masker is readable and writable by its JSON name; nothing here names one.
-`search_space` (for tuners) is not part of what a masker does, and is left out.
+`search_space` (for tuners) is not part of what a masker does, and is left out; weights of networks
+are named by their file.
 """
 
 from __future__ import annotations
@@ -23,21 +26,37 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     json_name,
 )
 
-_LEFT_OUT = "search_space"
+CONFIG_FIELDS = ("maskers", "dense_layers", "layers")
+"""Of a configuration in JSON; all but the first may be left out."""
+_LEFT_OUT = ("search_space", "hat_weights")
 
 
 def config_to_dict(config: ResearchAttentionConfig) -> dict[str, Any]:
     """A configuration as plain data, with every field written out."""
-    return {"maskers": [_masker_to_dict(masker) for masker in config.masker_configs]}
+    data: dict[str, Any] = {"maskers": _maskers_to_list(config.masker_configs)}
+    if config.dense_layers:
+        data["dense_layers"] = list(config.dense_layers)
+    if config.layer_masker_configs:
+        data["layers"] = {
+            str(layer): _maskers_to_list(maskers)
+            for layer, maskers in config.layer_masker_configs.items()
+        }
+    return data
+
+
+def _maskers_to_list(configs: Iterable[MaskerConfig]) -> list[dict[str, Any]]:
+    return [_masker_to_dict(config) for config in configs]
 
 
 def _masker_to_dict(config: MaskerConfig) -> dict[str, Any]:
     fields = {field.name: getattr(config, field.name) for field in _fields(type(config))}
+    if getattr(config, "hat_weights", None) is not None:
+        raise ValueError("hat_weights cannot be written as JSON; use hat_weight_file")
     return {"type": json_name(type(config)), **fields}
 
 
 def _fields(config_type: type[MaskerConfig]) -> list[dataclasses.Field[Any]]:
-    return [field for field in dataclasses.fields(config_type) if field.name != _LEFT_OUT]
+    return [field for field in dataclasses.fields(config_type) if field.name not in _LEFT_OUT]
 
 
 def config_from_dict(data: object) -> ResearchAttentionConfig:
@@ -50,14 +69,30 @@ def config_from_dict(data: object) -> ResearchAttentionConfig:
     if not isinstance(data, Mapping):
         raise ValueError(f'a configuration must be an object {{"maskers": [...]}}, got {data!r}')
     for name in data:
-        if name != "maskers":
-            raise ValueError(f"{name!r} is not a field of a configuration; allowed: maskers")
-    maskers = data.get("maskers")
-    if not isinstance(maskers, list):
-        raise ValueError(f'"maskers" must be a list of objects, got {maskers!r}')
+        if name not in CONFIG_FIELDS:
+            raise ValueError(
+                f"{name!r} is not a field of a configuration; {_allowed(name, CONFIG_FIELDS)}"
+            )
+    dense = data.get("dense_layers", [])
+    if not isinstance(dense, list):
+        raise ValueError(f'"dense_layers" must be a list of layer indices, got {dense!r}')
+    layers = data.get("layers", {})
+    if not isinstance(layers, Mapping) or not all(str(layer).isdecimal() for layer in layers):
+        raise ValueError(f'"layers" must map layer indices to lists of maskers, got {layers!r}')
     return ResearchAttentionConfig(
-        [_masker_from_dict(masker, f"maskers[{index}]") for index, masker in enumerate(maskers)]
+        _maskers_from_list(data.get("maskers"), "maskers"),
+        tuple(dense),
+        {
+            int(layer): _maskers_from_list(maskers, f"layers[{layer}]")
+            for layer, maskers in layers.items()
+        },
     )
+
+
+def _maskers_from_list(data: object, where: str) -> list[MaskerConfig]:
+    if not isinstance(data, list):
+        raise ValueError(f'"{where}" must be a list of objects, got {data!r}')
+    return [_masker_from_dict(masker, f"{where}[{index}]") for index, masker in enumerate(data)]
 
 
 def _masker_from_dict(data: object, where: str) -> MaskerConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,27 +30,46 @@ class ResearchAttentionConfig(SparseAttentionConfig):
     Attributes:
         masker_configs: Applied in this order; each adds to what the ones before it selected.
             No maskers = dense attention.
+        dense_layers: Indices of layers that read every key.
+        layer_masker_configs: Layers with a masker list of their own, instead of `masker_configs`.
     """
 
     masker_configs: list[MaskerConfig]
+    dense_layers: tuple[int, ...] = ()
+    layer_masker_configs: dict[int, list[MaskerConfig]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Copies the list, so that the caller's stays the caller's.
+        """Copies what could change, so that the caller's stays the caller's.
 
         Raises:
-            ValueError: An element is not a masker's configuration, or more than one samples.
+            ValueError: An element is not a masker's configuration, more than one of a list
+                samples, or a layer is no index or named twice.
         """
-        for index, config in enumerate(self.masker_configs):
-            if not isinstance(config, MaskerConfig):
-                raise ValueError(f"masker_configs[{index}] must be a MaskerConfig, got {config!r}")
-        sampling = [c for c in self.masker_configs if isinstance(c, SamplingMaskerConfig)]
-        if len(sampling) > 1:
-            raise ValueError(f"at most one sampling masker is allowed, got {sampling!r}")
+        _check_maskers("masker_configs", self.masker_configs)
+        for layer in (*self.dense_layers, *self.layer_masker_configs):
+            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                raise ValueError(f"a layer must be an integer >= 0, got {layer!r}")
+        for layer, maskers in self.layer_masker_configs.items():
+            _check_maskers(f"layer_masker_configs[{layer}]", maskers)
+            if layer in self.dense_layers:
+                raise ValueError(f"layer {layer} is in dense_layers and in layer_masker_configs")
         object.__setattr__(self, "masker_configs", list(self.masker_configs))
+        object.__setattr__(self, "dense_layers", tuple(sorted(set(self.dense_layers))))
+        by_layer = sorted(self.layer_masker_configs.items())
+        object.__setattr__(self, "layer_masker_configs", {key: list(v) for key, v in by_layer})
 
     def __hash__(self) -> int:
         """Of the maskers; a list has no hash of its own."""
-        return hash(tuple(repr(config) for config in self.masker_configs))
+        return hash((repr(self.masker_configs), self.dense_layers, repr(self.layer_masker_configs)))
+
+
+def _check_maskers(name: str, configs: Sequence[MaskerConfig]) -> None:
+    for index, config in enumerate(configs):
+        if not isinstance(config, MaskerConfig):
+            raise ValueError(f"{name}[{index}] must be a MaskerConfig, got {config!r}")
+    sampling = [config for config in configs if isinstance(config, SamplingMaskerConfig)]
+    if len(sampling) > 1:
+        raise ValueError(f"at most one sampling masker is allowed in {name}, got {sampling!r}")
 
 
 class ResearchAttention(SparseAttention):
@@ -71,6 +90,15 @@ class ResearchAttention(SparseAttention):
         """
         super().__init__(sparse_attention_config)
         self.maskers = list(maskers)
+        self._of_layer: dict[int, list[ResearchMasker]] = {}
+        if isinstance(sparse_attention_config, ResearchAttentionConfig):
+            self._of_layer.update({layer: [] for layer in sparse_attention_config.dense_layers})
+            for layer, configs in sparse_attention_config.layer_masker_configs.items():
+                self._of_layer[layer] = _maskers_of(configs)
+
+    def maskers_of_layer(self, layer_idx: int) -> list[ResearchMasker]:
+        """The maskers of a layer, in the order they are applied; none = dense."""
+        return self._of_layer.get(layer_idx, self.maskers)
 
     @classmethod
     def create_from_config(cls, config: SparseAttentionConfig) -> ResearchAttention:
@@ -81,8 +109,7 @@ class ResearchAttention(SparseAttention):
         """
         if not isinstance(config, ResearchAttentionConfig):
             raise TypeError(f"expected a ResearchAttentionConfig, got {type(config).__name__}")
-        maskers = [ResearchMasker.create_masker_from_config(item) for item in config.masker_configs]
-        return cls(config, maskers)
+        return cls(config, _maskers_of(config.masker_configs))
 
     def select(
         self,
@@ -102,10 +129,11 @@ class ResearchAttention(SparseAttention):
         """
         shape = (*queries.shape[:3], keys.shape[2])
         dtype = accumulation_dtype(queries.dtype)
-        if not self.maskers:
+        maskers = self.maskers_of_layer(int(kwargs.get("layer_idx", 0)))
+        if not maskers:
             return Mask.create_full_mask(shape, dtype, queries.device)
         mask = Mask.create_empty_mask(shape, dtype, queries.device)
-        for masker in self.maskers:
+        for masker in maskers:
             mask = masker.add_mask(
                 keys=keys,
                 queries=queries,
@@ -142,3 +170,7 @@ class ResearchAttention(SparseAttention):
         return get_masked_attention_output(
             module, queries, keys, values, attention_mask, scaling, dropout, mask, True
         )
+
+
+def _maskers_of(configs: Sequence[MaskerConfig]) -> list[ResearchMasker]:
+    return [ResearchMasker.create_masker_from_config(config) for config in configs]

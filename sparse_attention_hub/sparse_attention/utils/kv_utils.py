@@ -39,6 +39,11 @@ def repeat_kv(hidden_states: torch.Tensor, num_key_value_groups: int) -> torch.T
     return hidden_states.repeat_interleave(num_key_value_groups, dim=1)
 
 
+def split_channels(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    """`(..., n * size)` as `(..., n, size)`."""
+    return tensor.reshape(*tensor.shape[:-1], -1, size)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for half-precision types, else the type itself."""
     return torch.promote_types(dtype, torch.float32)

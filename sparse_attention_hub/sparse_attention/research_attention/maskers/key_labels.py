@@ -66,9 +66,7 @@ def labels_of_keys(
     known = state.get(layer_idx)
     wanted = keys.shape[2] // stride
     if known is None or known[0] != owner or known[1].length > wanted:
-        growing = _GrowingLabels(label(keys[:, :, : wanted * stride]))
-        state[layer_idx] = (owner, growing)
-        return growing.labels
+        known = state[layer_idx] = (owner, _GrowingLabels(label(keys[:, :, : wanted * stride])))
     growing: _GrowingLabels = known[1]
     if growing.length < wanted:
         growing.append(label(keys[:, :, growing.length * stride : wanted * stride]))

@@ -30,7 +30,8 @@ def prefix_sizes(
         return [(1 << (num_keys.bit_length() - 1), None)]
     counts = visible[:, :1].sum(dim=-1, keepdim=True).clamp(min=1)
     sizes = 1 << (torch.frexp(counts.double()).exponent.long() - 1)
-    return [(int(size), sizes == size) for size in sizes.unique()]
+    distinct = sorted(set(sizes.flatten().tolist()))
+    return [(size, sizes == size) for size in distinct]
 
 
 def first_visible_keys(

@@ -9,6 +9,7 @@ import torch
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.counter_random import (  # noqa: E501
     normal_numbers,
 )
+from sparse_attention_hub.sparse_attention.utils.kv_utils import split_channels
 
 
 def projections_of_layer(
@@ -42,5 +43,6 @@ def bucket_codes(projected: torch.Tensor, bits: int) -> torch.Tensor:
     Returns:
         int64 `(..., L)`.
     """
-    signs = (projected >= 0).unflatten(-1, (-1, bits)).long()
-    return (signs << torch.arange(bits - 1, -1, -1, device=projected.device)).sum(dim=-1)
+    signs = split_channels(projected >= 0, bits).long()
+    codes: torch.Tensor = (signs << torch.arange(bits - 1, -1, -1, device=signs.device)).sum(dim=-1)
+    return codes

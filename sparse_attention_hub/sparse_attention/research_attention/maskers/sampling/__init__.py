@@ -7,6 +7,8 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.b
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.implementations import (  # noqa: E501
     AdaptiveSamplingMasker,
     AdaptiveSamplingMaskerConfig,
+    MagicPig,
+    MagicPigConfig,
     RandomSamplingMasker,
     RandomSamplingMaskerConfig,
 )
@@ -14,6 +16,8 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.i
 __all__ = [
     "AdaptiveSamplingMasker",
     "AdaptiveSamplingMaskerConfig",
+    "MagicPig",
+    "MagicPigConfig",
     "RandomSamplingMasker",
     "RandomSamplingMaskerConfig",
     "SamplingMasker",

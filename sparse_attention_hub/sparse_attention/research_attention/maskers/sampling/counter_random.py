@@ -73,4 +73,6 @@ def normal_numbers(seed: int, layer: int, shape: tuple[int, ...]) -> torch.Tenso
     start = _mixed(_mixed(torch.tensor(seed, dtype=torch.int64)) ^ layer)
     # The complement keeps these apart from the numbers of positions and keys.
     bits = _mixed(~start ^ torch.arange(math.prod(shape)))
-    return torch.special.ndtri((_shifted(bits, 11).double() + 0.5) * 2.0**-53).view(shape)
+    uniform = (_shifted(bits, 11).double() + 0.5) * 2.0**-53  # never 0 or 1
+    numbers: torch.Tensor = torch.special.ndtri(uniform)
+    return numbers.view(shape)

@@ -1,6 +1,8 @@
 """The maskers that select with certainty, one file each."""
 
 from .causal import CausalMasker
+from .double_sparsity_top_k import DoubleSparsityTopKMasker, DoubleSparsityTopKMaskerConfig
+from .hashattention_top_k import HashAttentionTopKMasker, HashAttentionTopKMaskerConfig
 from .local import LocalMasker, LocalMaskerConfig
 from .oracle_top_k import OracleTopK, OracleTopKConfig, OracleTopKMasker
 from .oracle_top_p import (
@@ -9,11 +11,17 @@ from .oracle_top_p import (
     TopPMasker,
     TopPMaskerConfig,
 )
+from .pq_top_k import PQCache, PQCacheConfig
 from .quest_top_k import QuestTopKMasker, QuestTopKMaskerConfig
 from .sink import SinkMasker, SinkMaskerConfig
+from .socket_top_k import SocketMasker, SocketMaskerConfig
 
 __all__ = [
     "CausalMasker",
+    "DoubleSparsityTopKMasker",
+    "DoubleSparsityTopKMaskerConfig",
+    "HashAttentionTopKMasker",
+    "HashAttentionTopKMaskerConfig",
     "LocalMasker",
     "LocalMaskerConfig",
     "OracleTopK",
@@ -21,10 +29,14 @@ __all__ = [
     "OracleTopKMasker",
     "OracleTopPMasker",
     "OracleTopPMaskerConfig",
+    "PQCache",
+    "PQCacheConfig",
     "QuestTopKMasker",
     "QuestTopKMaskerConfig",
     "SinkMasker",
     "SinkMaskerConfig",
+    "SocketMasker",
+    "SocketMaskerConfig",
     "TopPMasker",
     "TopPMaskerConfig",
 ]

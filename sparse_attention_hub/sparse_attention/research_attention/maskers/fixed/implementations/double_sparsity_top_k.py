@@ -1,8 +1,8 @@
 """Double Sparsity masker: keys ranked by the few channels that matter most.
 
-Yang et al. 2024, "Post-Training Sparse Attention with Double Sparsity", section 3: calibration finds
-each head's most important channels once (`calibrate_channels`); approximate scores are dot products
-over these channels alone, taken from a small, quantised label cache.
+Yang et al. 2024, "Post-Training Sparse Attention with Double Sparsity", section 3: calibration
+finds each head's most important channels once (`calibrate_channels`); approximate scores are dot
+products over these channels alone, taken from a small, quantised label cache.
 """
 
 from __future__ import annotations
@@ -63,9 +63,10 @@ class DoubleSparsityTopKMaskerConfig(TopKMaskerConfig):
             ValueError: Names the field, its value and what is allowed.
         """
         super().__post_init__()
-        if not isinstance(self.sorted_channel_file, str) or not Path(
-            self.sorted_channel_file
-        ).is_file():
+        if (
+            not isinstance(self.sorted_channel_file, str)
+            or not Path(self.sorted_channel_file).is_file()
+        ):
             raise ValueError(
                 f"sorted_channel_file must be an existing file, got {self.sorted_channel_file!r}"
             )
@@ -123,7 +124,8 @@ class DoubleSparsityTopKMasker(TopKMasker):
 
         labels = labels_of_keys(sparse_meta_data, self._name, layer_idx, keys, label)
         # As large as scores over all channels on average, for additive biases' sake.
-        return grouped_scores(self._picked(queries, channels), labels) * self.group_factor**0.5
+        scale: float = self.group_factor**0.5
+        return grouped_scores(self._picked(queries, channels), labels) * scale
 
     def _kept_channels(
         self, layer_idx: int, queries: torch.Tensor, keys: torch.Tensor
@@ -147,8 +149,7 @@ class DoubleSparsityTopKMasker(TopKMasker):
         return channels[:, :count]
 
     def _picked(self, tensor: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
-        """The kept channels of `(B, heads, n, D)`, quantised: as many heads as the larger of both.
-        """
+        """The kept channels of `(B, heads, n, D)`, quantised: as many heads as the larger of both."""
         heads, rows = tensor.shape[1], channels.shape[0]
         if rows > heads:
             owner = torch.arange(rows, device=tensor.device) // (rows // heads)

@@ -3,12 +3,13 @@
 Zhang et al. 2024, "PQCache: Product Quantization-based KVCache for Long Context LLM Inference",
 section 3: keys are cut into sub-vectors, k-means gives each sub-space a codebook, and a query's
 score with a key is the sum of its dot products with the key's centroids. The codebook is learned
-from a prefix of the keys (see `key_prefix`: the paper takes the prompt, which a chunked prefill or a
-continued conversation does not tell apart); later keys get codes of it.
+from a prefix of the keys (see `key_prefix`; the paper takes the prompt, which a chunked prefill or
+a continued conversation does not tell apart); later keys get codes of it.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -36,6 +37,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.key_prefix
     first_visible_keys,
     prefix_sizes,
 )
+from sparse_attention_hub.sparse_attention.utils.kv_utils import split_channels
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class PQCache(TopKMasker):
             raise ValueError(
                 f"pq_sub_dim must divide the head size {head_size}, got {self.pq_sub_dim}"
             )
-        parts = queries.float().unflatten(-1, (-1, self.pq_sub_dim))
+        parts = split_channels(queries.float(), self.pq_sub_dim)
         group = queries.shape[1] // keys.shape[1]
         scores: torch.Tensor | None = None
         for size, rows in prefix_sizes(attention_mask, keys.shape[2]):
@@ -111,7 +113,7 @@ class PQCache(TopKMasker):
                 (*self._name, "codes"),
                 layer_idx,
                 keys,
-                lambda part, codebook=codebook: nearest_centroids(part, codebook),
+                functools.partial(nearest_centroids, codebook=codebook),
                 version=size,
             )
             books = codebook.repeat_interleave(group, dim=1)
@@ -160,7 +162,7 @@ def learned_codebook(
         float32 `(B, G, D // sub_dim, C, sub_dim)`.
     """
     batch, kv_heads, num_keys, _ = keys.shape
-    parts = keys.float().unflatten(-1, (-1, sub_dim)).transpose(2, 3)  # (B, G, M, n, sub_dim)
+    parts = split_channels(keys.float(), sub_dim).transpose(2, 3)  # (B, G, M, n, sub_dim)
     size = min(2**num_bits, num_keys)
     starts = torch.arange(size, device=keys.device) * num_keys // size
     centroids = parts[:, :, :, starts]
@@ -177,7 +179,7 @@ def learned_codebook(
 
 def nearest_centroids(keys: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """The codes of keys `(B, G, n, D)`: int32 `(B, G, n, M)`; the lower code wins ties."""
-    parts = keys.float().unflatten(-1, (-1, codebook.shape[-1])).transpose(2, 3)
+    parts = split_channels(keys.float(), codebook.shape[-1]).transpose(2, 3)
     return _nearest(parts, codebook).transpose(2, 3).to(torch.int32).contiguous()
 
 
@@ -185,4 +187,5 @@ def _nearest(parts: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """Indices `(..., n)` of the centroids `(..., C, s)` nearest to `(..., n, s)`."""
     # |x - c|^2 without |x|^2, which is the same for every centroid.
     distances = centroids.square().sum(-1).unsqueeze(-2) - 2 * parts @ centroids.transpose(-1, -2)
-    return distances.argmin(dim=-1)
+    nearest: torch.Tensor = distances.argmin(dim=-1)
+    return nearest

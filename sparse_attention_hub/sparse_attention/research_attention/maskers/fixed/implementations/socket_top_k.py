@@ -1,11 +1,11 @@
 """SOCKET masker: keys ranked by soft collisions with the query in random hash tables.
 
-Joshi et al. 2026, "SOCKET: SOft Collision Kernel EsTimator for Sparse Attention" (arXiv 2602.06283):
-keys fall into buckets by the signs of random projections; a query has a probability for every bucket
-of every table, and a key's score is the sum of the probabilities of its buckets, times the norm of
-its value. A bucket's probability is the softmax over the corners c of the hypercube {-1, 1}**K of
-`sum_i c_i tanh(z_i) / tau`, with z the query's projections; since that sum has one term per bit, the
-probability is the product over bits of `sigmoid(2 c_i tanh(z_i) / tau)`.
+Joshi et al. 2026, "SOCKET: SOft Collision Kernel EsTimator for Sparse Attention" (arXiv
+2602.06283): keys fall into buckets by the signs of random projections; a query has a probability
+for every bucket of every table, and a key's score is the sum of the probabilities of its buckets,
+times the norm of its value. A bucket's probability is the softmax over the corners c of the
+hypercube {-1, 1}**K of `sum_i c_i tanh(z_i) / tau`, with z the query's projections; since that sum
+has one term per bit, it is the product over bits of `sigmoid(2 c_i tanh(z_i) / tau)`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class SocketMaskerConfig(TopKMaskerConfig):
         checked_integer("K", self.K, 1, 12)
         checked_integer("L", self.L, 1)
         tau: object = self.tau
-        if isinstance(tau, bool) or not isinstance(tau, numbers.Real) or not 0 < tau < float("inf"):
+        is_number = isinstance(tau, numbers.Real) and not isinstance(tau, bool)
+        if not is_number or not 0 < float(self.tau) < float("inf"):
             raise ValueError(f"tau must be a number > 0, got {tau!r}")
         object.__setattr__(self, "tau", float(tau))
         checked_seed(self.seed)
@@ -123,8 +124,7 @@ class SocketMasker(TopKMasker):
         )
         scores = lookup_scores(self._bucket_probabilities(queries, projections), codes)
         group = queries.shape[1] // kv_heads
-        weighted = scores.unflatten(1, (kv_heads, group)) * norms.transpose(2, 3).unsqueeze(2)
-        return weighted.flatten(1, 2)
+        return scores * norms.transpose(2, 3).repeat_interleave(group, dim=1)
 
     def _bucket_probabilities(
         self, queries: torch.Tensor, projections: torch.Tensor

@@ -1,8 +1,8 @@
 """MagicPig masker: keys sampled by the collisions of hash tables, weighted by their probability.
 
-Chen et al. 2024, "MagicPIG: LSH Sampling for Efficient LLM Generation", section 4: L tables of K sign
-bits of random projections; a key is sampled when it shares its bucket with the query in at least two
-tables. With `u = 1 - angle / pi` the probability that one bit agrees, that happens with
+Chen et al. 2024, "MagicPIG: LSH Sampling for Efficient LLM Generation", section 4: L tables of K
+sign bits of random projections; a key is sampled when it shares its bucket with the query in at
+least two tables. With `u = 1 - angle / pi` the probability that one bit agrees, that happens with
 
     p = 1 - (1 - u**K)**L - L * u**K * (1 - u**K)**(L - 1)
 

@@ -22,9 +22,7 @@ def lookup_scores(tables: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     # Entries of all of a KV head's queries side by side: one visit per key and table serves them.
     entries = tables.reshape(batch, kv_heads, rows, num_tables * size).transpose(2, 3).contiguous()
     offsets = torch.arange(num_tables, device=codes.device, dtype=codes.dtype) * size
-    scores = torch.empty(
-        batch, kv_heads, rows, num_keys, dtype=torch.float32, device=tables.device
-    )
+    scores = torch.empty(batch, kv_heads, rows, num_keys, dtype=torch.float32, device=tables.device)
     for b in range(batch):
         for g in range(kv_heads):
             sums = functional.embedding_bag(codes[b, g] + offsets, entries[b, g], mode="sum")

@@ -1,0 +1,116 @@
+"""Makes the channel file of Double Sparsity for a model, from any text.
+
+    python -m sparse_attention_hub.adapters.calibrate_channels MODEL --text FILE --output FILE
+
+For each layer and query head, channels in falling order of how much they add to scores: the mean
+over all pairs of tokens of |query * key| in that channel, which is the product of the two means.
+"q_proj" and "k_proj" rank by one mean alone ("k_proj" per KV head). Queries and keys are taken as
+attention sees them, rotated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.double_sparsity_utils import (  # noqa: E501
+    ChannelData,
+    channel_key,
+)
+
+logger = logging.getLogger(__name__)
+_ATTENTION = "sparse_attention_hub_calibration"
+
+
+def calibrated_channels(
+    model: PreTrainedModel, token_ids: list[int], chunk_tokens: int = 2048
+) -> ChannelData:
+    """Channel orders of every attention layer of a model.
+
+    Args:
+        model: Takes its attention from transformers' registry; it is put back as it was.
+        token_ids: Of the text; cut into independent chunks.
+        chunk_tokens: Of one forward pass.
+
+    Returns:
+        What `load_sorted_channels_from_file` reads.
+
+    Raises:
+        ValueError: There are no tokens, or the model calls no attention function.
+    """
+    if not token_ids:
+        raise ValueError("the text has no tokens")
+    sums: dict[int, list[torch.Tensor]] = {}
+
+    def attend(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        layer: int = getattr(module, "layer_idx", 0)
+        parts = [part.abs().double().sum(dim=(0, 2)).cpu() for part in (query, key)]
+        known = sums.setdefault(layer, [torch.zeros_like(part) for part in parts])
+        for total, part in zip(known, parts, strict=True):
+            total += part
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register(_ATTENTION, attend)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_ATTENTION)
+    try:
+        with torch.inference_mode():
+            starts = range(0, len(token_ids), chunk_tokens)
+            for start in tqdm(starts, desc="calibrating", disable=None):
+                ids = torch.tensor([token_ids[start : start + chunk_tokens]], device=model.device)
+                model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    finally:
+        model.set_attn_implementation(before)
+    if not sums:
+        raise ValueError(f"{type(model).__name__} does not call a registered attention function")
+    data: ChannelData = {}
+    for layer, (query, key) in sorted(sums.items()):
+        products = query * key.repeat_interleave(query.shape[0] // key.shape[0], dim=0)
+        for name, means in (("qk_proj", products), ("q_proj", query), ("k_proj", key)):
+            order = means.sort(dim=-1, descending=True, stable=True).indices
+            data[channel_key(layer, name)] = order.tolist()
+    return data
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="name or folder of a model that transformers can load")
+    parser.add_argument("--text", type=Path, required=True, help="a text file")
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--max-tokens", type=int, default=16384, help="of the text that are used")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model)
+    ids = tokenizer(options.text.read_text())["input_ids"][: options.max_tokens]
+    data = calibrated_channels(model, ids)
+    options.output.write_text(json.dumps(data))
+    logger.info("%d tokens, %d entries written to %s", len(ids), len(data), options.output)
+
+
+if __name__ == "__main__":
+    main()
