@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.specifiers import SpecifierSet
 
+from sparse_attention_hub.sparse_attention.serialization import config_to_json
 from vllm_sparse_plugin.prefix_cache import sparse_hash_keys
-from vllm_sparse_plugin.request_parameters import resolve_request
+from vllm_sparse_plugin.request_parameters import RequestParameters, resolve_request
 from vllm_sparse_plugin.serving_config import NAMESPACE, ServingConfig
+from vllm_sparse_plugin.trial import AttentionShape, try_maskers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -92,6 +94,17 @@ def serving_config(vllm_config: VllmConfig) -> ServingConfig | None:
     additional = vllm_config.additional_config
     value = additional.get(NAMESPACE) if isinstance(additional, dict) else None
     return ServingConfig.parse(value)
+
+
+def attention_shape(vllm_config: VllmConfig) -> AttentionShape:
+    """The shapes that maskers will meet in a worker of this engine."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return AttentionShape(
+        num_layers=model.get_num_layers(parallel),
+        num_heads=model.get_num_attention_heads(parallel),
+        num_kv_heads=model.get_num_kv_heads(parallel),
+        head_size=model.get_head_size(),
+    )
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
@@ -218,8 +231,12 @@ def _hook_request_admission() -> None:
         @functools.wraps(original)
         def init(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
             config = serving_config(vllm_config)
+            shape = None
             if config is not None:
                 check_engine(vllm_config)
+                shape = attention_shape(vllm_config)
+                if not config.attention.is_dense:
+                    try_maskers(config_to_json(config.attention), shape)
             original(self, vllm_config, *args, **kwargs)
             validate = self.validate_logits_processors_params
 
@@ -227,6 +244,9 @@ def _hook_request_admission() -> None:
                 validate(params)
                 try:
                     params.extra_args = resolve_request(params.extra_args, config)
+                    resolved = RequestParameters.from_extra_args(params.extra_args)
+                    if shape is not None and resolved is not None and resolved.config_json:
+                        try_maskers(resolved.config_json, shape)
                 except ValueError as error:
                     raise VLLMValidationError(str(error)) from error
 

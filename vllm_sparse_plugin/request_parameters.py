@@ -7,8 +7,9 @@ look at the raw values, so they cannot disagree.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,7 +108,7 @@ def _parameters(given: Mapping[str, Any], server: ServingConfig) -> RequestParam
     config = _config(given[CONFIG], server) if CONFIG in given else server.attention
     dense_prefix = _dense_prefix(given[DENSE_PREFIX]) if DENSE_PREFIX in given else None
     tag = _tag(given[TAG]) if TAG in given else None
-    if not mode or not config.masker_configs:
+    if not mode or config.is_dense:
         return RequestParameters(None, "", None, tag)
     return RequestParameters(config_to_json(config), config_fingerprint(config), dense_prefix, tag)
 
@@ -143,7 +144,42 @@ def _config(value: object, server: ServingConfig) -> ResearchAttentionConfig:
             f"vllm_xargs.{CONFIG} must be a preset ({', '.join(sorted(PRESETS))}) or maskers as "
             f"one JSON string, got {value!r}"
         )
+    if not value.lstrip().startswith("{"):
+        return _named(get_preset, value)
+    _check_files(value, server)
+    return _named(config_from_json, value)
+
+
+def _named(read: Callable[[str], ResearchAttentionConfig], value: str) -> ResearchAttentionConfig:
     try:
-        return config_from_json(value) if value.lstrip().startswith("{") else get_preset(value)
+        return read(value)
     except ValueError as error:
         raise ValueError(f"vllm_xargs.{CONFIG}: {error}") from error
+
+
+def _check_files(text: str, server: ServingConfig) -> None:
+    """Lets a request name only files that the server's own configuration names.
+
+    Before anything is read: a request must not make the server open files of its choice.
+    """
+    allowed = {
+        value
+        for config in server.attention.all_masker_configs()
+        for name, value in vars(config).items()
+        if name.endswith("_file")
+    }
+    allowed.update(server.request_files)
+
+    def check(members: list[tuple[str, Any]]) -> dict[str, Any]:
+        for name, value in members:
+            if name.endswith("_file") and value is not None and value not in allowed:
+                raise ValueError(
+                    f"vllm_xargs.{CONFIG}: {name} must be a file that the server's own "
+                    f"configuration names, got {value!r}"
+                )
+        return dict(members)
+
+    try:
+        json.loads(text, object_pairs_hook=check)
+    except json.JSONDecodeError:
+        return  # the reader's error is the better one

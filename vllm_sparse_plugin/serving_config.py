@@ -12,7 +12,11 @@ from typing import Any
 
 from sparse_attention_hub.sparse_attention.presets import PRESETS, get_preset
 from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
-from sparse_attention_hub.sparse_attention.serialization import config_from_dict, config_to_dict
+from sparse_attention_hub.sparse_attention.serialization import (
+    CONFIG_FIELDS,
+    config_from_dict,
+    config_to_dict,
+)
 
 NAMESPACE = "sparse_attention"
 """The key of `--additional-config` that holds this configuration."""
@@ -30,12 +34,14 @@ class ServingConfig:
         allow_request_config: Whether a request may bring maskers of its own.
         imports: Modules imported before `attention` is read, so that a user's own maskers are
             registered in every process of the server.
+        request_files: Files that a request's maskers may name, besides those in `attention`.
     """
 
     attention: ResearchAttentionConfig
     sparse_by_default: bool = True
     allow_request_config: bool = True
     imports: tuple[str, ...] = ()
+    request_files: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks the types, since the values come from JSON."""
@@ -70,7 +76,7 @@ class ServingConfig:
     @classmethod
     def _from_mapping(cls, value: Mapping[str, Any]) -> ServingConfig:
         options = {field.name for field in dataclasses.fields(cls)} - {"attention"}
-        allowed = {"maskers", "preset", *options}
+        allowed = {*CONFIG_FIELDS, "preset", *options}
         unknown = sorted(set(value) - allowed)
         if unknown:
             raise ValueError(
@@ -80,9 +86,8 @@ class ServingConfig:
             raise ValueError(
                 f'{NAMESPACE} needs exactly one of "maskers" and "preset", got {dict(value)!r}'
             )
-        imports = value.get("imports", [])
-        if not isinstance(imports, list) or not all(isinstance(name, str) for name in imports):
-            raise ValueError(f"{NAMESPACE}.imports must be a list of module names, got {imports!r}")
+        imports = _names(value, "imports", "module names")
+        request_files = _names(value, "request_files", "paths")
         for name in imports:
             try:
                 importlib.import_module(name)
@@ -91,11 +96,18 @@ class ServingConfig:
         if "preset" in value:
             attention = _named(get_preset, value["preset"])
         else:
-            attention = _named(config_from_dict, {"maskers": value["maskers"]})
+            attention = _named(
+                config_from_dict, {name: value[name] for name in CONFIG_FIELDS if name in value}
+            )
         return cls(
             attention=attention,
-            imports=tuple(imports),
-            **{name: value[name] for name in options - {"imports"} if name in value},
+            imports=imports,
+            request_files=request_files,
+            **{
+                name: value[name]
+                for name in options - {"imports", "request_files"}
+                if name in value
+            },
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,7 +117,15 @@ class ServingConfig:
             "sparse_by_default": self.sparse_by_default,
             "allow_request_config": self.allow_request_config,
             "imports": list(self.imports),
+            "request_files": list(self.request_files),
         }
+
+
+def _names(value: Mapping[str, Any], field: str, what: str) -> tuple[str, ...]:
+    names = value.get(field, [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{NAMESPACE}.{field} must be a list of {what}, got {names!r}")
+    return tuple(names)
 
 
 def _named(read: Any, value: Any) -> ResearchAttentionConfig:

@@ -6,8 +6,12 @@ from pathlib import Path
 import openai
 import pytest
 import requests
+import torch
+from transformers import AutoConfig
 
-from sparse_attention_hub.adapters import ModelServerVLLM
+from examples.documents import python_manual
+from sparse_attention_hub.adapters import ModelServerVLLM, calibrate_channels
+from sparse_attention_hub.sparse_attention.utils.hashattention_utils import save_hat_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ARGUMENTS = ["--dtype", "float32", "--max-num-seqs", "8", "--enforce-eager"]
@@ -86,10 +90,43 @@ def serve(model_path: str) -> Iterator[Callable[..., Client]]:
 
 
 @pytest.fixture(scope="session")
-def sparse(serve) -> Client:
+def masker_files(model_path, tmp_path_factory) -> dict[str, str]:
+    """Channels of the model, calibrated by the command, and random hash networks for it."""
+    folder = tmp_path_factory.mktemp("masker_files")
+    text, channels = folder / "text.txt", folder / "channels.json"
+    text.write_text(python_manual(["formatstrings"], 3000))
+    calibrate_channels.main([model_path, "--text", str(text), "--output", str(channels)])
+    config = AutoConfig.from_pretrained(model_path)
+    generator = torch.Generator().manual_seed(0)
+
+    def network() -> torch.Tensor:
+        size = (config.num_attention_heads, config.head_dim, 32)
+        return torch.randn(*size, generator=generator)
+
+    weights = folder / "weights.safetensors"
+    zeros = torch.zeros(config.num_attention_heads, 32)
+    save_hat_weights(
+        {
+            layer: {
+                "query_matrix": [matrix],
+                "key_matrix": [matrix],
+                "query_bias": [zeros],
+                "key_bias": [zeros.clone()],
+            }
+            for layer in range(config.num_hidden_layers)
+            for matrix in [network()]
+        },
+        weights,
+    )
+    return {"channels": str(channels), "weights": str(weights)}
+
+
+@pytest.fixture(scope="session")
+def sparse(serve, masker_files) -> Client:
     """The server of most tests: sparse when asked, prefilling in chunks."""
     config = {
         "maskers": [{"type": "sink", "sink_size": 4}, {"type": "local", "window_size": 32}],
         "sparse_by_default": False,
+        "request_files": list(masker_files.values()),
     }
     return serve(config, CHUNKED)

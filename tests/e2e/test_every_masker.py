@@ -30,6 +30,31 @@ CONFIGS = {
         "init_offset": 0,
         "local_offset": 0,
     },
+    "double sparsity": {
+        "type": "double_sparsity_top_k",
+        "heavy_size": 0.1,
+        "sorted_channel_file": "{channels}",
+        "label_bits": 8,
+    },
+    "hash": {
+        "type": "hash_attention_top_k",
+        "heavy_size": 0.1,
+        "hat_bits": 32,
+        "hat_mlp_layers": 1,
+        "hat_mlp_hidden_size": 1,
+        "hat_mlp_activation": "silu",
+        "hat_weight_file": "{weights}",
+    },
+    "pq, per KV head": {
+        "type": "pq_cache",
+        "heavy_size": 0.1,
+        "head_granularity": "kv_head",
+        "pq_sub_dim": 16,
+        "pq_bits": 4,
+        "kmeans_iterations": 3,
+    },
+    "socket": {"type": "socket", "heavy_size": 0.1, "K": 4, "L": 20},
+    "magic pig": {"type": "magic_pig", "lsh_l": 20, "lsh_k": 6},
     "random": {"type": "random_sampling", "sampling_rate": 0.1, "seed": 3},
 }
 ELSEWHERE = {"sink", "local", "oracle_top_k", "causal"}  # test_parity; causal selects nothing
@@ -46,8 +71,19 @@ def test_no_built_in_masker_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_served_is_reference(sparse, model_path, name, capsys) -> None:
-    config = config_from_dict({"maskers": [*SINK_LOCAL, CONFIGS[name]]})
+def test_served_is_reference(sparse, model_path, masker_files, name, capsys) -> None:
+    masker = {
+        field: value.format(**masker_files) if isinstance(value, str) else value
+        for field, value in CONFIGS[name].items()
+    }
+    # A dense first layer and a last one without the masker: choices by layer are served too.
+    config = config_from_dict(
+        {
+            "maskers": [*SINK_LOCAL, masker],
+            "dense_layers": [0],
+            "layers": {str(LAYERS - 1): SINK_LOCAL},
+        }
+    )
     text = python_manual(["formatstrings"], 5000)
     request = Request("Read this.\n\n" + text, ["\n\nWhat is a field?", "\n\nGive an example."])
     arguments = {"max_new_tokens": 16}

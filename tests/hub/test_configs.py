@@ -105,7 +105,7 @@ def test_json_round_trip() -> None:
         ([], ["object"]),
         ({}, ['"maskers"', "None"]),
         ({"maskers": {}}, ['"maskers" must be a list']),
-        ({"maskers": [], "presets": 1}, ["'presets'", "allowed: maskers"]),
+        ({"maskers": [], "presets": 1}, ["'presets'", "allowed: dense_layers, layers, maskers"]),
         ({"maskers": ["sink"]}, ["maskers[0]", "'sink'"]),
         ({"maskers": [{}]}, ["maskers[0].type", "None", "allowed:"]),
         ({"maskers": [{"type": "snik"}]}, ["'snik'", "allowed:", "did you mean 'sink'"]),

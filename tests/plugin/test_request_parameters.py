@@ -1,5 +1,6 @@
 """Per-request parameters: defaults, overrides, and what is refused at admission."""
 
+import json
 import pickle
 
 import msgspec
@@ -118,3 +119,20 @@ def test_bad_values_name_parameter_value_and_allowed(extra_args: dict, says: lis
 def test_request_maskers_can_be_switched_off() -> None:
     with pytest.raises(ValueError, match="allow_request_config"):
         resolve_request({"sparse_attention_config": "streaming-llm"}, CLOSED)
+
+
+def test_a_request_names_no_file_that_the_server_does_not(tmp_path) -> None:
+    path = tmp_path / "channels.json"
+    path.write_text("{}")
+    masker = {"type": "double_sparsity_top_k", "heavy_size": 8, "sorted_channel_file": str(path)}
+    given = {"sparse_attention_config": json.dumps({"maskers": [masker]})}
+    with pytest.raises(ValueError, match="sorted_channel_file must be a file that the server"):
+        resolve_request(given, SERVER)
+    in_layer = {"maskers": [], "layers": {"3": [masker]}}
+    with pytest.raises(ValueError, match="sorted_channel_file must be a file that the server"):
+        resolve_request({"sparse_attention_config": json.dumps(in_layer)}, SERVER)
+    for server in (
+        {"preset": "streaming-llm", "request_files": [str(path)]},
+        {"maskers": [masker]},
+    ):
+        assert resolve_request(given, ServingConfig.parse(server)) is not None

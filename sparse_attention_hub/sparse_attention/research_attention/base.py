@@ -58,6 +58,18 @@ class ResearchAttentionConfig(SparseAttentionConfig):
         by_layer = sorted(self.layer_masker_configs.items())
         object.__setattr__(self, "layer_masker_configs", {key: list(v) for key, v in by_layer})
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether no layer has maskers."""
+        return not self.masker_configs and not any(self.layer_masker_configs.values())
+
+    def all_masker_configs(self) -> list[MaskerConfig]:
+        """Those of every layer."""
+        return [
+            *self.masker_configs,
+            *(config for maskers in self.layer_masker_configs.values() for config in maskers),
+        ]
+
     def __hash__(self) -> int:
         """Of the maskers; a list has no hash of its own."""
         return hash((repr(self.masker_configs), self.dense_layers, repr(self.layer_masker_configs)))

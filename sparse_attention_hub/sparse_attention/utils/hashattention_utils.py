@@ -2,8 +2,8 @@
 
 Per layer: `query_matrix`, `query_bias`, `key_matrix`, `key_bias`, each a list with one tensor per
 linear layer: matrices `(heads, in, out)`, biases `(heads, out)`. Files: safetensors with tensors
-named `{layer}.{part}.{index}`, or what `torch.load(weights_only=True)` accepts, holding the same nested
-dictionary. Pickles that need more than tensors are refused: reading one runs its code.
+named `{layer}.{part}.{index}`, or what `torch.load(weights_only=True)` accepts, holding the same
+nested dictionary. Pickles that need more than tensors are refused: reading one runs its code.
 """
 
 from __future__ import annotations

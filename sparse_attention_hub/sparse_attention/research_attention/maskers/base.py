@@ -124,13 +124,35 @@ def json_name(config_type: type[MaskerConfig]) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", stem).lower()
 
 
+@dataclass(frozen=True)
+class MaskerFacts:
+    """What a table of maskers says about one.
+
+    Attributes:
+        paper: Where it comes from.
+        state: What it keeps about keys between steps.
+        index_bytes: Bytes of that per token and KV head (or network), packed.
+        is_by_index: Whether a decode step in process lists keys; else it weighs all of them.
+    """
+
+    paper: str
+    state: str = "none"
+    index_bytes: str = "0"
+    is_by_index: bool = True
+
+
 class ResearchMasker(ABC):
     """Selects keys for each query, beyond what was selected before.
 
     The rule that makes a masker servable: what it selects for a query depends on that query, on
     the keys that query may see and on what was selected for it before; never on how many other
     queries are in the call. Then chunked prefill, batches and paged memory cannot change it.
+
+    Attributes:
+        facts: For tables of maskers; a masker of one's own may leave it out.
     """
+
+    facts: ClassVar[MaskerFacts | None] = None
 
     def __init__(self, config: MaskerConfig) -> None:
         """Keeps the configuration.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
     MaskerConfig,
+    MaskerFacts,
     MaskerRegistry,
     require_config,
 )
@@ -21,6 +22,10 @@ from sparse_attention_hub.sparse_attention.utils.mask import Mask
 @MaskerRegistry.register(FixedMaskerConfig)
 class CausalMasker(FixedMasker):
     """Returns what was selected before: attention here is causal by its attention mask."""
+
+    facts: ClassVar[MaskerFacts] = MaskerFacts(
+        paper="(selects nothing)",
+    )
 
     def add_mask(
         self,

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
     MaskerConfig,
+    MaskerFacts,
     MaskerRegistry,
     require_config,
 )
@@ -87,6 +88,12 @@ class DoubleSparsityTopKMasker(TopKMasker):
     file has one row of channels per query head, or per KV head.
     """
 
+    facts: ClassVar[MaskerFacts] = MaskerFacts(
+        paper="Double Sparsity, Yang et al. 2024",
+        state="labels: the kept channels",
+        index_bytes="head size / group_factor · label_bits / 8",
+    )
+
     def __init__(self, config: DoubleSparsityTopKMaskerConfig) -> None:
         """Reads the channel file.
 
@@ -149,7 +156,7 @@ class DoubleSparsityTopKMasker(TopKMasker):
         return channels[:, :count]
 
     def _picked(self, tensor: torch.Tensor, channels: torch.Tensor) -> torch.Tensor:
-        """The kept channels of `(B, heads, n, D)`, quantised: as many heads as the larger of both."""
+        """The kept channels, quantised, of `(B, heads, n, D)`; of as many heads as either has."""
         heads, rows = tensor.shape[1], channels.shape[0]
         if rows > heads:
             owner = torch.arange(rows, device=tensor.device) // (rows // heads)

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
     MaskerConfig,
+    MaskerFacts,
     MaskerRegistry,
     require_config,
 )
@@ -104,6 +105,12 @@ class HashAttentionTopKMasker(TopKMasker):
     A network's output of exactly 0 counts as positive. Weights have one network per query head, or
     one per KV head.
     """
+
+    facts: ClassVar[MaskerFacts] = MaskerFacts(
+        paper="HashAttention, Desai et al. 2024",
+        state="bit signatures",
+        index_bytes="hat_bits / 8",
+    )
 
     def __init__(self, config: HashAttentionTopKMaskerConfig) -> None:
         """Reads and checks the weights.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
     MaskerConfig,
+    MaskerFacts,
     MaskerRegistry,
     require_config,
 )
@@ -37,6 +38,10 @@ class OracleTopKConfig(TopKMaskerConfig):
 @MaskerRegistry.register(OracleTopKConfig)
 class OracleTopKMasker(TopKMasker):
     """Ranks keys by their exact dot product with the query; it reads every key to do so."""
+
+    facts: ClassVar[MaskerFacts] = MaskerFacts(
+        paper="(upper bound of top-k)",
+    )
 
     def scores(
         self,

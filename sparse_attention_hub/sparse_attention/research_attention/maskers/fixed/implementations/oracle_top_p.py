@@ -10,6 +10,7 @@ import torch
 
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
     MaskerConfig,
+    MaskerFacts,
     MaskerRegistry,
     add_selected,
     require_config,
@@ -92,6 +93,11 @@ class OracleTopPMasker(TopPMasker):
     is of what remains, as in the field's API; Twilight (Lin et al. 2025, section 3) takes it of the
     whole, which is the same when this masker comes first.
     """
+
+    facts: ClassVar[MaskerFacts] = MaskerFacts(
+        paper="Twilight, Lin et al. 2025",
+        is_by_index=False,
+    )
 
     def add_mask(
         self,

@@ -17,6 +17,7 @@ import torch
 
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
     MaskerConfig,
+    MaskerFacts,
     MaskerRegistry,
     require_config,
 )
@@ -71,6 +72,12 @@ class PQCacheConfig(TopKMaskerConfig):
 @MaskerRegistry.register(PQCacheConfig)
 class PQCache(TopKMasker):
     """Ranks keys by the dot product of the query with the key's nearest centroids."""
+
+    facts: ClassVar[MaskerFacts] = MaskerFacts(
+        paper="PQCache, Zhang et al. 2024",
+        state="codebook and codes",
+        index_bytes="head size / pq_sub_dim · pq_bits / 8",
+    )
 
     def __init__(self, config: PQCacheConfig) -> None:
         """Keeps the configuration.

@@ -8,12 +8,13 @@ Tang et al. 2024, "Quest: Query-Aware Sparsity for Efficient Long-Context LLM In
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
     MaskerConfig,
+    MaskerFacts,
     MaskerRegistry,
     add_selected,
     require_config,
@@ -94,6 +95,12 @@ class QuestTopKMasker(FixedMasker):
     start at multiples of `page_size`; a query's last page has the bounds of the keys that the query
     may see. Pages with nothing left to select are passed over; equal bounds: the lower page wins.
     """
+
+    facts: ClassVar[MaskerFacts] = MaskerFacts(
+        paper="Quest, Tang et al. 2024",
+        state="page minima and maxima",
+        index_bytes="2 · head size · label_bits / 8 / page_size",
+    )
 
     def __init__(self, config: QuestTopKMaskerConfig) -> None:
         """Keeps the configuration.

@@ -9,6 +9,7 @@ import torch
 
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
     MaskerConfig,
+    MaskerFacts,
     MaskerRegistry,
     add_selected,
     require_config,
@@ -60,6 +61,10 @@ class SinkMasker(FixedMasker):
 
     With padding on the left these are the sequence's first tokens, not the padding.
     """
+
+    facts: ClassVar[MaskerFacts] = MaskerFacts(
+        paper="StreamingLLM, Xiao et al. 2023",
+    )
 
     def __init__(self, config: SinkMaskerConfig) -> None:
         """Keeps the configuration.

@@ -10,7 +10,6 @@ has one term per bit, it is the product over bits of `sigmoid(2 c_i tanh(z_i) / 
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +17,7 @@ import torch
 
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
     MaskerConfig,
+    MaskerFacts,
     MaskerRegistry,
     require_config,
 )
@@ -71,9 +71,9 @@ class SocketMaskerConfig(TopKMaskerConfig):
         super().__post_init__()
         checked_integer("K", self.K, 1, 12)
         checked_integer("L", self.L, 1)
-        tau: object = self.tau
-        is_number = isinstance(tau, numbers.Real) and not isinstance(tau, bool)
-        if not is_number or not 0 < float(self.tau) < float("inf"):
+        tau: Any = self.tau
+        is_number = isinstance(tau, (int, float)) and not isinstance(tau, bool)
+        if not is_number or not 0 < tau < float("inf"):
             raise ValueError(f"tau must be a number > 0, got {tau!r}")
         object.__setattr__(self, "tau", float(tau))
         checked_seed(self.seed)
@@ -82,6 +82,12 @@ class SocketMaskerConfig(TopKMaskerConfig):
 @MaskerRegistry.register(SocketMaskerConfig)
 class SocketMasker(TopKMasker):
     """Ranks keys by the probability of sharing buckets with the query, times the value's norm."""
+
+    facts: ClassVar[MaskerFacts] = MaskerFacts(
+        paper="SOCKET, Joshi et al. 2026",
+        state="buckets and value norms",
+        index_bytes="L · K / 8 + 4",
+    )
 
     def __init__(self, config: SocketMaskerConfig) -> None:
         """Keeps the configuration.

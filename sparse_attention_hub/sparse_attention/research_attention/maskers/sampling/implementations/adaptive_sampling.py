@@ -17,12 +17,13 @@ from __future__ import annotations
 import numbers
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
     MaskerConfig,
+    MaskerFacts,
     MaskerRegistry,
     add_selected,
     require_config,
@@ -136,6 +137,10 @@ class AdaptiveSamplingMasker(SamplingMasker):
     heavy-hitter masker first, as the paper does: a few keys that hold nearly everything, none of
     them in the base sample, break it, and no sample that leaves keys out could know of them.
     """
+
+    facts: ClassVar[MaskerFacts] = MaskerFacts(
+        paper="vAttention, Desai et al. 2025",
+    )
 
     def __init__(self, config: AdaptiveSamplingMaskerConfig) -> None:
         """Keeps the configuration.

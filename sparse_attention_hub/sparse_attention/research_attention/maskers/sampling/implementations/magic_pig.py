@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
     MaskerConfig,
+    MaskerFacts,
     MaskerRegistry,
     require_config,
     unselected_keys,
@@ -98,6 +99,13 @@ class MagicPigConfig(SamplingMaskerConfig):
 @MaskerRegistry.register(MagicPigConfig)
 class MagicPig(SamplingMasker):
     """Samples keys in the direction of the query more often, and corrects for it by weight."""
+
+    facts: ClassVar[MaskerFacts] = MaskerFacts(
+        paper="MagicPIG, Chen et al. 2024",
+        state="signatures and the mean",
+        index_bytes="lsh_l · lsh_k / 8",
+        is_by_index=False,
+    )
 
     def __init__(self, config: MagicPigConfig) -> None:
         """Keeps the configuration.

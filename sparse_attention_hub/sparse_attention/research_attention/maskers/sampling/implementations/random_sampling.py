@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
     MaskerConfig,
+    MaskerFacts,
     MaskerRegistry,
     require_config,
     unselected_keys,
@@ -72,6 +73,10 @@ class RandomSamplingMasker(SamplingMasker):
     The field's API draws with replacement and still weights by n / R, which leaves the estimate of
     the denominator short (at n = R by 37 %); without replacement n / R is the exact probability.
     """
+
+    facts: ClassVar[MaskerFacts] = MaskerFacts(
+        paper="(uniform)",
+    )
 
     def __init__(self, config: RandomSamplingMaskerConfig) -> None:
         """Keeps the configuration.
