@@ -19,6 +19,8 @@ if TYPE_CHECKING:
         RequestResponse,
         SparseAttentionAdapterInterface,
     )
+    from sparse_attention_hub.metric_logging import MicroMetricLogger
+    from sparse_attention_hub.plotting import Granularity, PlotGenerator
     from sparse_attention_hub.sparse_attention import ResearchAttention, SparseAttention
 
 __version__ = "0.1.0"
@@ -34,13 +36,19 @@ _HOMES = {
     "ModelAdapter": "adapters",
     "ModelAdapterHF": "adapters",
     "ModelAdapterVLLM": "adapters",
+    "MicroMetricLogger": "metric_logging",
+    "PlotGenerator": "plotting",
+    "Granularity": "plotting",
 }
 
 __all__ = [
+    "Granularity",
+    "MicroMetricLogger",
     "ModelAdapter",
     "ModelAdapterHF",
     "ModelAdapterVLLM",
     "ModelHubAdapterInterface",
+    "PlotGenerator",
     "Request",
     "RequestResponse",
     "ResearchAttention",

@@ -14,27 +14,18 @@ import argparse
 import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from sparse_attention_hub.adapters.attention_observation import LayerInputs, observed_attention
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.double_sparsity_utils import (  # noqa: E501
     ChannelData,
     channel_key,
 )
 
 logger = logging.getLogger(__name__)
-_ATTENTION = "sparse_attention_hub_calibration"
 
 
 def calibrated_channels(
@@ -51,39 +42,24 @@ def calibrated_channels(
         What `load_sorted_channels_from_file` reads.
 
     Raises:
-        ValueError: There are no tokens, or the model calls no attention function.
+        ValueError: There are no tokens, or the model calls no
+            registered attention function.
     """
     if not token_ids:
         raise ValueError("the text has no tokens")
     sums: dict[int, list[torch.Tensor]] = {}
 
-    def attend(
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        **kwargs: Any,
-    ) -> Any:
-        layer: int = getattr(module, "layer_idx", 0)
-        parts = [part.abs().double().sum(dim=(0, 2)).cpu() for part in (query, key)]
-        known = sums.setdefault(layer, [torch.zeros_like(part) for part in parts])
+    def observe(inputs: LayerInputs) -> None:
+        parts = [part.abs().double().sum(dim=(0, 2)).cpu() for part in (inputs.query, inputs.key)]
+        known = sums.setdefault(inputs.layer, [torch.zeros_like(part) for part in parts])
         for total, part in zip(known, parts, strict=True):
             total += part
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
-    AttentionInterface.register(_ATTENTION, attend)
-    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(_ATTENTION)
-    try:
-        with torch.inference_mode():
-            starts = range(0, len(token_ids), chunk_tokens)
-            for start in tqdm(starts, desc="calibrating", disable=None):
-                ids = torch.tensor([token_ids[start : start + chunk_tokens]], device=model.device)
-                model(input_ids=ids, use_cache=False, logits_to_keep=1)
-    finally:
-        model.set_attn_implementation(before)
+    with observed_attention(model, observe), torch.inference_mode():
+        starts = range(0, len(token_ids), chunk_tokens)
+        for start in tqdm(starts, desc="calibrating", disable=None):
+            ids = torch.tensor([token_ids[start : start + chunk_tokens]], device=model.device)
+            model(input_ids=ids, use_cache=False, logits_to_keep=1)
     if not sums:
         raise ValueError(f"{type(model).__name__} does not call a registered attention function")
     data: ChannelData = {}

@@ -164,7 +164,9 @@ class ModelAdapterHF(ModelAdapter):
             kwargs["layer_idx"] = getattr(module, "layer_idx", 0)
             mask = attention.select(*inputs, **kwargs)
             session.add_counts(count_read_keys(mask, attention_mask))
-            return get_masked_attention_output(module, *inputs, mask), None
+            output = get_masked_attention_output(module, *inputs, mask)
+            attention.log_metrics(module, *inputs, mask, output, kwargs["layer_idx"])
+            return output, None
 
         session = AttentionSession(attend)
         return session

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from sparse_attention_hub.metric_logging import MicroMetricLogger
 from sparse_attention_hub.sparse_attention.base import SparseAttention, SparseAttentionConfig
+from sparse_attention_hub.sparse_attention.density import count_read_keys
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
     MaskerConfig,
     ResearchMasker,
@@ -20,6 +22,7 @@ from sparse_attention_hub.sparse_attention.utils.kv_utils import accumulation_dt
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
 from sparse_attention_hub.sparse_attention.utils.mask_attention_utils import (
     get_masked_attention_output,
+    get_true_attention_output,
 )
 
 
@@ -82,6 +85,12 @@ def _check_maskers(name: str, configs: Sequence[MaskerConfig]) -> None:
     sampling = [config for config in configs if isinstance(config, SamplingMaskerConfig)]
     if len(sampling) > 1:
         raise ValueError(f"at most one sampling masker is allowed in {name}, got {sampling!r}")
+
+
+DENSITY = "research_attention_density"
+OUTPUT_ERROR = "research_attention_output_error"
+for _metric in (DENSITY, OUTPUT_ERROR):
+    MicroMetricLogger.register_metric(_metric, float)
 
 
 class ResearchAttention(SparseAttention):
@@ -176,12 +185,43 @@ class ResearchAttention(SparseAttention):
         Returns:
             The output `(B, Q, H, Dv)`, contiguous, and the weights `(B, H, Q, K)`.
         """
-        mask = self.select(
-            queries, keys, values, attention_mask, scaling, dropout, sparse_meta_data, **kwargs
-        )
-        return get_masked_attention_output(
-            module, queries, keys, values, attention_mask, scaling, dropout, mask, True
-        )
+        inputs = (queries, keys, values, attention_mask, scaling, dropout)
+        mask = self.select(*inputs, sparse_meta_data, **kwargs)
+        output, weights = get_masked_attention_output(module, *inputs, mask, True)
+        self.log_metrics(module, *inputs, mask, output, kwargs.get("layer_idx"))
+        return output, weights
+
+    def log_metrics(
+        self,
+        module: torch.nn.Module | None,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float,
+        dropout: float,
+        mask: Mask,
+        output: torch.Tensor,
+        layer_idx: int | None,
+    ) -> None:
+        """Logs density and output error of a call, each if its metric is enabled.
+
+        Density counts visible keys alone; the error is `|dense - sparse| / |dense|` of the whole
+        output, for which dense attention is computed.
+
+        Args: as `custom_attention`, with its mask and output.
+        """
+        metrics = MicroMetricLogger()
+        metadata = {"layer_idx": layer_idx}
+        if metrics.is_metric_enabled(DENSITY):
+            read, visible = count_read_keys(mask, attention_mask)
+            metrics.log(DENSITY, read / max(visible, 1), metadata)
+        if metrics.is_metric_enabled(OUTPUT_ERROR):
+            dense, _ = get_true_attention_output(
+                module, queries, keys, values, attention_mask, scaling, dropout
+            )
+            error = (dense - output).float().norm() / dense.float().norm()
+            metrics.log(OUTPUT_ERROR, float(error), metadata)
 
 
 def _maskers_of(configs: Sequence[MaskerConfig]) -> list[ResearchMasker]:

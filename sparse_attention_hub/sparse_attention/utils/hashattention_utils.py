@@ -67,7 +67,7 @@ def save_hat_weights(weights: HatWeights, path: str | Path) -> None:
 
     save_file(
         {
-            f"{layer}.{part}.{index}": tensor.contiguous()
+            f"{layer}.{part}.{index}": tensor.detach().clone().contiguous()
             for layer, parts in checked_hat_weights(weights).items()
             for part, tensors in parts.items()
             for index, tensor in enumerate(tensors)

@@ -1,0 +1,138 @@
+"""Looking at what a model's attention layers get, and what maskers would make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from sparse_attention_hub.sparse_attention.research_attention import (
+    ResearchAttention,
+    ResearchAttentionConfig,
+)
+from sparse_attention_hub.sparse_attention.utils.mask_attention_utils import (
+    get_masked_attention_output,
+    get_true_attention_output,
+)
+
+_ATTENTION = "sparse_attention_hub_observed"
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What one attention layer got, rotated.
+
+    Attributes:
+        layer: Its index.
+        query: `(B, H, Q, D)`.
+        key: `(B, G, K, D)`.
+        value: `(B, G, K, Dv)`.
+        scaling: Of the scores.
+    """
+
+    layer: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scaling: float
+
+
+@contextmanager
+def observed_attention(
+    model: PreTrainedModel, observe: Callable[[LayerInputs], None]
+) -> Iterator[None]:
+    """Calls `observe` for every attention layer that runs in the `with` block, densely.
+
+    Raises:
+        ValueError: The model does not take its attention from transformers' registry.
+    """
+
+    def attend(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        observe(LayerInputs(getattr(module, "layer_idx", 0), query, key, value, scale))
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+
+    AttentionInterface.register(_ATTENTION, attend)
+    AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_ATTENTION)
+    try:
+        if model.config._attn_implementation != _ATTENTION:
+            raise ValueError(f"{type(model).__name__} does not support a custom attention function")
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def decode_step_inputs(model: PreTrainedModel, token_ids: Sequence[int]) -> list[LayerInputs]:
+    """What each layer gets when the last token is decoded after the others, all densely."""
+    inputs: list[LayerInputs] = []
+
+    def keep(layer: LayerInputs) -> None:
+        last = layer.query[:, :, -1:].clone()
+        inputs.append(LayerInputs(layer.layer, last, layer.key, layer.value, layer.scaling))
+
+    with observed_attention(model, keep), torch.inference_mode():
+        ids = torch.tensor([list(token_ids)], device=model.device)
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    return inputs
+
+
+@dataclass(frozen=True)
+class LayerReading:
+    """What maskers read of one layer in one step, and what that costs.
+
+    Attributes:
+        layer: Its index.
+        density: Share of the keys that is read, `(H,)`.
+        error: `|sparse - dense| / |dense|` of the output, `(H,)`.
+        keys_read: The weight of each key, 0 = not read, `(H, K)`.
+    """
+
+    layer: int
+    density: torch.Tensor
+    error: torch.Tensor
+    keys_read: torch.Tensor
+
+
+def read_layers(
+    config: ResearchAttentionConfig, inputs: Sequence[LayerInputs]
+) -> list[LayerReading]:
+    """Runs maskers on the inputs of `decode_step_inputs`, of one sequence.
+
+    Each layer gets what a dense model gives it: errors of earlier layers do not add up.
+    """
+    attention = ResearchAttention.create_from_config(config)
+    readings = []
+    with torch.inference_mode():
+        for layer in inputs:
+            tensors = (layer.query, layer.key, layer.value, None, layer.scaling, 0.0)
+            mask = attention.select(*tensors, {}, layer_idx=layer.layer)
+            sparse = get_masked_attention_output(None, *tensors, mask)[0, 0].float()
+            dense = get_true_attention_output(None, *tensors)[0][0, 0].float()
+            weights = mask.get_dense_mask()[0, :, 0]
+            readings.append(
+                LayerReading(
+                    layer.layer,
+                    (weights > 0).float().mean(dim=-1),
+                    (sparse - dense).norm(dim=-1) / dense.norm(dim=-1),
+                    weights,
+                )
+            )
+    return readings
