@@ -12,6 +12,7 @@ label the newest key, as in decoding.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import statistics
@@ -26,7 +27,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from sparse_attention_hub.sparse_attention import ResearchAttention
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.double_sparsity_utils import (  # noqa: E501
+    channel_key,
+)
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict
+from sparse_attention_hub.sparse_attention.utils.hashattention_utils import save_hat_weights
 from sparse_attention_hub.sparse_attention.utils.mask_attention_utils import (
     get_masked_attention_output,
 )
@@ -58,7 +63,41 @@ def configurations(num_keys: int, folder: Path) -> dict[str, list[dict[str, Any]
 
 def label_maskers(folder: Path) -> dict[str, dict[str, Any]]:
     """Maskers that rank keys by pages or labels."""
-    return {"Quest, page 16": {"type": "quest_top_k", "heavy_size": 0.1, "page_size": 16}}
+    orders = [torch.randperm(HEAD_SIZE).tolist() for _ in range(HEADS)]
+    channels = folder / "channels.json"
+    channels.write_text(json.dumps({channel_key(0, "qk_proj"): orders}))
+    weights = {
+        part: [torch.randn(HEADS, *size)]
+        for side in ("query", "key")
+        for part, size in ((f"{side}_matrix", (HEAD_SIZE, 32)), (f"{side}_bias", (32,)))
+    }
+    save_hat_weights({0: weights}, folder / "weights.safetensors")
+    return {
+        "Quest, page 16": {"type": "quest_top_k", "page_size": 16},
+        "Quest, page 16, per KV head": {
+            "type": "quest_top_k",
+            "page_size": 16,
+            "head_granularity": "kv_head",
+        },
+        "Double Sparsity, 8 channels": {
+            "type": "double_sparsity_top_k",
+            "sorted_channel_file": str(channels),
+        },
+        "HashAttention, 32 bits": {
+            "type": "hash_attention_top_k",
+            "hat_bits": 32,
+            "hat_mlp_layers": 1,
+            "hat_mlp_hidden_size": 1,
+            "hat_mlp_activation": "silu",
+            "hat_weight_file": str(folder / "weights.safetensors"),
+        },
+        "PQ, 8 x 6 bits": {
+            "type": "pq_cache",
+            "pq_sub_dim": 16,
+            "pq_bits": 6,
+            "kmeans_iterations": 2,
+        },
+    }
 
 
 def simulated(

@@ -53,10 +53,11 @@ def readings(
 ) -> list[LayerReading]:
     """What a method reads at a density, sinks and window included."""
     rest = density - (SINK + WINDOW) / num_keys
-    size: dict[str, Any] = {
+    sizes: dict[str, dict[str, Any]] = {
         "local": {"window_size": max(1, round(density * num_keys) - SINK)},
         "random_sampling": {"sampling_rate": rest * num_keys / (num_keys - SINK - WINDOW)},
-    }.get(masker["type"], {"heavy_size": rest})
+    }
+    size = sizes.get(masker["type"], {"heavy_size": rest})
     maskers = [
         {"type": "sink", "sink_size": SINK},
         {"type": "local", "window_size": WINDOW},

@@ -21,12 +21,17 @@ if TYPE_CHECKING:
     )
     from sparse_attention_hub.metric_logging import MicroMetricLogger
     from sparse_attention_hub.plotting import Granularity, PlotGenerator
-    from sparse_attention_hub.sparse_attention import ResearchAttention, SparseAttention
+    from sparse_attention_hub.sparse_attention import (
+        EfficientAttention,
+        ResearchAttention,
+        SparseAttention,
+    )
 
 __version__ = "0.1.0"
 __author__ = "The sparse-attention-hub authors"
 
 _HOMES = {
+    "EfficientAttention": "sparse_attention",
     "SparseAttention": "sparse_attention",
     "ResearchAttention": "sparse_attention",
     "Request": "adapters",
@@ -42,6 +47,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "EfficientAttention",
     "Granularity",
     "MicroMetricLogger",
     "ModelAdapter",

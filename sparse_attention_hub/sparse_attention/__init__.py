@@ -1,6 +1,15 @@
 """Maskers, masks and attention with a mask; needs torch and nothing else."""
 
 from sparse_attention_hub.sparse_attention.base import SparseAttention, SparseAttentionConfig
+from sparse_attention_hub.sparse_attention.efficient_attention import (
+    ChannelConfig,
+    DoubleSparsity,
+    DoubleSparsityConfig,
+    EfficientAttention,
+    EfficientAttentionConfig,
+    HashAttention,
+    HashAttentionConfig,
+)
 from sparse_attention_hub.sparse_attention.metadata import SparseAttentionMetadata
 from sparse_attention_hub.sparse_attention.research_attention import (
     ResearchAttention,
@@ -54,10 +63,17 @@ __all__ = [
     "AdaptiveSamplingMasker",
     "AdaptiveSamplingMaskerConfig",
     "CausalMasker",
+    "ChannelConfig",
+    "DoubleSparsity",
+    "DoubleSparsityConfig",
     "DoubleSparsityTopKMasker",
     "DoubleSparsityTopKMaskerConfig",
+    "EfficientAttention",
+    "EfficientAttentionConfig",
     "FixedMasker",
     "FixedMaskerConfig",
+    "HashAttention",
+    "HashAttentionConfig",
     "HashAttentionTopKMasker",
     "HashAttentionTopKMaskerConfig",
     "LocalMasker",

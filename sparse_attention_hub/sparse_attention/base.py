@@ -67,6 +67,10 @@ class SparseAttention(ABC):
             TypeError: The configuration is of a type that no attention is made from.
         """
         # Imported here: this is the base class of what it builds.
+        from sparse_attention_hub.sparse_attention.efficient_attention import (
+            EfficientAttention,
+            EfficientAttentionConfig,
+        )
         from sparse_attention_hub.sparse_attention.research_attention import (
             ResearchAttention,
             ResearchAttentionConfig,
@@ -74,4 +78,9 @@ class SparseAttention(ABC):
 
         if isinstance(config, ResearchAttentionConfig):
             return ResearchAttention.create_from_config(config)
-        raise TypeError(f"expected a ResearchAttentionConfig, got {type(config).__name__}")
+        if isinstance(config, EfficientAttentionConfig):
+            return EfficientAttention.create_from_config(config)
+        raise TypeError(
+            f"expected a ResearchAttentionConfig or an EfficientAttentionConfig, got "
+            f"{type(config).__name__}"
+        )

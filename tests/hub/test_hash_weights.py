@@ -50,7 +50,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, monkeypatch) -> None:
 
 
 def test_published_checkpoints(tmp_path) -> None:
-    """One network per layer and head; every second index is an activation; a bias may be missing."""
+    """A network per layer and head; every second index is an activation; a bias may be missing."""
     layers, heads, size = 2, 3, [(8, 5), (5, 4)]
     state = {}
     for layer in range(layers):

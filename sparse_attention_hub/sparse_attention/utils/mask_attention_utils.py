@@ -256,3 +256,42 @@ def apply_inv_mask_sum(input_tensor: torch.Tensor, mask: Mask) -> torch.Tensor:
         ValueError: The shapes differ.
     """
     return mask.apply_inv_mask(input_tensor).sum(dim=-1, keepdim=True)
+
+
+def create_sampling_mask_with_per_head_budget(
+    budgets: torch.Tensor,
+    sampling_probability: torch.Tensor,
+    seq_len_keys: int,
+    start_idx: int,
+    end_idx: int,
+    dtype: torch.dtype = torch.float32,
+) -> Mask:
+    """A uniform sample of keys per row, without replacement, from torch's own generator.
+
+    (The maskers of this package sample with `counter_random` instead, so that a sample does not
+    depend on what else is drawn.)
+
+    Args:
+        budgets: int64 `(B, H, Q, 1)`, keys to draw per row; at most `end_idx - start_idx` are.
+        sampling_probability: `(B, H, Q, 1)`, the weight of a row's keys.
+        seq_len_keys: K.
+        start_idx: First position that may be drawn.
+        end_idx: One past the last.
+        dtype: Of the weights.
+
+    Returns:
+        A mask `(B, H, Q, K)`.
+
+    Raises:
+        ValueError: The range does not lie in the keys.
+    """
+    if not 0 <= start_idx <= end_idx <= seq_len_keys:
+        raise ValueError(
+            f"start_idx and end_idx must lie in order in [0, {seq_len_keys}], got {start_idx} and "
+            f"{end_idx}"
+        )
+    shape = (*budgets.shape[:-1], end_idx - start_idx)
+    order = torch.rand(shape, device=budgets.device).argsort(dim=-1)
+    drawn = torch.arange(shape[-1], device=budgets.device) < budgets
+    weights = drawn * sampling_probability.to(dtype)
+    return Mask.create_from_rows((*shape[:-1], seq_len_keys), order + start_idx, weights)
