@@ -54,7 +54,7 @@ CONFIGS = {
         "kmeans_iterations": 3,
     },
     "socket": {"type": "socket", "heavy_size": 0.1, "K": 4, "L": 20},
-    "magic pig": {"type": "magic_pig", "lsh_l": 20, "lsh_k": 6},
+    "magic pig": {"type": "magic_pig", "lsh_l": 40, "lsh_k": 5},
     "random": {"type": "random_sampling", "sampling_rate": 0.1, "seed": 3},
 }
 ELSEWHERE = {"sink", "local", "oracle_top_k", "causal"}  # test_parity; causal selects nothing

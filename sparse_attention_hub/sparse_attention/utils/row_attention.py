@@ -33,36 +33,47 @@ def attend_rows(
         `(B, Q, H, Dv)`, contiguous, in the dtype of `queries`. A row without keys gives zeros.
     """
     batch, heads, num_queries, _ = queries.shape
-    group = _get_num_key_value_groups(queries, keys)
-    dtype = accumulation_dtype(queries.dtype)
-    # Rows of one KV head side by side: (B, G, group * Q, ...).
-    lists = indices.reshape(batch, keys.shape[1], group * num_queries, -1)
-    rows = queries.to(dtype).reshape(batch, keys.shape[1], group * num_queries, -1)
-    logits = _scores(rows, keys, lists) * scaling
-    probabilities = weights.reshape(logits.shape).to(dtype)
-    logits = logits - torch.where(probabilities > 0, probabilities.log(), torch.inf)
-    if not logits.shape[-1]:
+    if not indices.shape[-1]:
         return queries.new_zeros(batch, num_queries, heads, values.shape[-1])
+    logits = row_scores(queries, keys, indices) * scaling
+    probabilities = weights.to(logits.dtype)
+    logits = logits - torch.where(probabilities > 0, probabilities.log(), torch.inf)
     top = logits.amax(dim=-1, keepdim=True)
     mass = torch.exp(logits - top.masked_fill(top == -torch.inf, 0))
     total = mass.sum(dim=-1, keepdim=True)
-    output = _weighted_sums(mass / total.masked_fill(total == 0, 1), values, lists)
+    mass = mass / total.masked_fill(total == 0, 1)
+    # Rows of one KV head side by side: (B, G, group * Q, n).
+    lists = indices.reshape(batch, keys.shape[1], -1, indices.shape[-1])
+    output = _weighted_sums(mass.view(lists.shape), values, lists)
     output = output.view(batch, heads, num_queries, values.shape[-1]).to(queries.dtype)
     return output.transpose(1, 2).contiguous()
 
 
-def _scores(rows: torch.Tensor, keys: torch.Tensor, lists: torch.Tensor) -> torch.Tensor:
-    """Dot products `(B, G, R, n)` of rows `(B, G, R, D)` with their listed keys.
+def row_scores(queries: torch.Tensor, keys: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Dot products of queries with the keys listed for them.
 
     One KV head at a time: the keys picked for it stay in the processor's cache.
+
+    Args:
+        queries: `(B, H, Q, D)`.
+        keys: `(B, G, K, D)`.
+        indices: `(B, H, Q, n)`, int64 key positions.
+
+    Returns:
+        `(B, H, Q, n)`, at least float32.
     """
+    batch, kv_heads = keys.shape[:2]
+    group = _get_num_key_value_groups(queries, keys)
+    rows = queries.to(accumulation_dtype(queries.dtype))
+    rows = rows.reshape(batch, kv_heads, group * queries.shape[2], -1)
+    lists = indices.reshape(batch, kv_heads, group * queries.shape[2], -1)
     scores = torch.empty(lists.shape, dtype=rows.dtype, device=rows.device)
     for b in range(lists.shape[0]):
         for g in range(lists.shape[1]):
             picked = keys[b, g].index_select(0, lists[b, g].flatten())
             picked = picked.view(*lists.shape[2:], keys.shape[3]).to(rows.dtype)
             scores[b, g] = (picked @ rows[b, g].unsqueeze(-1)).squeeze(-1)
-    return scores
+    return scores.view(indices.shape)
 
 
 def _weighted_sums(

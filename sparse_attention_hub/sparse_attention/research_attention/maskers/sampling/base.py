@@ -68,7 +68,7 @@ def unselected_in_random_order(
     rows = previous_mask.rows()
     assert rows is not None  # by index, as the caller has checked
     position = torch.full((batch, 1, 1, 1), num_keys - 1, device=previous_mask.device)
-    order = -uniform_per_key(seed, layer, heads, position, num_keys)
+    order = uniform_per_key(seed, layer, heads, position, num_keys).neg_()
     remaining = num_keys - (rows[1] > 0).sum(dim=-1, keepdim=True)
     return exclude_selected(order, *rows, never=-torch.inf), remaining
 

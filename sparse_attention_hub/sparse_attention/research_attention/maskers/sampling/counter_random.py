@@ -30,9 +30,14 @@ def _shifted(bits: torch.Tensor, count: int) -> torch.Tensor:
 
 def _mixed(bits: torch.Tensor) -> torch.Tensor:
     bits = bits + _STEP
-    bits = (bits ^ _shifted(bits, 30)) * _FIRST
-    bits = (bits ^ _shifted(bits, 27)) * _SECOND
-    return bits ^ _shifted(bits, 31)
+    # In place from here: there is one number per query head and key, and fresh memory is slow.
+    shifted = torch.empty_like(bits)
+    for count, factor in ((30, _FIRST), (27, _SECOND), (31, None)):
+        torch.bitwise_right_shift(bits, count, out=shifted)
+        bits ^= shifted.bitwise_and_((1 << (64 - count)) - 1)
+        if factor is not None:
+            bits *= factor
+    return bits
 
 
 def uniform_per_key(
@@ -56,7 +61,7 @@ def uniform_per_key(
     rows = _mixed(_mixed(_mixed(start) ^ layer) ^ heads)
     rows = _mixed(rows ^ positions)
     bits = _mixed(rows ^ torch.arange(num_keys, device=device))
-    return _shifted(bits, 11).double() * 2.0**-53
+    return _shifted(bits, 11).double().mul_(2.0**-53)
 
 
 def normal_numbers(seed: int, layer: int, shape: tuple[int, ...]) -> torch.Tensor:

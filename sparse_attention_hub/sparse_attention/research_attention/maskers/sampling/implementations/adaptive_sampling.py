@@ -48,6 +48,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.single_row
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import Size
 from sparse_attention_hub.sparse_attention.utils.kv_utils import grouped_scores
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
+from sparse_attention_hub.sparse_attention.utils.row_attention import row_scores
 from sparse_attention_hub.sparse_attention.visibility import add_bias, visible_keys
 
 
@@ -177,8 +178,7 @@ class AdaptiveSamplingMasker(SamplingMasker):
         # The number of sampled keys is measured; listing them needs it on the host, which is free
         # on a CPU alone.
         if device.type == "cpu" and is_single_row(previous_mask, attention_mask):
-            logits = grouped_scores(queries, keys) * scaling
-            return self._add_to_row(previous_mask, logits, layer)
+            return self._add_to_row(previous_mask, queries, keys, scaling, layer)
         visible = visible_keys(attention_mask, num_keys)
         if visible is None:
             visible = torch.ones(1, 1, 1, num_keys, dtype=torch.bool, device=device)
@@ -224,36 +224,52 @@ class AdaptiveSamplingMasker(SamplingMasker):
             base_size = torch.full_like(size, self.base_rate_sampling)
         return torch.minimum(base_size, size)
 
-    def _add_to_row(self, previous_mask: Mask, logits: torch.Tensor, layer: int) -> Mask:
+    def _add_to_row(
+        self,
+        previous_mask: Mask,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        scaling: float,
+        layer: int,
+    ) -> Mask:
         """The same by index, for one query that sees every key (see `single_row`).
+
+        It reads the keys that are selected and the base sample, and no others.
 
         Args:
             previous_mask: `(B, H, 1, K)`, by index.
-            logits: Scaled scores, `(B, H, 1, K)`.
+            queries: `(B, H, 1, D)`.
+            keys: `(B, G, K, D)`.
+            scaling: Of the scores.
             layer: Index of the attention layer.
         """
-        num_keys = logits.shape[-1]
+        num_keys = keys.shape[2]
         start, stop = self._range(num_keys)
         mask = add_range(add_range(previous_mask, 0, start), stop, num_keys)
         rows = mask.rows()
         assert rows is not None  # add_range keeps the form
         order, size = unselected_in_random_order(mask, self.seed, layer)
         base_size = self._base_size(size)
-        top = logits.amax(dim=-1, keepdim=True)
-
-        def mass_of(indices: torch.Tensor) -> torch.Tensor:
-            return torch.exp(logits.gather(-1, indices) - top).double()
-
-        weights = rows[1].double()
-        static = torch.where(
-            weights > 0, mass_of(rows[0]) / weights.masked_fill(weights == 0, 1), 0.0
-        )
-        drawn = order.topk(int(base_size.max()), dim=-1).indices
+        num_base = int(base_size.max())
+        # More than the base sample, so that most often the whole sample is drawn already.
+        ranked = order.topk(min(4 * num_base, num_keys), dim=-1).indices
+        drawn = ranked[..., :num_base]
         is_base = torch.arange(drawn.shape[-1]) < base_size
-        budget = self._budget(
-            static.sum(dim=-1, keepdim=True), mass_of(drawn), is_base, base_size, size
-        )
-        drawn = order.topk(int((base_size + budget).max()), dim=-1).indices
+        read = torch.cat([rows[0], drawn], dim=-1)
+        logits = row_scores(queries, keys, read) * scaling
+        is_read = torch.cat([rows[1] > 0, is_base], dim=-1)
+        logits = logits.masked_fill(~is_read, -torch.inf)
+        top = logits.amax(dim=-1, keepdim=True) if read.shape[-1] else torch.zeros_like(size)
+        mass = torch.exp(logits - top.masked_fill(top == -torch.inf, 0)).double()
+        num_static = rows[0].shape[-1]
+        static, base_mass = mass[..., :num_static], mass[..., num_static:]
+        weights = rows[1].double()
+        static = static / weights.masked_fill(weights == 0, torch.inf)
+        budget = self._budget(static.sum(dim=-1, keepdim=True), base_mass, is_base, base_size, size)
+        num_drawn = int((base_size + budget).max())
+        if num_drawn > ranked.shape[-1]:
+            ranked = order.topk(num_drawn, dim=-1).indices
+        drawn = ranked[..., :num_drawn]
         place = torch.arange(drawn.shape[-1])
         probability = budget / (size - base_size).clamp(min=1)
         probabilities = torch.where(place < base_size, 1.0, probability)
