@@ -125,9 +125,8 @@ def simulated(
             size = (total == 0).sum(dim=-1, keepdim=True)
             wanted = (1.645 * deviation * size / (0.1 * mass.sum(dim=-1, keepdim=True))) ** 2
             count = wanted.clamp(base.shape[-1]).minimum(size).long()
-            drawn = torch.rand(total.shape).masked_fill(total > 0, 2).argsort(dim=-1)
-            ranks = torch.arange(num_keys).expand_as(total)
-            mask.scatter_(-1, drawn, (ranks < count).float() * (count / size))
+            chance = count / size
+            mask = torch.where((torch.rand(total.shape) < chance) & (total == 0), chance, mask)
         total = (total + mask).clamp(max=1)
     scores = query @ key.repeat_interleave(group, dim=1).transpose(2, 3) * SCALING
     mass = torch.exp(scores - scores.amax(dim=-1, keepdim=True))

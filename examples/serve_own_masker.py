@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         model,
         {**maskers, "imports": ["examples.own_masker"]},
         arguments=["--dtype", "float32", "--enforce-eager"],
+        environment={"VLLM_CPU_KVCACHE_SPACE": "1"},  # GiB; a GPU takes no notice
     ) as server:
         served = ModelAdapterVLLM(model, config, base_url=server.base_url, sparse_by_default=True)
         answers["served"] = served.process_request(request, generation)

@@ -25,7 +25,7 @@ _HEADER = (
     "paper",
     "selects per",
     "state it keeps",
-    "index bytes per token and KV head",
+    "index bytes per token and head",
     "decode step in process",
     "in vllm serve",
 )

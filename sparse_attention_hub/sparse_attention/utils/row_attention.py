@@ -72,7 +72,8 @@ def row_scores(queries: torch.Tensor, keys: torch.Tensor, indices: torch.Tensor)
         for g in range(lists.shape[1]):
             picked = keys[b, g].index_select(0, lists[b, g].flatten())
             picked = picked.view(*lists.shape[2:], keys.shape[3]).to(rows.dtype)
-            scores[b, g] = (picked @ rows[b, g].unsqueeze(-1)).squeeze(-1)
+            # One row times a matrix: the other way round is several times slower on CPUs.
+            scores[b, g] = (rows[b, g].unsqueeze(1) @ picked.transpose(1, 2)).squeeze(1)
     return scores.view(indices.shape)
 
 

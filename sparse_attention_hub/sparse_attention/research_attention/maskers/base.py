@@ -131,7 +131,8 @@ class MaskerFacts:
     Attributes:
         paper: Where it comes from.
         state: What it keeps about keys between steps.
-        index_bytes: Bytes of that per token and KV head (or network), packed.
+        index_bytes: Bytes of that, packed, per token and KV head; or per token and query head,
+            where each query head has labels of its own.
         is_by_index: Whether a decode step in process lists keys; else it weighs all of them.
     """
 
