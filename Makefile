@@ -20,6 +20,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/mypy
 
 bench: $(INSTALLED)
+	$(VENV)/bin/python -m benchmarks.research_attention
 	$(VENV)/bin/python -m benchmarks.dense_throughput
 
 # The last line is reached only when everything is there, so a broken install is taken up again.
