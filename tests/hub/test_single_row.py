@@ -16,6 +16,7 @@ from sparse_attention_hub.sparse_attention import (
     ResearchAttentionConfig,
     SinkMaskerConfig,
 )
+from sparse_attention_hub.sparse_attention.research_attention.maskers.base import ResearchMasker
 from sparse_attention_hub.sparse_attention.utils.mask_attention_utils import (
     get_masked_attention_output,
 )
@@ -24,6 +25,7 @@ from tests.hub.top_k_maskers import NAMES, tensors, top_k_configs
 from tests.tolerances import ATTENTION_ATOL
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 1, 7), (1, 4, 2, 33), (3, 8, 1, 64), (1, 3, 3, 130), (2, 8, 2, 257)]
+LONG = (1, 4, 2, 2500)
 SAMPLERS = {
     "random": RandomSamplingMaskerConfig(0.2),
     "adaptive": AdaptiveSamplingMaskerConfig(0.1, 0.3, 0.2, 2, 0.05),
@@ -62,7 +64,42 @@ def test_top_k_maskers(name, shape, size, granularity, tmp_path) -> None:
         assert by_index.count_active() == general.count_active()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("granularity", ["query_head", "kv_head"])
+@pytest.mark.parametrize("name", NAMES)
+def test_top_k_maskers_on_long_rows_in_every_dtype(name, granularity, dtype, tmp_path) -> None:
+    query, key, value = (part.to(dtype) for part in tensors(*LONG[:3], 1, LONG[3]))
+    config = top_k_configs(tmp_path, LONG[1], 0.05, granularity)[name]
+    before = [SinkMaskerConfig(4), LocalMaskerConfig(32)]
+    by_index, general = both_forms(ResearchAttentionConfig([*before, config]), query, key, value)
+    assert torch.equal(by_index.get_dense_mask(), general.get_dense_mask())
+    assert by_index.dtype == torch.float32
+    if name != "quest":  # it reads whole pages
+        assert by_index.count_active() == 4 * (36 + 125)
+
+
+@pytest.mark.parametrize("name", [*NAMES, *SAMPLERS])
+def test_full_and_empty_previous_masks(name, tmp_path) -> None:
+    query, key, value = tensors(1, 4, 2, 1, 40)
+    config = {**top_k_configs(tmp_path, 4, 5), **SAMPLERS}[name]
+    masker = ResearchMasker.create_masker_from_config(config)
+    full = Mask.create_full_mask((1, 4, 1, 40), torch.float32, query.device)
+    assert masker.add_mask(key, query, value, None, 0.25, 0.0, {}, full) is full
+    empty = Mask.create_empty_mask((1, 4, 1, 40), torch.float32, query.device)
+    zeros = Mask.create_mask_from_dense_mask((1, 4, 1, 40), torch.zeros(1, 4, 1, 40), torch.float32)
+    ones = Mask.create_mask_from_dense_mask((1, 4, 1, 40), torch.ones(1, 4, 1, 40), torch.float32)
+    first, second = (
+        masker.add_mask(key, query, value, None, 0.25, 0.0, {}, previous).get_dense_mask()
+        for previous in (empty, zeros)
+    )
+    assert torch.equal(first, second)
+    assert empty.is_empty_mask()
+    assert not zeros.get_dense_mask().any()
+    added = masker.add_mask(key, query, value, None, 0.25, 0.0, {}, ones)
+    assert torch.equal(added.get_dense_mask(), torch.ones(1, 4, 1, 40))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, LONG])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_sampling_maskers(name, shape) -> None:
     batch, heads, kv_heads, keys = shape

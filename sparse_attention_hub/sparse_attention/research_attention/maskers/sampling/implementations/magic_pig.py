@@ -9,6 +9,9 @@ least two tables. With `u = 1 - angle / pi` the probability that one bit agrees,
 and 1 / p weights the key (self-normalised importance sampling). Keys are centred first, which does
 not change attention. Where the field's API differs from the paper (one collision suffices, an added
 dimension for key norms), this follows the paper. The mean is that of a prefix, see `key_prefix`.
+
+A projection within float noise of 0 may fall on either side: two correct implementations that round
+differently agree on nearly all samples, not on every one.
 """
 
 from __future__ import annotations
