@@ -10,9 +10,10 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 
+from sparse_attention_hub.adapters.attention_observation import LayerInputs
 from sparse_attention_hub.sparse_attention.research_attention import ResearchAttention
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict
-from tests.captured_attention import LayerCall, captured_layers
+from tests.captured_attention import captured_layers
 from tests.e2e.texts import prompt
 from tests.tolerances import ATTENTION_ATOL
 from vllm_sparse_plugin import compat
@@ -35,14 +36,14 @@ CONFIGS = {
 
 
 @pytest.fixture(scope="module")
-def layer_calls(model_path: str) -> list[LayerCall]:
+def layer_calls(model_path: str) -> list[LayerInputs]:
     """Each layer's queries, keys and values in one pass of the real model in float32."""
     calls = captured_layers(model_path, prompt(model_path, 400, CONTEXT))
     assert len(calls) == LAYERS
     return calls
 
 
-def paged(call: LayerCall, isa: str) -> tuple[torch.Tensor, torch.Tensor]:
+def paged(call: LayerInputs, isa: str) -> tuple[torch.Tensor, torch.Tensor]:
     """A cache with the call's keys and values in scattered blocks, and the block table."""
     _, kv_heads, num_keys, head_size = call.key.shape
     num_blocks = -(-num_keys // BLOCK_SIZE)
@@ -56,7 +57,7 @@ def paged(call: LayerCall, isa: str) -> tuple[torch.Tensor, torch.Tensor]:
     return cache, table[None]
 
 
-def served(impl, maskers: list[dict], call: LayerCall, index: int, queries: int) -> torch.Tensor:
+def served(impl, maskers: list[dict], call: LayerInputs, index: int, queries: int) -> torch.Tensor:
     """The call's last queries through the plugin's own layer."""
     server = ServingConfig.parse({"maskers": maskers})
     resolved = resolve_request({"sparse_attention_dense_prefix": 0}, server)
@@ -79,7 +80,7 @@ def served(impl, maskers: list[dict], call: LayerCall, index: int, queries: int)
     )
 
 
-def reference(maskers: list[dict], call: LayerCall, index: int, queries: int) -> torch.Tensor:
+def reference(maskers: list[dict], call: LayerInputs, index: int, queries: int) -> torch.Tensor:
     """The same queries through `ResearchAttention`, with an additive causal mask."""
     attention = ResearchAttention.create_from_config(config_from_dict({"maskers": maskers}))
     position = torch.arange(CONTEXT)
