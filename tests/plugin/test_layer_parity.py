@@ -32,6 +32,8 @@ CONFIGS = {
     "sink-local": SINK_LOCAL,
     "oracle-count": [*SINK_LOCAL, {"type": "oracle_top_k", "heavy_size": 32}],
     "oracle-share": [*SINK_LOCAL, {"type": "oracle_top_k", "heavy_size": 0.05}],
+    "pq": [*SINK_LOCAL, {"type": "pq_cache", "heavy_size": 32, "pq_sub_dim": 16, "pq_bits": 4}],
+    "magic-pig": [*SINK_LOCAL, {"type": "magic_pig", "lsh_l": 20, "lsh_k": 6}],
 }
 
 
