@@ -42,7 +42,7 @@ def methods(channel_file: str) -> dict[str, dict[str, Any]]:
             "group_factor": 8,
         },
         "PQ, 4 x 6 bits": {"type": "pq_cache", "pq_sub_dim": 16, "pq_bits": 6},
-        "SOCKET, 60 x 6 bits": {"type": "socket", "K": 6, "L": 60},
+        "SOCKET, 60 x 10 bits": {"type": "socket", "K": 10, "L": 60},
         "oracle top-k": {"type": "oracle_top_k"},
         "oracle top-k, per KV head": {"type": "oracle_top_k", "head_granularity": "kv_head"},
     }
