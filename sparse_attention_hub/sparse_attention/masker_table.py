@@ -5,11 +5,8 @@ python -m sparse_attention_hub.sparse_attention.masker_table
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 
-# Registers the built-in maskers.
-from sparse_attention_hub.sparse_attention import serialization  # noqa: F401
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
     MaskerRegistry,
     json_name,
@@ -17,8 +14,8 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed import (
     TopKMaskerConfig,
 )
+from sparse_attention_hub.sparse_attention.serialization import config_fields
 
-_LEFT_OUT = ("search_space", "hat_weights")
 _HEADER = (
     "masker",
     "fields",
@@ -37,7 +34,7 @@ def masker_table() -> str:
     for config, masker in MaskerRegistry.get_all_registered_types().items():
         if masker.facts is None:
             continue
-        fields = [f.name for f in dataclasses.fields(config) if f.name not in _LEFT_OUT]
+        fields = [field.name for field in config_fields(config)]
         pools = issubclass(config, TopKMaskerConfig)
         rows.append(
             (

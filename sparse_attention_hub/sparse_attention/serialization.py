@@ -49,13 +49,14 @@ def _maskers_to_list(configs: Iterable[MaskerConfig]) -> list[dict[str, Any]]:
 
 
 def _masker_to_dict(config: MaskerConfig) -> dict[str, Any]:
-    fields = {field.name: getattr(config, field.name) for field in _fields(type(config))}
+    fields = {field.name: getattr(config, field.name) for field in config_fields(type(config))}
     if getattr(config, "hat_weights", None) is not None:
         raise ValueError("hat_weights cannot be written as JSON; use hat_weight_file")
     return {"type": json_name(type(config)), **fields}
 
 
-def _fields(config_type: type[MaskerConfig]) -> list[dataclasses.Field[Any]]:
+def config_fields(config_type: type[MaskerConfig]) -> list[dataclasses.Field[Any]]:
+    """The fields of a masker's configuration that JSON has."""
     return [field for field in dataclasses.fields(config_type) if field.name not in _LEFT_OUT]
 
 
@@ -103,7 +104,7 @@ def _masker_from_dict(data: object, where: str) -> MaskerConfig:
     if not isinstance(name, str) or name not in types:
         raise ValueError(f"{where}.type {name!r} is not a masker; {_allowed(name, types)}")
     config_type = types[name]
-    fields = {field.name: field for field in _fields(config_type)}
+    fields = {field.name: field for field in config_fields(config_type)}
     values = {field: value for field, value in data.items() if field != "type"}
     for field in values:
         if field not in fields:

@@ -33,7 +33,7 @@ def add_range(previous_mask: Mask, start: int, stop: int) -> Mask:
     """
     if stop <= start:
         return previous_mask
-    indices, weights = _rows(previous_mask)
+    indices, weights = rows_of(previous_mask)
     outside = (indices < start) | (indices >= stop)
     span = torch.arange(start, stop, device=indices.device).expand(*indices.shape[:-1], -1)
     return _joined(previous_mask, indices, weights * outside, span, torch.ones_like(span))
@@ -52,7 +52,7 @@ def add_top(previous_mask: Mask, scores: torch.Tensor, count: int) -> Mask:
     """
     if count <= 0:
         return previous_mask
-    indices, weights = _rows(previous_mask)
+    indices, weights = rows_of(previous_mask)
     units = scores.shape[1]
     order = exclude_selected(_ordered(scores), indices, weights, _NEVER)
     best = order.topk(count, dim=-1, sorted=False)
@@ -114,10 +114,11 @@ def add_weighted(previous_mask: Mask, indices: torch.Tensor, weights: torch.Tens
         indices: `(B, H, 1, n)` key positions.
         weights: `(B, H, 1, n)` probabilities; 0 = no key.
     """
-    return _joined(previous_mask, *_rows(previous_mask), indices, weights)
+    return _joined(previous_mask, *rows_of(previous_mask), indices, weights)
 
 
-def _rows(mask: Mask) -> tuple[torch.Tensor, torch.Tensor]:
+def rows_of(mask: Mask) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key positions and weights of a mask by index, as `is_single_row` has found it to be."""
     rows = mask.rows()
     assert rows is not None  # is_single_row said so
     return rows

@@ -15,6 +15,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.c
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.single_row import (
     exclude_selected,
+    rows_of,
 )
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
 
@@ -65,8 +66,7 @@ def unselected_in_random_order(
         `(B, H, 1, 1)`. The largest n are a uniform sample of n unselected keys.
     """
     batch, heads, _, num_keys = previous_mask.shape
-    rows = previous_mask.rows()
-    assert rows is not None  # by index, as the caller has checked
+    rows = rows_of(previous_mask)
     position = torch.full((batch, 1, 1, 1), num_keys - 1, device=previous_mask.device)
     order = uniform_per_key(seed, layer, heads, position, num_keys).neg_()
     remaining = num_keys - (rows[1] > 0).sum(dim=-1, keepdim=True)

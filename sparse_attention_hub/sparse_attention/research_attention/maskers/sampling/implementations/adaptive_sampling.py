@@ -44,6 +44,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.single_row
     add_range,
     add_weighted,
     is_single_row,
+    rows_of,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import Size
 from sparse_attention_hub.sparse_attention.utils.kv_utils import grouped_scores
@@ -246,8 +247,7 @@ class AdaptiveSamplingMasker(SamplingMasker):
         num_keys = keys.shape[2]
         start, stop = self._range(num_keys)
         mask = add_range(add_range(previous_mask, 0, start), stop, num_keys)
-        rows = mask.rows()
-        assert rows is not None  # add_range keeps the form
+        rows = rows_of(mask)
         order, size = unselected_in_random_order(mask, self.seed, layer)
         base_size = self._base_size(size)
         num_base = int(base_size.max())

@@ -17,6 +17,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.head_group
 from sparse_attention_hub.sparse_attention.research_attention.maskers.key_labels import (
     labels_of_keys,
 )
+from sparse_attention_hub.sparse_attention.research_attention.maskers.single_row import rows_of
 from sparse_attention_hub.sparse_attention.utils.kv_utils import (
     accumulation_dtype,
     grouped_scores,
@@ -127,9 +128,7 @@ def add_top_pages(previous_mask: Mask, scores: torch.Tensor, count: int, page_si
     """
     _, heads, _, num_keys = previous_mask.shape
     units = scores.shape[1]
-    rows = previous_mask.rows()
-    assert rows is not None  # by index, as the caller has checked
-    indices, weights = rows
+    indices, weights = rows_of(previous_mask)
     held = (weights > 0).to(torch.int32)
     # Keys of a page that all query heads of the unit have; a page is out when these are all of it.
     per_key = torch.zeros(*scores.shape[:3], num_keys, dtype=torch.int32, device=scores.device)
