@@ -1,0 +1,201 @@
+"""Sparse and dense attention of a step's queries on pages: plan, then read what is selected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sparse_attention_hub.sparse_attention.research_attention.maskers.base import MaskerConfig
+from vllm_sparse_plugin.paged import maskers as _registers_counterparts  # noqa: F401
+from vllm_sparse_plugin.paged.kernels.attention import attend_lists
+from vllm_sparse_plugin.paged.kernels.lists import clear_flags, count_loaded, list_tokens
+from vllm_sparse_plugin.paged.layout import BlockShape, LayerCache
+from vllm_sparse_plugin.paged.maskers.base import (
+    PagedMasker,
+    PagedQueries,
+    Unsupported,
+    paged_masker,
+)
+
+MAX_ENTRIES = 1 << 24
+"""Keys times units that are planned at once (about 200 MB); more queries go in slices."""
+
+_TOKENS_PER_SPLIT = 512
+"""A list is cut into parts of at least this many tokens, where there are cores for them."""
+
+
+@dataclass(frozen=True)
+class QueryBatch:
+    """Which queries of a step attend, and what they see.
+
+    Attributes:
+        block_table: `[num_rows, max_blocks]`, int32.
+        rows: `[num_queries]`, int32, of the block table.
+        lengths: `[num_queries]`, int32: keys that each sees.
+    """
+
+    block_table: np.ndarray
+    rows: np.ndarray
+    lengths: np.ndarray
+
+
+@dataclass(frozen=True)
+class ReadCounts:
+    """What each query read in one layer.
+
+    Attributes:
+        keys: `[num_queries]`, int64: keys read, summed over query heads.
+        loaded: `[num_queries]`, int64: keys loaded, summed over KV heads.
+    """
+
+    keys: np.ndarray
+    loaded: np.ndarray
+
+
+class PagedAttention:
+    """A list of paged maskers, applied to queries of one layer.
+
+    Attributes:
+        maskers: In the order they are applied.
+        shape: Of the cache.
+    """
+
+    def __init__(self, configs: Sequence[MaskerConfig], shape: BlockShape) -> None:
+        """Builds the counterparts.
+
+        Args:
+            configs: At least one masker.
+            shape: Of the cache.
+
+        Raises:
+            Unsupported: One of them has no counterpart; says which.
+        """
+        if not configs:
+            raise Unsupported("no maskers")
+        self.shape = shape
+        self.maskers: list[PagedMasker] = [paged_masker(config, shape) for config in configs]
+        by_head = any(masker.needs_query_heads for masker in self.maskers)
+        self._num_units = shape.num_heads if by_head else shape.num_kv_heads
+        self._samples = any(masker.samples for masker in self.maskers)
+
+    def attend(
+        self, query: np.ndarray, cache: LayerCache, batch: QueryBatch, scaling: float
+    ) -> tuple[np.ndarray, ReadCounts]:
+        """Attention of each query over what the maskers select for it.
+
+        Args:
+            query: `[num_queries, num_heads, head_size]`, float32.
+            cache: Of the layer, with the index that the maskers need.
+            batch: Of the queries.
+            scaling: Of the scores.
+
+        Returns:
+            `[num_queries, num_heads, head_size]`, float32, and what was read.
+        """
+        output = np.empty_like(query)
+        num_queries = len(batch.lengths)
+        keys, loaded = np.empty(num_queries, np.int64), np.empty(num_queries, np.int64)
+        capacity = -(-int(batch.lengths.max()) // 8) * 8
+        size = max(1, MAX_ENTRIES // (capacity * self._num_units))
+        for start in range(0, num_queries, size):
+            part = slice(start, start + size)
+            self._attend_slice(
+                query[part],
+                cache,
+                QueryBatch(batch.block_table, batch.rows[part], batch.lengths[part]),
+                scaling,
+                output[part],
+                ReadCounts(keys[part], loaded[part]),
+            )
+        return output, ReadCounts(keys, loaded)
+
+    def _attend_slice(
+        self,
+        query: np.ndarray,
+        cache: LayerCache,
+        batch: QueryBatch,
+        scaling: float,
+        output: np.ndarray,
+        read: ReadCounts,
+    ) -> None:
+        flags, probability = self._select(query, cache, batch, scaling)
+        tokens = np.empty(flags.shape, np.int32)
+        log_weights = np.empty((len(flags), flags.shape[1] if self._samples else 0), np.float32)
+        counts = np.empty(len(flags), np.int32)
+        list_tokens(flags, probability, batch.lengths, tokens, log_weights, counts)
+        attend_lists(
+            query,
+            cache.elements,
+            self.shape.kind,
+            self.shape.block_size,
+            batch.block_table,
+            batch.rows,
+            tokens,
+            log_weights,
+            counts,
+            scaling,
+            _splits(counts),
+            output,
+        )
+        per_query = counts.reshape(len(query), self._num_units).sum(axis=1, dtype=np.int64)
+        read.keys[:] = per_query * (self.shape.num_heads // self._num_units)
+        if self._num_units == self.shape.num_kv_heads:
+            read.loaded[:] = per_query
+        else:
+            read.loaded[:] = count_loaded(flags, batch.lengths, self.shape.num_kv_heads).sum(axis=1)
+
+    def _select(
+        self, query: np.ndarray, cache: LayerCache, batch: QueryBatch, scaling: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Flags and probabilities of what the maskers select; see `PagedQueries`."""
+        num_queries, num_heads, _ = query.shape
+        capacity = -(-int(batch.lengths.max()) // 8) * 8
+        queries = PagedQueries(
+            query=query,
+            cache=cache,
+            block_table=batch.block_table,
+            rows=batch.rows,
+            lengths=batch.lengths,
+            scaling=scaling,
+            flags=np.empty((num_queries * self._num_units, capacity), np.uint8),
+            probability=np.zeros(num_queries * self._num_units, np.float32),
+            scores=np.empty((num_queries, num_heads, capacity), np.float32),
+        )
+        clear_flags(queries.flags, batch.lengths)
+        for masker in self.maskers:
+            masker.select(queries)
+        return queries.flags, queries.probability
+
+
+def attend_dense(
+    query: np.ndarray, cache: LayerCache, batch: QueryBatch, scaling: float
+) -> np.ndarray:
+    """Attention of each query over every key that it sees; see `PagedAttention.attend`."""
+    shape = cache.layout.shape
+    output = np.empty_like(query)
+    counts = np.repeat(batch.lengths, shape.num_kv_heads)
+    attend_lists(
+        query,
+        cache.elements,
+        shape.kind,
+        shape.block_size,
+        batch.block_table,
+        batch.rows,
+        np.empty((len(counts), 0), np.int32),
+        np.empty((len(counts), 0), np.float32),
+        counts,
+        scaling,
+        _splits(counts),
+        output,
+    )
+    return output
+
+
+def _splits(counts: np.ndarray) -> int:
+    """Into how many parts each list is cut: enough for all cores, none too short."""
+    tasks = 4 * torch.get_num_threads()
+    by_cores = -(-tasks // max(1, len(counts)))
+    return max(1, min(by_cores, int(counts.max(initial=0)) // _TOKENS_PER_SPLIT))

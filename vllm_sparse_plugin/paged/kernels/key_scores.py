@@ -1,0 +1,63 @@
+"""Exact scores of every key: what the oracle needs."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from vllm_sparse_plugin.paged.kernels.prefetch import prefetch
+from vllm_sparse_plugin.paged.kernels.rows import load_row
+
+_AHEAD = 8
+"""Keys that are asked for before their turn."""
+
+
+@njit(parallel=True, fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def score_keys(
+    query: np.ndarray,
+    elements: np.ndarray,
+    kind: int,
+    block_size: int,
+    block_table: np.ndarray,
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    scores: np.ndarray,
+) -> None:
+    """Unscaled dot products of each query with every key that it sees.
+
+    Args:
+        query: `[num_queries, num_heads, head_size]`, float32.
+        elements: See the package; so the next five.
+        kind: Of the elements.
+        block_size: Tokens of a block.
+        block_table: Of the batch.
+        rows: Of the queries.
+        lengths: Of the queries.
+        scores: `[num_queries, num_heads, capacity]`, float32; written.
+    """
+    num_queries, num_heads, head_size = query.shape
+    num_kv_heads = elements.shape[1]
+    heads = num_heads // num_kv_heads
+    longest = 0
+    for index in range(num_queries):
+        longest = max(longest, lengths[index])
+    chunks = (longest + block_size - 1) // block_size
+    for item in prange(num_queries * num_kv_heads * chunks):
+        index, rest = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
+        kv_head, chunk = rest // chunks, rest % chunks
+        first = chunk * block_size
+        count = min(block_size, lengths[index] - first)
+        if count <= 0:
+            continue
+        block = np.int64(block_table[rows[index], chunk])
+        q = query[index, kv_head * heads : (kv_head + 1) * heads]
+        buffer = np.empty(head_size, np.float32)
+        for place in range(count):
+            if place + _AHEAD < count:
+                prefetch(elements, block, kv_head, (place + _AHEAD) * head_size, head_size)
+            key = load_row(elements, block, kv_head, place * head_size, buffer, kind)
+            for h in range(heads):
+                score = np.float32(0.0)
+                for d in range(head_size):
+                    score += q[h, d] * key[d]
+                scores[index, kv_head * heads + h, first + place] = score

@@ -1,0 +1,310 @@
+"""Bounds of pages (Quest): written with the keys, and compared with queries.
+
+A page's record has the smallest and the largest element per channel. With `bits` 16 it holds them
+as the cache's own elements; with less, each of the two rows as codes and, before them, two float32:
+the row's smallest value and the step between codes. Codes of less than a byte share one: byte j of
+a row of D channels holds channels j, j + D / 2 (4 bits), or j, j + D / 4, ... (2 bits).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from vllm_sparse_plugin.paged.kernels.rows import FLOAT16, load_row
+
+_SINGLE_TO_HALF = np.float32(2.0**-112)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def bounds_of_keys(
+    elements: np.ndarray,
+    kind: int,
+    block: int,
+    head: int,
+    first: int,
+    count: int,
+    bounds: np.ndarray,
+    buffer: np.ndarray,
+) -> None:
+    """Smallest and largest elements of some keys of a block.
+
+    Args:
+        elements: See the package.
+        kind: Of the elements.
+        block: Of the cache.
+        head: KV head.
+        first: Place of the first key in the block.
+        count: Keys, at least 1.
+        bounds: `[2, head_size]`, float32; written.
+        buffer: `[head_size]`, float32 scratch.
+    """
+    head_size = bounds.shape[1]
+    low, high = bounds[0], bounds[1]
+    for place in range(first, first + count):
+        row = load_row(elements, block, head, place * head_size, buffer, kind)
+        if place == first:
+            for d in range(head_size):
+                low[d] = row[d]
+                high[d] = row[d]
+        else:
+            for d in range(head_size):
+                low[d] = min(low[d], row[d])
+                high[d] = max(high[d], row[d])
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def encode_bounds(bounds: np.ndarray, bits: int, kind: int, record: np.ndarray) -> None:
+    """Writes a page's record; the codes are those of `pseudo_quantize`.
+
+    Args:
+        bounds: `[2, head_size]`, float32; with 16 bits, values that the cache's type holds.
+        bits: Of a code.
+        kind: Of the cache's elements.
+        record: uint8, as long as a record; written.
+    """
+    head_size = bounds.shape[1]
+    if bits == 16:
+        if kind == 0:
+            whole = record.view(np.float32)
+            for i in range(2 * head_size):
+                whole[i] = bounds[i // head_size, i % head_size]
+            return
+        halves = record.view(np.uint16)
+        one = np.empty(1, np.float32)
+        word = one.view(np.uint32)
+        for i in range(2 * head_size):
+            one[0] = bounds[i // head_size, i % head_size]
+            if kind == FLOAT16:
+                sign = (word[0] >> np.uint32(16)) & np.uint32(0x8000)
+                one[0] *= _SINGLE_TO_HALF
+                halves[i] = sign | ((word[0] >> np.uint32(13)) & np.uint32(0x7FFF))
+            else:
+                halves[i] = word[0] >> np.uint32(16)
+        return
+    scales = record[:16].view(np.float32)
+    levels = np.float32((1 << bits) - 1)
+    per_byte = 8 // bits
+    width = head_size // per_byte
+    for side in range(2):
+        low, high = bounds[side, 0], bounds[side, 0]
+        for d in range(head_size):
+            low = min(low, bounds[side, d])
+            high = max(high, bounds[side, d])
+        step = (high - low) / levels if high > low else np.float32(1.0)
+        scales[2 * side] = low
+        scales[2 * side + 1] = step
+        start = 16 + side * width
+        for byte in range(width):
+            packed = 0
+            for part in range(per_byte):
+                code = np.rint((bounds[side, byte + part * width] - low) / step)
+                packed |= int(min(max(code, np.float32(0.0)), levels)) << (part * bits)
+            record[start + byte] = packed
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _decode(record: np.ndarray, side: int, bits: int, codes: np.ndarray) -> None:
+    per_byte = 8 // bits
+    width = codes.shape[0] // per_byte
+    start = 16 + side * width
+    mask = np.uint8((1 << bits) - 1)
+    for part in range(per_byte):
+        shift = np.uint8(part * bits)
+        for byte in range(width):
+            codes[part * width + byte] = np.float32((record[start + byte] >> shift) & mask)
+
+
+@njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _score_record(
+    record: np.ndarray,
+    bits: int,
+    kind: int,
+    up: np.ndarray,
+    down: np.ndarray,
+    up_sum: np.ndarray,
+    down_sum: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    scores: np.ndarray,
+    page: int,
+) -> None:
+    """`sum_d max(q_d low_d, q_d high_d)` of one page for some query heads.
+
+    Args:
+        record: Of the page.
+        bits: Of a code.
+        kind: Of the cache's elements.
+        up: `[heads, head_size]`, the positive part of the queries.
+        down: The negative part.
+        up_sum: `[heads]`, sums of `up`.
+        down_sum: Of `down`.
+        low: `[head_size]`, float32 scratch.
+        high: Likewise.
+        scores: `[heads, pages]`; column `page` is written.
+        page: Column.
+    """
+    heads, head_size = up.shape
+    low_min, high_min = np.float32(0.0), np.float32(0.0)
+    low_step, high_step = np.float32(1.0), np.float32(1.0)
+    if bits == 16:
+        if kind == 0:
+            whole = record.view(np.float32)
+            low, high = whole[:head_size], whole[head_size : 2 * head_size]
+        else:
+            halves = record.view(np.uint16).reshape(1, 1, 2 * head_size)
+            load_row(halves, 0, 0, 0, low, kind)
+            load_row(halves, 0, 0, head_size, high, kind)
+    else:
+        scales = record[:16].view(np.float32)
+        low_min, low_step = scales[0], scales[1]
+        high_min, high_step = scales[2], scales[3]
+        _decode(record, 0, bits, low)
+        _decode(record, 1, bits, high)
+    for h in range(heads):
+        from_high, from_low = np.float32(0.0), np.float32(0.0)
+        for d in range(head_size):
+            from_high += up[h, d] * high[d]
+            from_low += down[h, d] * low[d]
+        scores[h, page] = (
+            high_step * from_high
+            + high_min * up_sum[h]
+            + low_step * from_low
+            + low_min * down_sum[h]
+        )
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def update_pages(
+    elements: np.ndarray,
+    kind: int,
+    records: np.ndarray,
+    offset: int,
+    record_bytes: int,
+    head_size: int,
+    block_size: int,
+    page_size: int,
+    bits: int,
+    slots: np.ndarray,
+) -> None:
+    """Makes the records of all pages that were written to right again, partial ones too.
+
+    Args:
+        elements: See the package, with the new keys.
+        kind: Of the elements.
+        records: The same memory as uint8, `[num_blocks, num_kv_heads, bytes]`.
+        offset: Of the index in a block and head, bytes.
+        record_bytes: Of a page's record.
+        head_size: Channels of a key.
+        block_size: Tokens of a block.
+        page_size: Tokens of a page, a divisor of the block size.
+        bits: Of a code.
+        slots: Of the written tokens, those of one sequence in order; negative = padding.
+    """
+    for i in prange(slots.shape[0]):
+        slot = slots[i]
+        # The last token of a page that is written here does it for the page.
+        is_last = i + 1 == slots.shape[0] or slots[i + 1] != slot + 1
+        if slot < 0 or not (is_last or (slot + 1) % page_size == 0):
+            continue
+        block, place = slot // block_size, slot % block_size
+        page = place // page_size
+        first = page * page_size
+        bounds = np.empty((2, head_size), np.float32)
+        buffer = np.empty(head_size, np.float32)
+        start = offset + page * record_bytes
+        for head in range(elements.shape[1]):
+            bounds_of_keys(elements, kind, block, head, first, place + 1 - first, bounds, buffer)
+            encode_bounds(bounds, bits, kind, records[block, head, start : start + record_bytes])
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def score_pages(
+    query: np.ndarray,
+    elements: np.ndarray,
+    kind: int,
+    records: np.ndarray,
+    offset: int,
+    record_bytes: int,
+    block_size: int,
+    page_size: int,
+    bits: int,
+    block_table: np.ndarray,
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    chunk: int,
+    scores: np.ndarray,
+) -> None:
+    """Upper bounds of the unscaled scores in each page that a query sees.
+
+    The last page of a query has the bounds of the keys that this query sees, which may be fewer
+    than are stored: they are made from the keys.
+
+    Args:
+        query: `[num_queries, num_heads, head_size]`, float32.
+        elements: See the package; so `kind`, `block_table`, `rows`, `lengths`.
+        kind: Of the elements.
+        records: See `update_pages`, and so the next five.
+        offset: Of the index.
+        record_bytes: Of a record.
+        block_size: Tokens of a block.
+        page_size: Tokens of a page.
+        bits: Of a code.
+        block_table: Of the batch.
+        rows: Of the queries.
+        lengths: Of the queries.
+        chunk: Pages that one task scores.
+        scores: `[num_queries, num_heads, capacity]`, float32; written.
+    """
+    num_queries, num_heads, head_size = query.shape
+    num_kv_heads = elements.shape[1]
+    heads = num_heads // num_kv_heads
+    per_block = block_size // page_size
+    longest = 0
+    for index in range(num_queries):
+        longest = max(longest, lengths[index])
+    chunks = ((longest + page_size - 1) // page_size + chunk - 1) // chunk
+    for item in prange(num_queries * num_kv_heads * chunks):
+        index, rest = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
+        kv_head, first = rest // chunks, rest % chunks * chunk
+        length = lengths[index]
+        pages = (length + page_size - 1) // page_size
+        if first >= pages:
+            continue
+        up = np.empty((heads, head_size), np.float32)
+        down = np.empty((heads, head_size), np.float32)
+        up_sum = np.zeros(heads, np.float32)
+        down_sum = np.zeros(heads, np.float32)
+        for h in range(heads):
+            for d in range(head_size):
+                value = query[index, kv_head * heads + h, d]
+                up[h, d] = max(value, np.float32(0.0))
+                down[h, d] = min(value, np.float32(0.0))
+                up_sum[h] += up[h, d]
+                down_sum[h] += down[h, d]
+        low, high = np.empty(head_size, np.float32), np.empty(head_size, np.float32)
+        target = scores[index, kv_head * heads : (kv_head + 1) * heads]
+        blocks = block_table[rows[index]]
+        for page in range(first, min(first + chunk, pages)):
+            block, place = blocks[page // per_block], page % per_block
+            start = offset + place * record_bytes
+            record = records[block, kv_head, start : start + record_bytes]
+            if (page + 1) * page_size > length:
+                bounds = np.empty((2, head_size), np.float32)
+                bounds_of_keys(
+                    elements,
+                    kind,
+                    block,
+                    kv_head,
+                    place * page_size,
+                    length - page * page_size,
+                    bounds,
+                    low,
+                )
+                own = np.empty(record_bytes, np.uint8)
+                encode_bounds(bounds, bits, kind, own)
+                _score_record(own, bits, kind, up, down, up_sum, down_sum, low, high, target, page)
+            else:
+                _score_record(
+                    record, bits, kind, up, down, up_sum, down_sum, low, high, target, page
+                )

@@ -1,0 +1,75 @@
+"""Rows of a cache as float32, whatever the cache's type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
+"""The `kind` of a cache's elements."""
+
+
+def load_row(
+    elements: np.ndarray,
+    block: int | np.int64,
+    head: int,
+    start: int | np.int64,
+    buffer: np.ndarray,
+    kind: int,
+) -> np.ndarray:
+    """Elements `[start, start + len(buffer))` of a block and head, as float32.
+
+    A float32 cache gives a view of itself; others are converted into `buffer`. (For numba alone;
+    this body is the plain reference.)
+
+    Args:
+        elements: `[num_blocks, num_kv_heads, width]`, float32 or uint16.
+        block: Of the cache.
+        head: KV head.
+        start: First element.
+        buffer: float32, as long as the row.
+        kind: Of the elements.
+    """
+    row = elements[block, head, start : start + buffer.shape[0]]
+    if elements.dtype == np.float32:
+        return row
+    if kind == FLOAT16:
+        buffer[:] = row.view(np.float16)
+    else:
+        buffer[:] = (row.astype(np.uint32) << 16).view(np.float32)
+    return buffer
+
+
+_HALF_TO_SINGLE = np.float32(2.0**112)
+"""float16's exponents are 112 lower than float32's; the product also makes subnormals right."""
+
+
+@overload(load_row, inline="always")  # type: ignore[untyped-decorator]
+def _load_row(elements: Any, block: Any, head: Any, start: Any, buffer: Any, kind: Any) -> Any:
+    if elements.dtype == types.float32:
+
+        def view(elements: Any, block: Any, head: Any, start: Any, buffer: Any, kind: Any) -> Any:
+            return elements[block, head, start : start + buffer.shape[0]]
+
+        return view
+
+    def convert(elements: Any, block: Any, head: Any, start: Any, buffer: Any, kind: Any) -> Any:
+        row = elements[block, head, start : start + buffer.shape[0]]
+        bits = buffer.view(np.uint32)
+        if kind == FLOAT16:
+            for i in range(buffer.shape[0]):
+                half = np.uint32(row[i])
+                bits[i] = (half & np.uint32(0x7FFF)) << np.uint32(13) | (
+                    half & np.uint32(0x8000)
+                ) << np.uint32(16)
+            for i in range(buffer.shape[0]):
+                buffer[i] *= _HALF_TO_SINGLE
+        else:
+            for i in range(buffer.shape[0]):
+                bits[i] = np.uint32(row[i]) << np.uint32(16)
+        return buffer
+
+    return convert

@@ -1,0 +1,31 @@
+"""Writing new keys and values into their blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def write_rows(
+    key: np.ndarray, value: np.ndarray, elements: np.ndarray, block_size: int, slots: np.ndarray
+) -> None:
+    """Writes a row of key and a row of value per token and KV head.
+
+    Args:
+        key: `[num_tokens, num_kv_heads, head_size]`, of the elements' type; `value` likewise.
+        value: See `key`.
+        elements: See the package.
+        block_size: Tokens of a block.
+        slots: `[>= num_tokens]`, block * block size + place in it; negative = padding.
+    """
+    _, num_kv_heads, head_size = key.shape
+    for token in prange(min(key.shape[0], slots.shape[0])):
+        if slots[token] < 0:
+            continue
+        block, place = slots[token] // block_size, slots[token] % block_size
+        start = place * head_size
+        value_start = block_size * head_size + start
+        for head in range(num_kv_heads):
+            elements[block, head, start : start + head_size] = key[token, head]
+            elements[block, head, value_start : value_start + head_size] = value[token, head]

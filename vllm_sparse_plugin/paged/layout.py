@@ -1,0 +1,184 @@
+"""What a block holds: keys, values, and the indices of the configured maskers.
+
+Per block and KV head, one after the other: a row of key per token, a row of value per token, and
+each index. An index is written where the keys are written. So it is shared by the prefix cache,
+freed, swapped and copied with its block, and can never be of another block's keys.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from vllm_sparse_plugin.paged.kernels.rows import BFLOAT16, FLOAT16, FLOAT32
+from vllm_sparse_plugin.paged.kernels.writing import write_rows
+
+_KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+_ALIGNMENT_BYTES = 64
+"""Of each index within a block and head: a line of the processor's cache."""
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Of a layer's cache.
+
+    Attributes:
+        block_size: Tokens of a block.
+        num_heads: Query heads.
+        num_kv_heads: KV heads.
+        head_size: Channels of a key, and of a value.
+        dtype: Of the cache: float32, bfloat16 or float16.
+    """
+
+    block_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    dtype: torch.dtype
+
+    @property
+    def kind(self) -> int:
+        """Of the elements, see `kernels.rows`."""
+        return _KINDS[self.dtype]
+
+    @property
+    def key_value_bytes(self) -> int:
+        """Bytes of one token's key and value, per KV head."""
+        return 2 * self.head_size * self.dtype.itemsize
+
+
+class BlockIndex(ABC):
+    """Something small about the keys of a block, kept with them.
+
+    Implementations are frozen dataclasses: maskers that need the same index share it.
+    """
+
+    @abstractmethod
+    def bytes_per_block(self, shape: BlockShape) -> int:
+        """Bytes per block and KV head."""
+
+    @abstractmethod
+    def update(self, cache: LayerCache, slots: np.ndarray) -> None:
+        """Makes the index right again after keys were written.
+
+        Args:
+            cache: With the new keys.
+            slots: `[num_tokens]`, int64, where they are; negative = padding.
+        """
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where everything is in a block and head.
+
+    Attributes:
+        shape: Of the cache.
+        indices: In the order in which they lie there.
+    """
+
+    shape: BlockShape
+    indices: tuple[BlockIndex, ...] = ()
+
+    @cached_property
+    def offsets(self) -> dict[BlockIndex, int]:
+        """Bytes from the start of a block and head to each index."""
+        offset = self.shape.block_size * self.shape.key_value_bytes
+        offsets = {}
+        for index in self.indices:
+            offsets[index] = offset
+            offset += _aligned(index.bytes_per_block(self.shape))
+        return offsets
+
+    @property
+    def index_bytes_per_token(self) -> int:
+        """Bytes of all indices per token and KV head, as vLLM accounts for them."""
+        total = sum(_aligned(index.bytes_per_block(self.shape)) for index in self.indices)
+        per_token = -(-total // self.shape.block_size)
+        # Whole float32s per token keep every block and head aligned.
+        return -(-per_token // 4) * 4
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes per token and KV head."""
+        return self.shape.key_value_bytes + self.index_bytes_per_token
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's cache, as kernels see it: views of one memory.
+
+    Attributes:
+        layout: Of the blocks.
+        layer_index: Of the attention layer.
+        elements: `[num_blocks, num_kv_heads, width]`, float32 or uint16.
+        records: The same as uint8.
+    """
+
+    layout: BlockLayout
+    layer_index: int
+    elements: np.ndarray
+    records: np.ndarray
+
+    @classmethod
+    def of(cls, kv_cache: torch.Tensor, layout: BlockLayout, layer_index: int) -> LayerCache:
+        """Views of vLLM's tensor.
+
+        Args:
+            kv_cache: `[num_blocks, num_kv_heads, block_size, bytes_per_token / itemsize]`.
+            layout: Of its blocks.
+            layer_index: Of the attention layer.
+
+        Raises:
+            ValueError: The tensor is not of this layout.
+        """
+        shape = layout.shape
+        wanted = (
+            shape.num_kv_heads,
+            shape.block_size,
+            layout.bytes_per_token // shape.dtype.itemsize,
+        )
+        if (
+            kv_cache.dtype != shape.dtype
+            or tuple(kv_cache.shape[1:]) != wanted
+            or not kv_cache.is_contiguous()
+        ):
+            raise ValueError(
+                f"the KV cache must be contiguous [*, {', '.join(map(str, wanted))}] of "
+                f"{shape.dtype}, got {tuple(kv_cache.shape)} of {kv_cache.dtype}"
+            )
+        flat = kv_cache.view(*kv_cache.shape[:2], -1)
+        return cls(layout, layer_index, as_elements(flat), flat.view(torch.uint8).numpy())
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        """Writes keys and values, and brings every index up to date.
+
+        Args:
+            key: `[num_tokens, num_kv_heads, head_size]`; `value` likewise.
+            value: See `key`.
+            slots: `[num_tokens]`, int64; negative = padding.
+        """
+        places = slots.numpy()
+        write_rows(
+            as_elements(key.contiguous()),
+            as_elements(value.contiguous()),
+            self.elements,
+            self.layout.shape.block_size,
+            places,
+        )
+        for index in self.layout.indices:
+            index.update(self, places)
+
+
+def as_elements(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's memory as float32, or uint16 for half-precision types."""
+    if tensor.dtype == torch.float32:
+        return tensor.numpy()
+    return tensor.view(torch.uint16).numpy()

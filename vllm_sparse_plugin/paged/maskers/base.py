@@ -1,0 +1,150 @@
+"""The base of paged maskers, and the registry that finds them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+
+from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
+    MaskerConfig,
+    json_name,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import (
+    Size,
+    resolve_size,
+)
+from vllm_sparse_plugin.paged.kernels.selection import flag_largest, flag_range
+from vllm_sparse_plugin.paged.layout import BlockIndex, BlockShape, LayerCache
+
+
+@dataclass
+class PagedQueries:
+    """Queries of one layer and step, each with the keys that it may read.
+
+    Attributes:
+        query: `[num_queries, num_heads, head_size]`, float32.
+        cache: Of the layer.
+        block_table: `[num_rows, max_blocks]`, int32.
+        rows: `[num_queries]`, int32: whose blocks a query reads.
+        lengths: `[num_queries]`, int32: keys that a query sees; its own is the last.
+        scaling: Of the scores.
+        flags: `[num_queries * num_units, capacity]`, uint8, what is selected so far; see
+            `kernels`. Maskers write it.
+        probability: `[num_queries * num_units]`, float32, of sampled keys. Samplers write it.
+        scores: `[num_queries, num_heads, capacity]`, float32 scratch.
+    """
+
+    query: np.ndarray
+    cache: LayerCache
+    block_table: np.ndarray
+    rows: np.ndarray
+    lengths: np.ndarray
+    scaling: float
+    flags: np.ndarray
+    probability: np.ndarray
+    scores: np.ndarray
+
+    def sizes(self, size: Size) -> np.ndarray:
+        """A masker's size in keys, for each query: `[num_queries]`, int64."""
+        return resolve_size(size, torch.from_numpy(self.lengths).long()).numpy()
+
+    def add_range(self, begins: np.ndarray, ends: np.ndarray) -> None:
+        """Selects keys at positions [begin, end) of each query; both int64 `[num_queries]`."""
+        flag_range(self.flags, self.lengths, begins, ends)
+
+    def add_largest(self, page_size: int, head_granularity: str, counts: np.ndarray) -> None:
+        """Selects the pages with the highest `scores` that are not all selected.
+
+        Args:
+            page_size: Keys of a page.
+            head_granularity: Who selects, see `head_groups`.
+            counts: `[num_queries]`, pages to select.
+        """
+        by_group = head_granularity == "kv_head"
+        selectors = self.cache.elements.shape[1] if by_group else self.query.shape[1]
+        flag_largest(
+            self.scores, page_size, selectors, counts, self.scaling, self.lengths, self.flags
+        )
+
+    def select_all_within(self, size: Size) -> None:
+        """Selects every key of the queries that see no more than a size given in keys."""
+        if isinstance(size, int):
+            ends = np.where(self.lengths <= size, self.lengths, 0).astype(np.int64)
+            self.add_range(np.zeros_like(ends), ends)
+
+
+class PagedMasker(ABC):
+    """Selects keys as its masker of the hub does, from what blocks hold.
+
+    Attributes:
+        samples: Whether it selects keys with probabilities below 1.
+    """
+
+    samples: ClassVar[bool] = False
+
+    def __init__(self, config: Any, shape: BlockShape) -> None:
+        """Keeps the configuration.
+
+        Args:
+            config: Of the masker.
+            shape: Of the cache.
+
+        Raises:
+            Unsupported: This configuration has no counterpart on such a cache.
+        """
+        self.config = config
+        self.shape = shape
+
+    @property
+    def indices(self) -> tuple[BlockIndex, ...]:
+        """What blocks must hold for it besides keys and values."""
+        return ()
+
+    @property
+    def needs_query_heads(self) -> bool:
+        """Whether query heads of one KV head may select different keys."""
+        return getattr(self.config, "head_granularity", "kv_head") == "query_head"
+
+    @abstractmethod
+    def select(self, queries: PagedQueries) -> None:
+        """Adds to `queries.flags` what the masker selects beyond what is selected already."""
+
+
+class Unsupported(Exception):
+    """Why the fast path cannot serve a masker: no error, the general path does."""
+
+
+_COUNTERPARTS: dict[type[MaskerConfig], type[PagedMasker]] = {}
+Masker = TypeVar("Masker", bound="type[PagedMasker]")
+
+
+def counterpart_of(config_type: type[MaskerConfig]) -> Callable[[Masker], Masker]:
+    """Class decorator: the paged masker of a configuration class."""
+
+    def decorate(masker: Masker) -> Masker:
+        _COUNTERPARTS[config_type] = masker
+        return masker
+
+    return decorate
+
+
+def has_counterpart(config_type: type[MaskerConfig]) -> bool:
+    """Whether maskers of this configuration class have one."""
+    return config_type in _COUNTERPARTS
+
+
+def paged_masker(config: MaskerConfig, shape: BlockShape) -> PagedMasker:
+    """The counterpart of a masker.
+
+    Raises:
+        Unsupported: There is none, or not for this configuration.
+    """
+    masker = _COUNTERPARTS.get(type(config))
+    if masker is None:
+        raise Unsupported(f"{json_name(type(config))} has no paged counterpart")
+    return masker(config, shape)

@@ -1,0 +1,68 @@
+"""Quest on pages: it reads the bounds of every page, and the keys of the best ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.quest_top_k import (  # noqa: E501
+    MIN_PAGES,
+    QuestTopKMaskerConfig,
+)
+from vllm_sparse_plugin.paged.kernels.page_bounds import score_pages
+from vllm_sparse_plugin.paged.layout import BlockIndex, BlockShape
+from vllm_sparse_plugin.paged.maskers.base import (
+    PagedMasker,
+    PagedQueries,
+    Unsupported,
+    counterpart_of,
+)
+from vllm_sparse_plugin.paged.page_bounds import PageBounds
+
+_PAGES_PER_TASK = 256
+
+
+@counterpart_of(QuestTopKMaskerConfig)
+class PagedQuestTopKMasker(PagedMasker):
+    """See `QuestTopKMasker`."""
+
+    def __init__(self, config: Any, shape: BlockShape) -> None:
+        """Looks whether blocks can hold the bounds."""
+        super().__init__(config, shape)
+        self._bounds = PageBounds(config.page_size, config.label_bits)
+        reason = self._bounds.reason_against(shape)
+        if reason is not None:
+            raise Unsupported(f"quest_top_k: {reason}")
+
+    @property
+    def indices(self) -> tuple[BlockIndex, ...]:
+        """See `PagedMasker.indices`."""
+        return (self._bounds,)
+
+    def select(self, queries: PagedQueries) -> None:
+        """See `PagedMasker.select`."""
+        cache, page_size = queries.cache, self.config.page_size
+        score_pages(
+            queries.query,
+            cache.elements,
+            self.shape.kind,
+            cache.records,
+            cache.layout.offsets[self._bounds],
+            self._bounds.record_bytes(self.shape),
+            self.shape.block_size,
+            page_size,
+            self.config.label_bits,
+            queries.block_table,
+            queries.rows,
+            queries.lengths,
+            _PAGES_PER_TASK,
+            queries.scores,
+        )
+        lengths = queries.lengths.astype(np.int64)
+        wanted = queries.sizes(self.config.heavy_size)
+        every = -(-lengths // page_size)
+        counts = np.minimum(every, np.maximum(MIN_PAGES, wanted // page_size))
+        counts = np.where(wanted >= lengths, every, counts)
+        queries.select_all_within(self.config.heavy_size)
+        queries.add_largest(page_size, self.config.head_granularity, counts)
