@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+import torch
 from packaging.specifiers import SpecifierSet
 
 from sparse_attention_hub.sparse_attention.serialization import config_to_json
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 TESTED_VLLM = SpecifierSet(">=0.32,<0.33")
 BACKEND_PATH = "vllm_sparse_plugin.backend.SparseAttentionBackend"
+PAGED_BACKEND_PATH = "vllm_sparse_plugin.paged_backend.PagedAttentionBackend"
 STATS_METHOD = "sparse_attention_stats"
 SUPPORTED_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 _MARK = "_sparse_attention_hook"
@@ -208,6 +211,71 @@ def cpu_write_key_value(
     ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, isa)
 
 
+def cpu_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    block_size: int,
+    scaling: float,
+    isa: str,
+) -> torch.Tensor:
+    """Causal attention of a sequence's last tokens, by vLLM's own CPU operation.
+
+    Args:
+        query: `[num_queries, num_heads, head_size]`, contiguous.
+        key: `[num_keys, num_kv_heads, head_size]`; the last ones are the queries' own.
+        value: Likewise.
+        block_size: Of the blocks that the keys are put into for the operation.
+        scaling: Of the scores.
+        isa: vLLM's name of the kernel's instruction set.
+
+    Returns:
+        As `query`.
+    """
+    from vllm import _custom_ops as ops
+
+    num_queries, num_heads, head_size = query.shape
+    num_keys, num_kv_heads, _ = key.shape
+    num_blocks = -(-num_keys // block_size)
+    cache = query.new_empty(num_blocks, num_kv_heads, 2 * block_size, head_size)
+    key_cache, value_cache = cache.chunk(2, dim=2)
+    slots = torch.arange(num_keys)
+    cpu_write_key_value(key.contiguous(), value.contiguous(), key_cache, value_cache, slots, isa)
+    starts = torch.tensor([0, num_queries], dtype=torch.int32)
+    lengths = torch.tensor([num_keys], dtype=torch.int32)
+    schedule = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=1,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_size,
+        seq_lens=lengths,
+        dtype=query.dtype,
+        query_start_loc=starts,
+        causal=True,
+        sliding_window_size=-1,
+        isa=isa,
+        enable_kv_split=True,
+    )
+    output = torch.empty_like(query)
+    ops.cpu_attention_with_kv_cache(
+        query=query,
+        key_cache=key_cache,
+        value_cache=value_cache,
+        output=output,
+        query_start_loc=starts,
+        seq_lens=lengths,
+        scale=scaling,
+        causal=True,
+        alibi_slopes=None,
+        sliding_window=-1,
+        block_table=torch.arange(num_blocks, dtype=torch.int32)[None],
+        softcap=0.0,
+        scheduler_metadata=schedule,
+        s_aux=None,
+    )
+    return output
+
+
 def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
     """Replaces `owner.name` by `wrap(original)`, unless that was done before."""
     original = getattr(owner, name)
@@ -311,7 +379,9 @@ def _hook_cpu_backend_choice() -> None:
                     "--attention-backend CUSTOM (sparse attention) cannot serve this model: "
                     + "; ".join(reasons)
                 )
-            return str(AttentionBackendEnum.CUSTOM.get_path())
+            config = serving_config(current_vllm_config())
+            is_paged = config is not None and config.fast_path
+            return PAGED_BACKEND_PATH if is_paged else BACKEND_PATH
 
         return classmethod(get_attn_backend_cls)
 
@@ -335,6 +405,32 @@ def _hook_worker_statistics() -> None:
         return row_table(self.vllm_config).statistics.report(tag)
 
     setattr(WorkerBase, STATS_METHOD, sparse_attention_stats)
+
+
+_engine_being_built: weakref.ref[VllmConfig] | None = None
+
+
+def remember_engine_being_built() -> VllmConfig:
+    """The configuration of the engine whose layers are made now, for `engine_being_built`."""
+    global _engine_being_built
+    config = current_vllm_config()
+    _engine_being_built = weakref.ref(config)
+    return config
+
+
+def engine_being_built() -> VllmConfig:
+    """The configuration of the engine whose layers were made last in this process.
+
+    vLLM asks a backend for its blocks outside the context in which `current_vllm_config` works;
+    engines of one process are built one after the other.
+
+    Raises:
+        RuntimeError: No layer was made yet, or its engine is gone.
+    """
+    config = _engine_being_built() if _engine_being_built is not None else None
+    if config is None:
+        raise RuntimeError("no engine of this process uses the sparse attention backend")
+    return config
 
 
 def current_vllm_config() -> VllmConfig:

@@ -6,6 +6,7 @@ vLLM adds HTTP routes only for plugins named in `VLLM_PLUGINS`:
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, HTTPException
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 ROUTE = "/sparse_attention/stats"
+_SAME_IN_ALL_WORKERS = ("sparse_queries", "dense_queries", "general_rows")
 
 
 class SparseAttentionEndpoint:
@@ -80,13 +82,12 @@ def merge_reports(reports: list[dict[str, Any] | None]) -> dict[str, Any] | None
     known = [report for report in reports if report is not None]
     if not known or len(known) < len(reports):
         return None
-    merged = ReadCount(
-        sparse_queries=known[0]["sparse_queries"],
-        dense_queries=known[0]["dense_queries"],
-        read_keys=sum(report["read_keys"] for report in known),
-        visible_keys=sum(report["visible_keys"] for report in known),
-    )
-    return merged.report()
+    counts = {field.name: [report[field.name] for report in known] for field in fields(ReadCount)}
+    merged = {
+        name: of_workers[0] if name in _SAME_IN_ALL_WORKERS else sum(of_workers)
+        for name, of_workers in counts.items()
+    }
+    return ReadCount(**merged).report()
 
 
 def create_endpoint_plugin() -> SparseAttentionEndpoint:

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ class ServingConfig:
         imports: Modules imported before `attention` is read, so that a user's own maskers are
             registered in every process of the server.
         request_files: Files that a request's maskers may name, besides those in `attention`.
+        index: Maskers that requests may bring and that shall be fast: blocks hold what they need,
+            besides what `attention` needs.
+        fast_path: Whether maskers run on pages where they can (CPU); else on gathered keys, slowly,
+            in the reference's own code.
     """
 
     attention: ResearchAttentionConfig
@@ -42,10 +46,12 @@ class ServingConfig:
     allow_request_config: bool = True
     imports: tuple[str, ...] = ()
     request_files: tuple[str, ...] = ()
+    index: ResearchAttentionConfig = field(default_factory=lambda: ResearchAttentionConfig([]))
+    fast_path: bool = True
 
     def __post_init__(self) -> None:
         """Checks the types, since the values come from JSON."""
-        for name in ("sparse_by_default", "allow_request_config"):
+        for name in ("sparse_by_default", "allow_request_config", "fast_path"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{NAMESPACE}.{name} must be true or false, got {value!r}")
@@ -99,16 +105,14 @@ class ServingConfig:
             attention = _named(
                 config_from_dict, {name: value[name] for name in CONFIG_FIELDS if name in value}
             )
-        return cls(
-            attention=attention,
-            imports=imports,
-            request_files=request_files,
-            **{
-                name: value[name]
-                for name in options - {"imports", "request_files"}
-                if name in value
-            },
-        )
+        index = _named(config_from_dict, {"maskers": value.get("index", [])})
+        read: dict[str, Any] = {
+            "imports": imports,
+            "request_files": request_files,
+            "index": index,
+        }
+        plain = {name: value[name] for name in options - set(read) if name in value}
+        return cls(attention=attention, **read, **plain)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, which `parse` reads back to an equal object."""
@@ -118,6 +122,8 @@ class ServingConfig:
             "allow_request_config": self.allow_request_config,
             "imports": list(self.imports),
             "request_files": list(self.request_files),
+            "index": config_to_dict(self.index)["maskers"],
+            "fast_path": self.fast_path,
         }
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
 
 MAX_TAGS = 4096
 """Tagged requests that are remembered; the oldest is forgotten first."""
@@ -19,23 +19,31 @@ class ReadCount:
         dense_queries: Query tokens that attended densely.
         read_keys: Keys read by sparse queries, summed over layers and query heads.
         visible_keys: Keys a dense step would have read for the same queries, likewise.
+        read_bytes: Bytes of keys, values and index that were loaded for them, summed over layers.
+        visible_bytes: Bytes of keys and values that a dense step would have loaded.
+        general_rows: Rows (a request's queries in a step) times layers that the general path
+            served, because the fast one could not.
     """
 
     sparse_queries: int = 0
     dense_queries: int = 0
     read_keys: int = 0
     visible_keys: int = 0
+    read_bytes: int = 0
+    visible_bytes: int = 0
+    general_rows: int = 0
 
     def report(self) -> dict[str, Any]:
         """The counts, and the density of the sparse queries (1.0 when there were none)."""
         density = self.read_keys / self.visible_keys if self.visible_keys else 1.0
-        return {
-            "sparse_queries": self.sparse_queries,
-            "dense_queries": self.dense_queries,
-            "read_keys": self.read_keys,
-            "visible_keys": self.visible_keys,
-            "density": density,
-        }
+        return {**asdict(self), "density": density}
+
+
+class PendingCounts(Protocol):
+    """Counts of a step that its layers still add to."""
+
+    def settle(self, statistics: Statistics) -> None:
+        """Adds them up, per request."""
 
 
 @dataclass
@@ -44,6 +52,13 @@ class Statistics:
 
     totals: ReadCount = field(default_factory=ReadCount)
     tagged: OrderedDict[str, ReadCount] = field(default_factory=OrderedDict)
+    pending: list[PendingCounts] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Takes in what steps have counted by themselves; no step may be running."""
+        pending, self.pending = self.pending, []
+        for counts in pending:
+            counts.settle(self)
 
     def _counts(self, tag: str | None) -> list[ReadCount]:
         if tag is None:
@@ -62,12 +77,17 @@ class Statistics:
 
     def add_keys(self, tag: str | None, read: int, visible: int) -> None:
         """Counts one row of one layer."""
+        self.add(tag, ReadCount(read_keys=read, visible_keys=visible))
+
+    def add(self, tag: str | None, more: ReadCount) -> None:
+        """Adds counts of one request."""
         for count in self._counts(tag):
-            count.read_keys += read
-            count.visible_keys += visible
+            for name, value in asdict(more).items():
+                setattr(count, name, getattr(count, name) + value)
 
     def report(self, tag: str | None = None) -> dict[str, Any] | None:
         """The counts of a tag (None: of all requests); None for a tag never seen."""
+        self.settle()
         if tag is None:
             return self.totals.report()
         return self.tagged[tag].report() if tag in self.tagged else None

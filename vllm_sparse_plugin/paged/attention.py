@@ -48,11 +48,11 @@ class ReadCounts:
 
     Attributes:
         keys: `[num_queries]`, int64: keys read, summed over query heads.
-        loaded: `[num_queries]`, int64: keys loaded, summed over KV heads.
+        loaded_bytes: `[num_queries]`, int64: bytes of keys, values and index that were loaded.
     """
 
     keys: np.ndarray
-    loaded: np.ndarray
+    loaded_bytes: np.ndarray
 
 
 class PagedAttention:
@@ -143,9 +143,22 @@ class PagedAttention:
         per_query = counts.reshape(len(query), self._num_units).sum(axis=1, dtype=np.int64)
         read.keys[:] = per_query * (self.shape.num_heads // self._num_units)
         if self._num_units == self.shape.num_kv_heads:
-            read.loaded[:] = per_query
+            loaded = per_query
         else:
-            read.loaded[:] = count_loaded(flags, batch.lengths, self.shape.num_kv_heads).sum(axis=1)
+            loaded = count_loaded(flags, batch.lengths, self.shape.num_kv_heads).sum(axis=1)
+        read.loaded_bytes[:] = loaded * self.shape.key_value_bytes + self._scanned_bytes(
+            batch.lengths
+        )
+
+    def _scanned_bytes(self, lengths: np.ndarray) -> np.ndarray:
+        """Bytes that maskers read to select, `[num_queries]`, int64: indices, or every key."""
+        shape = self.shape
+        indices = {index for masker in self.maskers for index in masker.indices}
+        per_block = sum(index.bytes_per_block(shape) for index in indices)
+        if any(masker.reads_every_key for masker in self.maskers):
+            per_block += shape.block_size * shape.key_value_bytes // 2
+        scanned: np.ndarray = lengths.astype(np.int64) * (per_block * shape.num_kv_heads)
+        return scanned // shape.block_size
 
     def _select(
         self, query: np.ndarray, cache: LayerCache, batch: QueryBatch, scaling: float

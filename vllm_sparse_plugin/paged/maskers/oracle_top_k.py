@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed import OracleTopKConfig
 from vllm_sparse_plugin.paged.kernels.key_scores import score_keys
 from vllm_sparse_plugin.paged.maskers.base import PagedMasker, PagedQueries, counterpart_of
@@ -10,6 +12,8 @@ from vllm_sparse_plugin.paged.maskers.base import PagedMasker, PagedQueries, cou
 @counterpart_of(OracleTopKConfig)
 class PagedOracleTopKMasker(PagedMasker):
     """See `OracleTopKMasker`."""
+
+    reads_every_key: ClassVar[bool] = True
 
     def select(self, queries: PagedQueries) -> None:
         """See `PagedMasker.select`."""

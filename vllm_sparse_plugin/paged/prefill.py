@@ -1,0 +1,115 @@
+"""Dense attention of many queries: vLLM's own kernel, on keys in the order that it wants.
+
+That kernel multiplies matrices and wants keys transposed inside their blocks, a different order
+per instruction set. Rewriting a row's keys costs one pass over them, nothing beside the products
+of many queries with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_sparse_plugin import compat
+from vllm_sparse_plugin.paged.layout import LayerCache
+from vllm_sparse_plugin.step_plan import DenseRow
+
+MAX_SCRATCH_BYTES = 1 << 27
+"""Of rewritten keys and values; longer rows are worked off by some KV heads at a time."""
+
+
+def attend_prefills(
+    rows: Sequence[DenseRow],
+    query: torch.Tensor,
+    cache: LayerCache,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    scaling: float,
+    isa: str,
+    output: torch.Tensor,
+) -> None:
+    """Attention of the dense queries of some rows over every key that they see.
+
+    Args:
+        rows: Of the step.
+        query: `[num_tokens, num_heads, head_size]`, of the whole step.
+        cache: Of the layer.
+        kv_cache: The tensor behind it.
+        block_table: `[num_rows, max_blocks]`, int32.
+        scaling: Of the scores.
+        isa: vLLM's name of the kernel's instruction set.
+        output: As `query`; the rows' part is written.
+    """
+    for row in rows:
+        part = slice(row.query_start, row.query_end)
+        _attend_row(
+            query[part],
+            cache,
+            kv_cache,
+            block_table[row.row],
+            row.seq_len,
+            scaling,
+            isa,
+            output[part],
+        )
+
+
+def _attend_row(
+    query: torch.Tensor,
+    cache: LayerCache,
+    kv_cache: torch.Tensor,
+    blocks: torch.Tensor,
+    seq_len: int,
+    scaling: float,
+    isa: str,
+    output: torch.Tensor,
+) -> None:
+    shape = cache.layout.shape
+    count = -(-seq_len // shape.block_size)
+    block_bytes = shape.block_size * shape.key_value_bytes
+    heads = min(shape.num_kv_heads, max(1, MAX_SCRATCH_BYTES // (count * block_bytes)))
+    group = shape.num_heads // shape.num_kv_heads
+    view = output.view_as(query)
+    for first in range(0, shape.num_kv_heads, heads):
+        last = min(first + heads, shape.num_kv_heads)
+        key, value = read_blocks(
+            kv_cache, cache.layout.shape.head_size, blocks[:count], first, last
+        )
+        width = slice(first * group, last * group)
+        view[:, width] = compat.cpu_attention(
+            query[:, width].contiguous(),
+            key[:, :seq_len].transpose(0, 1),
+            value[:, :seq_len].transpose(0, 1),
+            shape.block_size,
+            scaling,
+            isa,
+        )
+
+
+def read_blocks(
+    kv_cache: torch.Tensor,
+    head_size: int,
+    blocks: torch.Tensor,
+    first_head: int = 0,
+    last_head: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of some blocks and KV heads, in token order.
+
+    Args:
+        kv_cache: vLLM's tensor, see `LayerCache.of`.
+        head_size: Channels of a key.
+        blocks: `[n]`, integer.
+        first_head: Of the KV heads.
+        last_head: After the last one; None = all.
+
+    Returns:
+        Two `[num_kv_heads, n * block_size, head_size]`.
+    """
+    block_size = kv_cache.shape[2]
+    flat = kv_cache.view(*kv_cache.shape[:2], -1)[:, first_head:last_head]
+    width = block_size * head_size
+    picked = flat[blocks.long(), :, : 2 * width].transpose(0, 1)
+    halves = picked.reshape(picked.shape[0], -1, 2, width)
+    key, value = (halves[:, :, side].reshape(len(halves), -1, head_size) for side in range(2))
+    return key, value

@@ -1,0 +1,81 @@
+"""Which way a request's maskers run in a layer: on pages, on gathered keys, or not at all."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterable
+
+from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
+from sparse_attention_hub.sparse_attention.research_attention.maskers.base import MaskerConfig
+from vllm_sparse_plugin.masked_attention import attention_of
+from vllm_sparse_plugin.paged.attention import PagedAttention
+from vllm_sparse_plugin.paged.layout import BlockIndex, BlockLayout, BlockShape
+from vllm_sparse_plugin.paged.maskers.base import Unsupported
+
+logger = logging.getLogger(__name__)
+
+
+@functools.lru_cache(maxsize=4096)
+def paged_attention_of(
+    config_json: str, layout: BlockLayout, layer_index: int
+) -> PagedAttention | None:
+    """The fast path of a configuration in one layer; None: the general path serves it.
+
+    The log says why not, once per configuration.
+
+    Args:
+        config_json: With maskers in this layer.
+        layout: Of the layer's blocks.
+        layer_index: Of the attention layer.
+    """
+    try:
+        attention = PagedAttention(_configs(config_json, layer_index), layout.shape)
+        for masker in attention.maskers:
+            for index in masker.indices:
+                if index not in layout.indices:
+                    raise Unsupported(
+                        f"the blocks hold no {index}; name its masker in the server's own "
+                        'configuration, or in its "index"'
+                    )
+    except Unsupported as reason:
+        _say_once(config_json, str(reason))
+        return None
+    return attention
+
+
+@functools.lru_cache(maxsize=1024)
+def _say_once(config_json: str, reason: str) -> None:
+    logger.warning(
+        "sparse attention: the general path serves %s, slower than dense: %s", config_json, reason
+    )
+
+
+def _configs(config_json: str, layer_index: int) -> list[MaskerConfig]:
+    return [masker.config for masker in attention_of(config_json).maskers_of_layer(layer_index)]
+
+
+def is_dense_layer(config_json: str, layer_index: int) -> bool:
+    """Whether a configuration leaves a layer dense."""
+    return not attention_of(config_json).maskers_of_layer(layer_index)
+
+
+def indices_of(configs: Iterable[ResearchAttentionConfig], shape: BlockShape) -> list[BlockIndex]:
+    """What blocks must hold for some configurations to run on pages, each index once.
+
+    Maskers that have no counterpart on such blocks need none: the general path serves them.
+
+    Args:
+        configs: Of the server.
+        shape: Of the blocks.
+    """
+    found: dict[BlockIndex, None] = {}
+    for config in configs:
+        for maskers in (config.masker_configs, *config.layer_masker_configs.values()):
+            try:
+                attention = PagedAttention(maskers, shape)
+            except Unsupported:
+                continue
+            for masker in attention.maskers:
+                found.update(dict.fromkeys(masker.indices))
+    return list(found)

@@ -1,0 +1,126 @@
+"""One engine step, sorted by how its queries attend: dense decode, dense prefill, sparse."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_sparse_plugin.paged.attention import QueryBatch
+from vllm_sparse_plugin.paged.group_counts import GroupCounts
+from vllm_sparse_plugin.step_plan import DenseRow, SparseRow
+
+MAX_DECODE_QUERIES = 4
+"""A dense row with more queries is a prefill: its keys are then worth putting into the order that
+vLLM's kernel for many queries wants."""
+
+
+@dataclass(frozen=True)
+class QueryGroup:
+    """Queries that attend in one call.
+
+    Attributes:
+        tokens: `[num_queries]`, int64: their places among the step's flat queries.
+        batch: What they see.
+        rows: The rows that they belong to, in order.
+    """
+
+    tokens: torch.Tensor
+    batch: QueryBatch
+    rows: tuple[DenseRow | SparseRow, ...]
+
+    def take(self, query: torch.Tensor) -> np.ndarray:
+        """Their part of the step's queries `[num_tokens, num_heads, head_size]`, as float32."""
+        if len(self.tokens) == len(query):  # then they are all of them, in order
+            return query.float().contiguous().numpy()
+        return query[self.tokens].float().numpy()
+
+    def put(self, result: np.ndarray, output: torch.Tensor) -> None:
+        """Writes their part of the step's output, which has the shape of the queries."""
+        values = torch.from_numpy(result).to(output.dtype)
+        if len(self.tokens) == len(output):
+            output.copy_(values.view_as(output))
+        else:
+            output[self.tokens] = values.view(-1, *output.shape[1:])
+
+
+@dataclass(frozen=True)
+class SparseGroup:
+    """The sparse queries of all requests with the same maskers.
+
+    Attributes:
+        config_json: The maskers.
+        queries: The queries; their rows are `SparseRow`s.
+        counts: What they read, as layers add to it.
+    """
+
+    config_json: str
+    queries: QueryGroup
+    counts: GroupCounts
+
+
+@dataclass(frozen=True)
+class PagedStep:
+    """A step.
+
+    Attributes:
+        decodes: Dense rows of few queries; None when there are none.
+        prefills: Dense rows of many queries.
+        sparse: By configuration.
+        block_table: `[num_rows, max_blocks]`, int32.
+        whole: The dense backend's metadata, for layers with a sliding window; None without them.
+    """
+
+    decodes: QueryGroup | None
+    prefills: tuple[DenseRow, ...]
+    sparse: tuple[SparseGroup, ...]
+    block_table: torch.Tensor
+    whole: Any = None
+
+
+def paged_step(
+    dense: Sequence[DenseRow],
+    sparse: Sequence[SparseRow],
+    block_table: torch.Tensor,
+    whole: Any = None,
+) -> PagedStep:
+    """Sorts the rows of a step.
+
+    Args:
+        dense: Dense parts of rows.
+        sparse: Sparse parts.
+        block_table: `[num_rows, max_blocks]`, int32.
+        whole: See `PagedStep`.
+    """
+    table = block_table.numpy()
+    decodes = [row for row in dense if row.query_end - row.query_start <= MAX_DECODE_QUERIES]
+    by_config: dict[str, list[SparseRow]] = {}
+    for row in sparse:
+        assert row.parameters.config_json is not None
+        by_config.setdefault(row.parameters.config_json, []).append(row)
+    return PagedStep(
+        decodes=_group(decodes, table) if decodes else None,
+        prefills=tuple(row for row in dense if row not in decodes),
+        sparse=tuple(
+            SparseGroup(config_json, _group(rows, table), GroupCounts.of(rows))
+            for config_json, rows in by_config.items()
+        ),
+        block_table=block_table,
+        whole=whole,
+    )
+
+
+def _group(rows: Sequence[DenseRow | SparseRow], table: np.ndarray) -> QueryGroup:
+    counts = [row.query_end - row.query_start for row in rows]
+    tokens = np.concatenate([np.arange(row.query_start, row.query_end) for row in rows])
+    lengths = np.concatenate(
+        [
+            np.arange(row.seq_len - count + 1, row.seq_len + 1, dtype=np.int32)
+            for row, count in zip(rows, counts, strict=True)
+        ]
+    )
+    owners = np.repeat(np.array([row.row for row in rows], np.int32), counts)
+    return QueryGroup(torch.from_numpy(tokens), QueryBatch(table, owners, lengths), tuple(rows))

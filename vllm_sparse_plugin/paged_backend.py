@@ -1,0 +1,270 @@
+"""The backend on CPUs: it owns the blocks, and its maskers run on them (`paged`)."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_sparse_plugin import compat
+from vllm_sparse_plugin.backend import (
+    SparseAttentionBackend,
+    SparseAttentionImpl,
+    SparseAttentionMetadataBuilder,
+)
+from vllm_sparse_plugin.masked_attention import attend_row, attention_of
+from vllm_sparse_plugin.paged import threads
+from vllm_sparse_plugin.paged.attention import attend_dense
+from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape, LayerCache
+from vllm_sparse_plugin.paged.prefill import attend_prefills, read_blocks
+from vllm_sparse_plugin.paged.served import indices_of, is_dense_layer, paged_attention_of
+from vllm_sparse_plugin.paged.step import PagedStep, SparseGroup, paged_step
+from vllm_sparse_plugin.serving_config import ServingConfig
+from vllm_sparse_plugin.step_plan import split_rows
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+logger = logging.getLogger(__name__)
+
+
+@functools.lru_cache(maxsize=64)
+def block_layout(config: ServingConfig, shape: BlockShape) -> BlockLayout:
+    """The blocks of a server: keys, values, and what its maskers need besides."""
+    layout = BlockLayout(shape, tuple(indices_of((config.attention, config.index), shape)))
+    extra, own = layout.index_bytes_per_token, shape.key_value_bytes
+    logger.info(
+        "sparse attention: index of %d bytes per token and KV head beside %d of keys and values "
+        "(%.1f %%): %s",
+        extra,
+        own,
+        100 * extra / own,
+        ", ".join(map(str, layout.indices)) or "none",
+    )
+    return layout
+
+
+class PagedAttentionBackend(SparseAttentionBackend):
+    """See `SparseAttentionBackend`; the blocks are the plugin's own."""
+
+    @staticmethod
+    def get_impl_cls() -> type[PagedAttentionImpl]:
+        """The per-layer implementation."""
+        return PagedAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[PagedMetadataBuilder]:
+        """The per-step metadata builder."""
+        return PagedMetadataBuilder
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Makes room for the index in every block, in vLLM's own accounting."""
+        if spec.state_content_bytes is not None:  # done before
+            return spec
+        vllm_config = compat.engine_being_built()
+        shape = BlockShape(
+            block_size=vllm_config.cache_config.block_size,
+            num_heads=compat.attention_shape(vllm_config).num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_size=spec.head_size,
+            dtype=spec.dtype,
+        )
+        config = compat.serving_config(vllm_config)
+        assert config is not None  # else this backend would not have been chosen
+        return replace(spec, state_content_bytes=block_layout(config, shape).bytes_per_token)
+
+
+class PagedMetadataBuilder(SparseAttentionMetadataBuilder):
+    """Plans each step, once for all layers of a KV cache group."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        """Starts the kernels' threads."""
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        threads.start(torch.get_num_threads())
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Any:
+        """A `PagedStep`; vLLM's own metadata when no layer can be sparse."""
+        whole = None
+        if self._has_dense_layers:
+            # Past the parent's own build: layers with a sliding window want vLLM's metadata.
+            whole = super(SparseAttentionMetadataBuilder, self).build(
+                common_prefix_len, common_attn_metadata, fast_build
+            )
+        self._table.statistics.settle()
+        if not self._has_sparse_layers:
+            return whole
+        rows = self._rows_of_batch(common_attn_metadata)
+        dense, sparse = split_rows(
+            common_attn_metadata.query_start_loc_cpu.tolist(),
+            self._host_seq_lens(common_attn_metadata),
+            rows,
+        )
+        self._count_queries(rows, dense, sparse)
+        step = paged_step(dense, sparse, common_attn_metadata.block_table_tensor, whole)
+        self._table.statistics.pending.extend(group.counts for group in step.sparse)
+        return step
+
+
+class PagedAttentionImpl(SparseAttentionImpl):
+    """One attention layer on the plugin's own blocks."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        """See `SparseAttentionImpl`."""
+        super().__init__(*arguments, **named)
+        config = compat.serving_config(compat.remember_engine_being_built())
+        assert config is not None  # else this backend would not have been chosen
+        self._config = config
+        self._views: tuple[int, LayerCache] | None = None
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Writes keys and values into their blocks, and the index with them."""
+        if not self.can_be_sparse:
+            super().do_kv_cache_update(
+                layer, key, value, _without_index(kv_cache, self.head_size), slot_mapping
+            )
+            return
+        self._cache(layer, kv_cache).write(key, value, slot_mapping)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of one step; shapes as in vLLM's `AttentionImpl.forward`."""
+        if attn_metadata is None:  # a profiling run
+            return output
+        if not self.can_be_sparse:
+            whole = attn_metadata.whole if isinstance(attn_metadata, PagedStep) else attn_metadata
+            narrow = _without_index(kv_cache, self.head_size)
+            result: torch.Tensor = super().forward(
+                layer, query, key, value, narrow, whole, output, output_scale, output_block_scale
+            )
+            return result
+        step: PagedStep = attn_metadata
+        cache = self._cache(layer, kv_cache)
+        if step.prefills:
+            attend_prefills(
+                step.prefills,
+                query,
+                cache,
+                kv_cache,
+                step.block_table,
+                self.scale,
+                layer.isa,
+                output,
+            )
+        if step.decodes is not None:
+            batch = step.decodes.batch
+            step.decodes.put(
+                attend_dense(step.decodes.take(query), cache, batch, self.scale), output
+            )
+        for group in step.sparse:
+            self._attend_group(group, cache, kv_cache, query, output, step)
+        return output
+
+    def _attend_group(
+        self,
+        group: SparseGroup,
+        cache: LayerCache,
+        kv_cache: torch.Tensor,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        step: PagedStep,
+    ) -> None:
+        """Writes the output of the queries of one configuration, and counts what they read."""
+        queries, counts = group.queries, group.counts
+        if is_dense_layer(group.config_json, cache.layer_index):
+            result = attend_dense(queries.take(query), cache, queries.batch, self.scale)
+            queries.put(result, output)
+            counts.add_dense(cache.layout.shape)
+            return
+        fast = None
+        if self.kv_sharing_target_layer_name is None:  # the index of another layer's keys is wrong
+            fast = paged_attention_of(group.config_json, cache.layout, cache.layer_index)
+        if fast is not None:
+            result, read = fast.attend(queries.take(query), cache, queries.batch, self.scale)
+            queries.put(result, output)
+            counts.add(read, cache.layout.shape)
+            return
+        self._attend_generally(group, cache, kv_cache, query, output, step)
+
+    def _attend_generally(
+        self,
+        group: SparseGroup,
+        cache: LayerCache,
+        kv_cache: torch.Tensor,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        step: PagedStep,
+    ) -> None:
+        shape = cache.layout.shape
+        for place, row in enumerate(group.queries.rows):
+            count = -(-row.seq_len // shape.block_size)
+            key, value = read_blocks(kv_cache, shape.head_size, step.block_table[row.row, :count])
+            part = slice(row.query_start, row.query_end)
+            result = attend_row(
+                attention_of(group.config_json),
+                query[part],
+                key[None, :, : row.seq_len],
+                value[None, :, : row.seq_len],
+                self.scale,
+                cache.layer_index,
+            )
+            target = output[part]
+            target.copy_(result.output.view_as(target))
+            group.counts.add_general(place, result.read_keys, result.visible_keys, shape)
+
+    def _cache(self, layer: Any, kv_cache: torch.Tensor) -> LayerCache:
+        """The layer's cache as kernels see it; made anew only when vLLM moves the cache."""
+        if self._views is None or self._views[0] != kv_cache.data_ptr():
+            shape = BlockShape(
+                block_size=kv_cache.shape[2],
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_size=self.head_size,
+                dtype=kv_cache.dtype,
+            )
+            cache = LayerCache.of(
+                kv_cache, block_layout(self._config, shape), extract_layer_index(layer.layer_name)
+            )
+            self._views = (kv_cache.data_ptr(), cache)
+        return self._views[1]
+
+
+def _without_index(kv_cache: torch.Tensor, head_size: int) -> torch.Tensor:
+    """The part of each block and head that vLLM's own kernels know, as a view."""
+    num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+    strides = (kv_cache.stride(0), kv_cache.stride(1), 2 * head_size, 1)
+    return kv_cache.as_strided((num_blocks, num_kv_heads, block_size, 2 * head_size), strides)
