@@ -238,6 +238,7 @@ def cpu_attention(
     num_keys, num_kv_heads, _ = key.shape
     num_blocks = -(-num_keys // block_size)
     cache = query.new_empty(num_blocks, num_kv_heads, 2 * block_size, head_size)
+    cache[-1].zero_()  # the operation multiplies what lies behind the last key by 0, NaN too
     key_cache, value_cache = cache.chunk(2, dim=2)
     slots = torch.arange(num_keys)
     cpu_write_key_value(key.contiguous(), value.contiguous(), key_cache, value_cache, slots, isa)
