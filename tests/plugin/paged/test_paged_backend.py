@@ -1,0 +1,200 @@
+"""One layer of the backend on mixed batches: each row gets what it gets alone."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.platforms import current_platform
+
+from sparse_attention_hub.sparse_attention.serialization import config_from_dict, config_to_json
+from tests.plugin.paged.paged_rows import SINK_LOCAL, shape_of
+from tests.tolerances import ATTENTION_ATOL
+from vllm_sparse_plugin import compat
+from vllm_sparse_plugin.masked_attention import attend_row, attention_of
+from vllm_sparse_plugin.paged.step import paged_step
+from vllm_sparse_plugin.request_parameters import resolve_request
+from vllm_sparse_plugin.row_parameters import Row
+from vllm_sparse_plugin.serving_config import ServingConfig
+from vllm_sparse_plugin.statistics import Statistics
+from vllm_sparse_plugin.step_plan import split_rows
+
+current_platform.import_kernels()
+
+QUEST = [*SINK_LOCAL, {"type": "quest_top_k", "heavy_size": 0.2, "page_size": 8}]
+ORACLE = [*SINK_LOCAL, {"type": "oracle_top_k", "heavy_size": 0.1}]
+PQ = [*SINK_LOCAL, {"type": "pq_cache", "heavy_size": 8, "pq_sub_dim": 8, "pq_bits": 3}]
+OTHER_PAGES = [{"type": "quest_top_k", "heavy_size": 0.2, "page_size": 16}]
+SHAPE = shape_of(heads=6, kv_heads=2, head_size=64)
+# Name, maskers (None = dense), keys before the step, queries, dense prefix.
+ROWS = [
+    ("dense decode", None, 120, 1, 0),
+    ("quest decode", QUEST, 150, 1, 0),
+    ("quest decode, short", QUEST, 0, 1, 0),
+    ("dense prefill", None, 30, 50, 0),
+    ("oracle chunk after a dense prefix", ORACLE, 40, 30, 60),
+    ("quest chunk", QUEST, 61, 7, 0),
+    ("pq, general path", PQ, 90, 1, 0),
+    ("quest without an index, general path", OTHER_PAGES, 90, 3, 0),
+    ("dense last layer", QUEST, 50, 1, 0),
+]
+LAYER, LAYERS = 3, 4
+
+
+def config_of(name: str, maskers: list[dict] | None) -> dict:
+    dense = {"dense_layers": [LAYER]} if name == "dense last layer" else {}
+    return {"maskers": maskers or [], **dense}
+
+
+@pytest.fixture
+def impl(monkeypatch: pytest.MonkeyPatch):
+    """A layer as an engine makes it, whose server is configured for Quest on pages of 8."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.v1.attention.backends import cpu_attn
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_sparse_plugin.paged_backend import PagedAttentionImpl
+
+    monkeypatch.setattr(cpu_attn, "should_use_zentorch_sdpa", lambda *arguments: False)
+    config = VllmConfig()
+    monkeypatch.setattr(config, "model_config", SimpleNamespace(dtype=torch.float32))
+    config.attention_config.backend = AttentionBackendEnum.CUSTOM
+    config.additional_config = {"sparse_attention": {"maskers": QUEST}}
+    with set_current_vllm_config(config):
+        yield PagedAttentionImpl(
+            num_heads=6,
+            head_size=64,
+            scale=0.125,
+            num_kv_heads=2,
+            alibi_slopes=None,
+            sliding_window=None,
+            kv_cache_dtype="auto",
+        )
+
+
+def row_of(name: str, maskers: list[dict] | None, prefix: int) -> Row | None:
+    if maskers is None:
+        return None
+    server = ServingConfig(config_from_dict(config_of(name, maskers)))
+    given = {"sparse_attention_dense_prefix": prefix, "sparse_attention_tag": name.split(",")[0]}
+    given["sparse_attention_tag"] = name.replace(" ", "_").replace(",", "")
+    return Row(resolve_request(given, server)["sparse_attention_resolved"], prefix)
+
+
+def expected(name, maskers, query, key, value, before: int, prefix: int):
+    """Row by row: leading queries dense, the others by the general path."""
+    outputs = []
+    num_dense = len(query) if maskers is None else min(max(prefix - before, 0), len(query))
+    layout = [({"maskers": [{"type": "sink", "sink_size": 1.0}]}, slice(0, num_dense))]
+    if maskers is not None:
+        layout.append((config_of(name, maskers), slice(num_dense, len(query))))
+    for config, part in layout:
+        if part.start == part.stop:
+            continue
+        if config.get("dense_layers"):
+            config = layout[0][0]
+        last = before + part.stop
+        result = attend_row(
+            attention_of(config_to_json(config_from_dict(config))),
+            query[part],
+            key[None, :, :last],
+            value[None, :, :last],
+            0.125,
+            LAYER,
+        )
+        outputs.append(result)
+    return torch.cat([result.output for result in outputs]), outputs[-1]
+
+
+@pytest.mark.parametrize("order", [list(range(len(ROWS))), [8, 3, 1, 5, 0, 7, 2, 6, 4], [1], [3]])
+def test_mixed_batch(impl, order: list[int]) -> None:
+    generator = torch.Generator().manual_seed(len(order))
+    layer = SimpleNamespace(layer_name=f"model.layers.{LAYER}.self_attn.attn", isa="vec")
+    from vllm_sparse_plugin.paged_backend import block_layout
+
+    width = block_layout(impl._config, SHAPE).bytes_per_token // 4
+    kv_cache = torch.full((60, 2, 32, width), torch.nan)
+    blocks = torch.randperm(60, generator=generator).tolist()
+    table = torch.full((len(order), 8), 10_000, dtype=torch.int32)
+    starts, seq_lens, rows, wanted = [0], [], {}, []
+    queries, slots, new_keys, new_values = [], [], [], []
+    for place, index in enumerate(order):
+        name, maskers, before, count, prefix = ROWS[index]
+        total = before + count
+        needed = -(-total // 32)
+        table[place, :needed] = torch.tensor([blocks.pop() for _ in range(needed)])
+        # Small integers, so that no near tie falls either way.
+        key = torch.randint(-4, 5, (total, 2, 64), generator=generator).float()
+        value = torch.randn(total, 2, 64, generator=generator)
+        query = torch.randint(-2, 3, (count, 6, 64), generator=generator).float()
+        position = torch.arange(total)
+        slot = table[place][position // 32].long() * 32 + position % 32
+        impl.do_kv_cache_update(layer, key[:before], value[:before], kv_cache, slot[:before])
+        new_keys.append(key[before:])
+        new_values.append(value[before:])
+        slots.append(slot[before:])
+        queries.append(query)
+        starts.append(starts[-1] + count)
+        seq_lens.append(total)
+        row = row_of(name, maskers, prefix)
+        if row is not None:
+            rows[place] = row
+        wanted.append(
+            expected(
+                name, maskers, query, key.transpose(0, 1), value.transpose(0, 1), before, prefix
+            )
+        )
+    impl.do_kv_cache_update(
+        layer, torch.cat(new_keys), torch.cat(new_values), kv_cache, torch.cat(slots)
+    )
+    dense, sparse = split_rows(starts, seq_lens, rows)
+    step = paged_step(dense, sparse, table)
+    query = torch.cat(queries)
+    output = torch.full((len(query), 6 * 64), torch.nan)
+    impl.forward(layer, query, query, query, kv_cache, step, output)
+    statistics = Statistics(pending=[group.counts for group in step.sparse])
+    for place, index in enumerate(order):
+        name, maskers, *_ = ROWS[index]
+        output_of_row, last = wanted[place]
+        found = output[starts[place] : starts[place + 1]].view(-1, 6, 64)
+        assert (found - output_of_row).abs().max() <= ATTENTION_ATOL[torch.float32], name
+        if maskers is not None:
+            report = statistics.report(rows[place].parameters.tag)
+            assert report["read_keys"] == last.read_keys, name
+            assert report["visible_keys"] == last.visible_keys, name
+            assert (report["general_rows"] == 1) == ("general path" in name), name
+            assert report["read_bytes"] > 0
+
+
+def test_the_log_says_what_held_the_fast_path_back(impl, caplog) -> None:
+    from vllm_sparse_plugin.paged import served
+    from vllm_sparse_plugin.paged_backend import block_layout
+
+    layout = block_layout(impl._config, SHAPE)
+    for maskers, reason in ((PQ, "pq_cache has no paged counterpart"), (OTHER_PAGES, "hold no")):
+        config = config_to_json(config_from_dict({"maskers": [*maskers, SINK_LOCAL[0]]}))
+        served._say_once.cache_clear()
+        for layer in range(3):
+            assert served.paged_attention_of(config, layout, layer + 20) is None
+        said = [record.getMessage() for record in caplog.records if reason in record.getMessage()]
+        assert len(said) == 1
+        assert json.dumps(json.loads(config)["maskers"][0]["type"]) in said[0]
+
+
+def test_room_is_made_in_vllms_own_accounting(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from vllm_sparse_plugin.paged_backend import PagedAttentionBackend
+
+    engine = SimpleNamespace(cache_config=SimpleNamespace(block_size=128))
+    config = ServingConfig.parse({"maskers": QUEST, "index": OTHER_PAGES})
+    monkeypatch.setattr(compat, "engine_being_built", lambda: engine)
+    monkeypatch.setattr(compat, "serving_config", lambda engine: config)
+    monkeypatch.setattr(compat, "attention_shape", lambda engine: SimpleNamespace(num_heads=9))
+    spec = FullAttentionSpec(block_size=128, num_kv_heads=3, head_size=64, dtype=torch.float32)
+    made = PagedAttentionBackend.customize_spec(spec)
+    # Two rows of 64 float32 per page of 8, and of 16.
+    index = 2 * 64 * 4 // 8 + 2 * 64 * 4 // 16
+    assert made.state_content_size_bytes == 2 * 64 * 4 + index
+    assert made.page_size_bytes == 128 * 3 * (2 * 64 * 4 + index)
+    assert PagedAttentionBackend.customize_spec(made) == made
