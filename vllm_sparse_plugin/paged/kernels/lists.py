@@ -41,19 +41,20 @@ def list_tokens(
     for unit in prange(flags.shape[0]):
         length = lengths[unit // num_units]
         count = 0
-        sampled = np.float32(0.0)
+        weight_of = np.zeros(3, np.float32)  # by flag
         if is_weighted and probability[unit] > 0:
-            sampled = np.float32(-math.log(probability[unit]))
+            weight_of[2] = -math.log(probability[unit])
         for word in range((length + 7) // 8):
             if words[unit, word] == 0:  # most keys are not selected
                 continue
             for token in range(word * 8, min(word * 8 + 8, length)):
+                # Written in any case, since no processor can guess which keys are selected: the
+                # next one that is takes the place.
                 flag = flags[unit, token]
-                if flag:
-                    tokens[unit, count] = token
-                    if is_weighted:
-                        log_weights[unit, count] = sampled if flag == 2 else np.float32(0.0)
-                    count += 1
+                tokens[unit, count] = token
+                if is_weighted:
+                    log_weights[unit, count] = weight_of[flag]
+                count += flag != 0
         counts[unit] = count
 
 

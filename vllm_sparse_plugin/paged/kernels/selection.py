@@ -5,96 +5,157 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from vllm_sparse_plugin.paged.kernels.exponential import exp_in_place
+from vllm_sparse_plugin.paged.kernels.pooling import pool_scores
 
 _DIGITS = ((21, 11), (10, 11), (0, 10))
-"""Shift and width of the radix sort's digits, from the highest."""
+"""Shift and width of the radix selection's digits, from the highest."""
+_BINS = 1 << 11
+
+_TASKS = 64
+"""Rows that are worked on together, at most, or parts of rows where rows are few."""
+_ORDERS_AT_ONCE = 1 << 18
+"""Pages of the rows that are worked on together: about what a core's cache holds."""
+_PAGES_PER_PART = 16384
+"""A row is cut into parts of at least this many pages."""
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def order_of(scores: np.ndarray, order: np.ndarray, count: int) -> None:
+def order_of(scores: np.ndarray, order: np.ndarray) -> None:
     """Integers that rank as their scores do; 0 is left for "no candidate".
 
     Args:
         scores: float32, no NaN.
-        order: uint32; written.
-        count: How many.
+        order: uint32, as long; written.
     """
-    for i in range(count):
-        scores[i] += np.float32(0.0)  # -0.0 equals 0.0
     bits = scores.view(np.uint32)
-    for i in range(count):
-        sign = bits[i] >> np.uint32(31)
-        order[i] = bits[i] ^ ((np.uint32(0) - sign) | np.uint32(0x80000000))
+    for i in range(scores.shape[0]):
+        word = bits[i]
+        word = np.uint32(0) if word == np.uint32(0x80000000) else word  # -0.0 equals 0.0
+        sign = word >> np.uint32(31)
+        order[i] = word ^ ((np.uint32(0) - sign) | np.uint32(0x80000000))
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def bound_of_largest(order: np.ndarray, length: int, count: int) -> tuple[np.int64, int]:
-    """Where the `count` largest of a row begin.
+def exclude_selected(
+    flags: np.ndarray,
+    units: tuple[int, int],
+    keys: tuple[int, int],
+    page_size: int,
+    order: np.ndarray,
+) -> None:
+    """Sets the order of pages to 0 whose keys all units have.
 
     Args:
-        order: uint32; 0 = no candidate.
-        length: Of the row.
-        count: At least 1.
+        flags: See the package.
+        units: The first of them, and the one after the last.
+        keys: Of those pages; likewise.
+        page_size: Keys of a page; the last one may be shorter.
+        order: `[pages]`, uint32.
+    """
+    first, end = keys
+    lowest = flags[units[0], first:end].copy()
+    for unit in range(units[0] + 1, units[1]):
+        row = flags[unit, first:end]
+        for i in range(row.shape[0]):
+            lowest[i] = min(lowest[i], row[i])
+    if page_size == 1:
+        for i in range(order.shape[0]):
+            order[i] = order[i] if lowest[i] == 0 else np.uint32(0)
+        return
+    for page in range(order.shape[0]):
+        least = np.uint8(255)
+        for i in range(page * page_size, min((page + 1) * page_size, lowest.shape[0])):
+            least = min(least, lowest[i])
+        if least:
+            order[page] = 0
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def count_digits(
+    order: np.ndarray, shift: int, width: int, bound: np.uint32, histogram: np.ndarray
+) -> None:
+    """How often each digit occurs among the numbers whose higher digits are those of a bound.
+
+    Args:
+        order: uint32.
+        shift: Bits below the digit.
+        width: Bits of the digit.
+        bound: Zero in this digit and below.
+        histogram: `[>= 2 ** width]`, int32; written.
+    """
+    histogram[:] = 0
+    low = np.uint32((1 << width) - 1)
+    down = np.uint32(shift)
+    if shift + width == 32:
+        for i in range(order.shape[0]):
+            histogram[order[i] >> down] += 1
+        return
+    up = np.uint32(shift + width)
+    above = bound >> up
+    for i in range(order.shape[0]):
+        if order[i] >> up == above:
+            histogram[(order[i] >> down) & low] += 1
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def digit_of(histograms: np.ndarray, place: int) -> tuple[int, int]:
+    """Which digit the number at a place has, counted from the largest.
+
+    Args:
+        histograms: `[parts, bins]`, whose sum is meant.
+        place: At least 1.
 
     Returns:
-        `(bound, room)`: everything above the bound is among them, and the first `room` that equal
-        it. `(0, 0)`: all candidates are.
+        The digit, and the place among the numbers with this digit. Digit 0 also if there are fewer
+        numbers than that.
     """
-    available = 0
-    for i in range(length):
-        available += order[i] != 0
-    if available <= count:
-        return np.int64(0), 0
-    bound, mask = np.uint32(0), np.uint32(0)
-    room = count
-    for shift, width in _DIGITS:
-        histogram = np.zeros(1 << width, np.int64)
-        low = np.uint32((1 << width) - 1)
-        for i in range(length):
-            if order[i] != 0 and order[i] & mask == bound:
-                histogram[(order[i] >> np.uint32(shift)) & low] += 1
-        digit = (1 << width) - 1
-        while histogram[digit] < room:
-            room -= histogram[digit]
-            digit -= 1
-        bound |= np.uint32(digit) << np.uint32(shift)
-        mask |= low << np.uint32(shift)
-    return np.int64(bound), room
+    for digit in range(histograms.shape[1] - 1, 0, -1):
+        found = 0
+        for part in range(histograms.shape[0]):
+            found += histograms[part, digit]
+        if found >= place:
+            return digit, place
+        place -= found
+    return 0, place
 
 
-@njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def pool_scores(
-    scores: np.ndarray, length: int, scaling: float, shares: np.ndarray, powers: np.ndarray
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def mark_largest(
+    order: np.ndarray,
+    bound: np.uint32,
+    room: int,
+    page_size: int,
+    flags: np.ndarray,
+    units: tuple[int, int],
+    keys: tuple[int, int],
 ) -> None:
-    """The mean, over query heads, of the share of attention that their scores give each key.
-
-    The rule of `head_groups.pooled_scores`.
+    """Selects the pages above a bound, and the first ones that equal it.
 
     Args:
-        scores: `[heads, capacity]`, float32; overwritten.
-        length: Of each row.
-        scaling: Of the scores.
-        shares: float32; written.
-        powers: int32 scratch.
+        order: `[pages]`, uint32.
+        bound: Of the order.
+        room: How many that equal the bound are selected.
+        page_size: Keys of a page; the last one may be shorter.
+        flags: See the package; written.
+        units: The first of them, and the one after the last.
+        keys: Of those pages; likewise.
     """
-    heads = scores.shape[0]
-    shares[:length] = np.float32(0.0)
-    for h in range(heads):
-        row = scores[h]
-        peak = np.float32(-np.inf)
-        for i in range(length):
-            row[i] *= np.float32(scaling)
-            peak = max(peak, row[i])
-        for i in range(length):
-            row[i] -= peak
-        exp_in_place(row, powers, length)
-        total = np.float32(0.0)
-        for i in range(length):
-            total += row[i]
-        factor = np.float32(1.0) / (total * np.float32(heads))
-        for i in range(length):
-            shares[i] += row[i] * factor
+    first, end = keys
+    for unit in range(units[0], units[1]):
+        row = flags[unit, first:end]
+        if page_size == 1:
+            for i in range(order.shape[0]):
+                row[i] = np.uint8(1) if order[i] > bound else row[i]
+        else:
+            for page in range(order.shape[0]):
+                if order[page] > bound:
+                    row[page * page_size : (page + 1) * page_size] = 1
+        page, left = 0, room
+        while left > 0:
+            if order[page] == bound:
+                row[page * page_size : (page + 1) * page_size] = 1
+                left -= 1
+            page += 1
 
 
 @njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -128,7 +189,8 @@ def flag_largest(
 ) -> None:
     """Selects, per query, the pages with the highest scores that have something left to select.
 
-    With a page size of 1, pages are keys. Equal scores: the lower page wins.
+    With a page size of 1, pages are keys. Equal scores: the lower page wins. A radix selection:
+    the bound is found digit by digit, from histograms.
 
     Args:
         scores: `[num_queries, num_heads, >= pages]`, float32; overwritten.
@@ -141,48 +203,71 @@ def flag_largest(
         flags: See the package; written.
     """
     num_queries, num_heads, _ = scores.shape
-    num_units = flags.shape[0] // num_queries
     heads = num_heads // selectors
-    units = num_units // selectors
-    for item in prange(num_queries * selectors):
-        index, selector = item // selectors, item % selectors
-        length = lengths[index]
-        pages = (length + page_size - 1) // page_size
-        if counts[index] <= 0:
-            continue
-        first = index * num_units + selector * units
-        row = scores[index, selector * heads]
-        if heads > 1:
-            row = np.empty(pages, np.float32)
-            pool_scores(
-                scores[index, selector * heads : (selector + 1) * heads],
-                pages,
-                scaling,
-                row,
-                np.empty(pages, np.int32),
-            )
-        order = np.empty(pages, np.uint32)
-        order_of(row, order, pages)
-        for page in range(pages):
-            begin, end = page * page_size, min((page + 1) * page_size, length)
-            is_open = False
-            for unit in range(first, first + units):
-                for token in range(begin, end):
-                    if flags[unit, token] == 0:
-                        is_open = True
-                        break
-                if is_open:
-                    break
-            if not is_open:
-                order[page] = 0
-        bound, room = bound_of_largest(order, pages, counts[index])
-        for page in range(pages):
-            if order[page] < bound or order[page] == 0:
-                continue
-            if order[page] == bound:
-                if room == 0:
+    if heads > 1:
+        pool_scores(scores, selectors, page_size, scaling, lengths)
+    units = flags.shape[0] // num_queries // selectors
+    all_items = num_queries * selectors
+    longest = (int(lengths.max()) + page_size - 1) // page_size
+    held = max(1, min(all_items, _TASKS, _ORDERS_AT_ONCE // longest))
+    parts = max(1, min(_TASKS // held, longest // _PAGES_PER_PART))
+    order = np.empty((held, longest), np.uint32)
+    histograms = np.empty((held, parts, _BINS), np.int32)
+    bounds = np.empty(held, np.uint32)
+    rooms = np.empty(held, np.int64)  # places left among the pages that equal the bound so far
+    for start in range(0, all_items, held):
+        items = min(held, all_items - start)
+        for item in range(items):
+            rooms[item] = max(0, counts[(start + item) // selectors])
+            bounds[item] = 0 if rooms[item] else 0xFFFFFFFF
+        for level in range(len(_DIGITS)):
+            shift, width = _DIGITS[level]
+            for task in prange(items * parts):
+                item, part = task // parts, task % parts
+                if rooms[item] == 0:
                     continue
-                room -= 1
-            begin, end = page * page_size, min((page + 1) * page_size, length)
-            for unit in range(first, first + units):
-                flags[unit, begin:end] = 1
+                index, selector = (start + item) // selectors, (start + item) % selectors
+                begin, end = _part_of(lengths[index], page_size, part, parts)
+                own = order[item, begin:end]
+                if level == 0:
+                    order_of(scores[index, selector * heads, begin:end], own)
+                    exclude_selected(
+                        flags,
+                        ((start + item) * units, (start + item + 1) * units),
+                        (begin * page_size, min(end * page_size, lengths[index])),
+                        page_size,
+                        own,
+                    )
+                count_digits(own, shift, width, bounds[item], histograms[item, part])
+            for item in prange(items):
+                if rooms[item]:
+                    digit, rooms[item] = digit_of(histograms[item], rooms[item])
+                    bounds[item] |= np.uint32(digit) << np.uint32(shift)
+                    if level == 0 and digit == 0:  # fewer candidates than are wanted: all of them
+                        rooms[item] = 0
+        for task in prange(items * parts):
+            item, part = task // parts, task % parts
+            index = (start + item) // selectors
+            begin, end = _part_of(lengths[index], page_size, part, parts)
+            room = rooms[item]
+            if room:
+                digit = bounds[item] & np.uint32((1 << _DIGITS[-1][1]) - 1)
+                for before in range(part):
+                    room -= histograms[item, before, digit]
+                room = min(room, histograms[item, part, digit])
+            mark_largest(
+                order[item, begin:end],
+                bounds[item],
+                room,
+                page_size,
+                flags,
+                ((start + item) * units, (start + item + 1) * units),
+                (begin * page_size, min(end * page_size, lengths[index])),
+            )
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _part_of(length: int, page_size: int, part: int, parts: int) -> tuple[int, int]:
+    pages = (length + page_size - 1) // page_size
+    share = (pages + parts - 1) // parts
+    return min(part * share, pages), min((part + 1) * share, pages)
