@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import MaskerConfig
 from vllm_sparse_plugin.paged import maskers as _registers_counterparts  # noqa: F401
 from vllm_sparse_plugin.paged.kernels.attention import attend_lists
-from vllm_sparse_plugin.paged.kernels.lists import clear_flags, count_loaded, list_tokens
+from vllm_sparse_plugin.paged.kernels.lists import clear_flags
 from vllm_sparse_plugin.paged.layout import BlockShape, LayerCache
 from vllm_sparse_plugin.paged.maskers.base import (
     PagedMasker,
@@ -19,12 +18,10 @@ from vllm_sparse_plugin.paged.maskers.base import (
     Unsupported,
     paged_masker,
 )
+from vllm_sparse_plugin.paged.token_lists import TokenLists
 
 MAX_ENTRIES = 1 << 24
 """Keys times units that are planned at once (about 200 MB); more queries go in slices."""
-
-_TOKENS_PER_SPLIT = 512
-"""A list is cut into parts of at least this many tokens, where there are cores for them."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,6 @@ class PagedAttention:
         self.maskers: list[PagedMasker] = [paged_masker(config, shape) for config in configs]
         by_head = any(masker.needs_query_heads for masker in self.maskers)
         self._num_units = shape.num_heads if by_head else shape.num_kv_heads
-        self._samples = any(masker.samples for masker in self.maskers)
 
     def attend(
         self, query: np.ndarray, cache: LayerCache, batch: QueryBatch, scaling: float
@@ -122,30 +118,12 @@ class PagedAttention:
         read: ReadCounts,
     ) -> None:
         flags, probability = self._select(query, cache, batch, scaling)
-        tokens = np.empty(flags.shape, np.int32)
-        log_weights = np.empty((len(flags), flags.shape[1] if self._samples else 0), np.float32)
-        counts = np.empty(len(flags), np.int32)
-        list_tokens(flags, probability, batch.lengths, tokens, log_weights, counts)
-        attend_lists(
-            query,
-            cache.elements,
-            self.shape.kind,
-            self.shape.block_size,
-            batch.block_table,
-            batch.rows,
-            tokens,
-            log_weights,
-            counts,
-            scaling,
-            _splits(counts),
-            output,
+        lists = TokenLists.of(
+            flags, probability, batch.lengths, self.shape.num_heads, self.shape.num_kv_heads
         )
-        per_query = counts.reshape(len(query), self._num_units).sum(axis=1, dtype=np.int64)
-        read.keys[:] = per_query * (self.shape.num_heads // self._num_units)
-        if self._num_units == self.shape.num_kv_heads:
-            loaded = per_query
-        else:
-            loaded = count_loaded(flags, batch.lengths, self.shape.num_kv_heads).sum(axis=1)
+        _attend_lists(query, cache, batch, scaling, lists, output)
+        read.keys[:] = lists.keys_read
+        loaded = lists.counts.reshape(len(query), -1).sum(axis=1, dtype=np.int64)
         read.loaded_bytes[:] = loaded * self.shape.key_value_bytes + self._scanned_bytes(
             batch.lengths
         )
@@ -189,7 +167,20 @@ def attend_dense(
     """Attention of each query over every key that it sees; see `PagedAttention.attend`."""
     shape = cache.layout.shape
     output = np.empty_like(query)
-    counts = np.repeat(batch.lengths, shape.num_kv_heads)
+    lists = TokenLists.of_all(batch.lengths, shape.num_heads, shape.num_kv_heads)
+    _attend_lists(query, cache, batch, scaling, lists, output)
+    return output
+
+
+def _attend_lists(
+    query: np.ndarray,
+    cache: LayerCache,
+    batch: QueryBatch,
+    scaling: float,
+    lists: TokenLists,
+    output: np.ndarray,
+) -> None:
+    shape = cache.layout.shape
     attend_lists(
         query,
         cache.elements,
@@ -197,18 +188,10 @@ def attend_dense(
         shape.block_size,
         batch.block_table,
         batch.rows,
-        np.empty((len(counts), 0), np.int32),
-        np.empty((len(counts), 0), np.float32),
-        counts,
+        lists.tokens,
+        lists.log_weights,
+        lists.counts,
         scaling,
-        _splits(counts),
+        lists.splits(),
         output,
     )
-    return output
-
-
-def _splits(counts: np.ndarray) -> int:
-    """Into how many parts each list is cut: enough for all cores, none too short."""
-    tasks = 4 * torch.get_num_threads()
-    by_cores = -(-tasks // max(1, len(counts)))
-    return max(1, min(by_cores, int(counts.max(initial=0)) // _TOKENS_PER_SPLIT))

@@ -13,12 +13,35 @@ import numpy as np
 from numba import njit, prange
 
 from vllm_sparse_plugin.paged.kernels.exponential import exp_in_place
+from vllm_sparse_plugin.paged.kernels.group_lists import NOT_SELECTED
 from vllm_sparse_plugin.paged.kernels.prefetch import prefetch
 from vllm_sparse_plugin.paged.kernels.rows import load_row
 
 _TILE = 32
 """Tokens whose scores are held at once: their rows stay in the first-level cache."""
 _NOTHING = np.float32(-1e30)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _locate(
+    tokens: np.ndarray,
+    unit: int,
+    begin: int,
+    end: int,
+    blocks: np.ndarray,
+    block_size: int,
+    head_size: int,
+    places: np.ndarray,
+    starts: np.ndarray,
+) -> int:
+    """Blocks, and first elements in them, of a tile of a list; returns how many."""
+    count = max(0, min(_TILE, end - begin))
+    is_range = tokens.shape[1] == 0
+    for i in range(count):
+        token = begin + i if is_range else np.int64(tokens[unit, begin + i])
+        places[i] = blocks[token // block_size]
+        starts[i] = token % block_size * head_size
+    return count
 
 
 @njit(parallel=True, fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -36,7 +59,7 @@ def attend_lists(
     splits: int,
     output: np.ndarray,
 ) -> None:
-    """`sum_S (exp(s_i) / p_i) v_i / sum_S (exp(s_i) / p_i)` for every unit's list S.
+    """`sum_S (exp(s_i) / p_i) v_i / sum_S (exp(s_i) / p_i)` for every query head's selection S.
 
     Args:
         query: `[num_queries, num_heads, head_size]`, float32.
@@ -45,21 +68,20 @@ def attend_lists(
         block_size: Tokens of a block.
         block_table: `[num_rows, max_blocks]`.
         rows: `[num_queries]`.
-        tokens: `[num_queries * num_units, capacity]`, int32 positions; with capacity 0, every unit
-            reads the positions before its count.
-        log_weights: -log of their probabilities, float32, of the same shape; with capacity 0, all
-            are 1.
-        counts: `[num_queries * num_units]`, tokens of each list.
+        tokens: `[num_queries * num_kv_heads, capacity]`, int32 positions; with capacity 0, every
+            KV head reads the positions before its count.
+        log_weights: `[num_queries * num_kv_heads, capacity, heads of a group]`, float32, see
+            `group_lists`; with capacity 0, every query head of a group reads all tokens of its KV
+            head's list, with weight 1.
+        counts: `[num_queries * num_kv_heads]`, tokens of each list.
         scaling: Of the scores.
         splits: Parts that each list is cut into.
-        output: `[num_queries, num_heads, head_size]`, float32; zeros for an empty list.
+        output: `[num_queries, num_heads, head_size]`, float32; zeros for an empty selection.
     """
-    num_queries, num_heads, head_size = query.shape
-    num_units = counts.shape[0] // num_queries
-    heads = num_heads // num_units
-    group = num_heads // elements.shape[1]
+    _, num_heads, head_size = query.shape
+    num_kv_heads = elements.shape[1]
+    heads = num_heads // num_kv_heads
     value_start = block_size * head_size
-    is_range = tokens.shape[1] == 0
     is_weighted = log_weights.shape[1] > 0
     scale = np.float32(scaling)
     top = np.empty((counts.shape[0], splits, heads), np.float32)
@@ -67,45 +89,61 @@ def attend_lists(
     sums = np.empty((counts.shape[0], splits, heads, head_size), np.float32)
     for item in prange(counts.shape[0] * splits):
         unit, split = item // splits, item % splits
-        index = unit // num_units
-        first_head = unit % num_units * heads
-        kv_head = first_head // group
+        index, kv_head = unit // num_kv_heads, unit % num_kv_heads
         blocks = block_table[rows[index]]
-        q = query[index, first_head : first_head + heads]
+        q = query[index, kv_head * heads : (kv_head + 1) * heads]
         count = counts[unit]
         share = (count + splits - 1) // splits
         begin, end = split * share, min(count, (split + 1) * share)
-        places = np.empty(_TILE, np.int64)
-        starts = np.empty(_TILE, np.int64)
-        scores = np.empty((heads, _TILE), np.float32)
+        places = np.empty((2, _TILE), np.int64)  # of this tile's tokens, and of the next one's
+        starts = np.empty((2, _TILE), np.int64)
+        scores = np.empty((heads, _TILE), np.float32)  # of the tokens that a head reads
+        read = np.empty(heads, np.int64)
         powers = np.empty(_TILE, np.int32)
         buffer = np.empty(head_size, np.float32)
         total = np.zeros((heads, head_size), np.float32)
         largest = np.full(heads, _NOTHING, np.float32)
         weight = np.zeros(heads, np.float32)
+        filled = _locate(
+            tokens, unit, begin, end, blocks, block_size, head_size, places[0], starts[0]
+        )
+        for i in range(filled):
+            prefetch(elements, places[0, i], kv_head, starts[0, i], head_size)
+        side = 0
         for tile in range(begin, end, _TILE):
-            filled = min(_TILE, end - tile)
+            place, start = places[side], starts[side]
+            side = 1 - side
+            next_place, next_start = places[side], starts[side]
+            ahead = _locate(
+                tokens,
+                unit,
+                tile + _TILE,
+                end,
+                blocks,
+                block_size,
+                head_size,
+                next_place,
+                next_start,
+            )
+            read[:] = 0
             for i in range(filled):
-                token = tile + i if is_range else np.int64(tokens[unit, tile + i])
-                places[i] = blocks[token // block_size]
-                starts[i] = token % block_size * head_size
-                prefetch(elements, places[i], kv_head, starts[i], head_size)
-            for i in range(filled):
-                prefetch(elements, places[i], kv_head, value_start + starts[i], head_size)
-                key = load_row(elements, places[i], kv_head, starts[i], buffer, kind)
+                prefetch(elements, place[i], kv_head, value_start + start[i], head_size)
+                key = load_row(elements, place[i], kv_head, start[i], buffer, kind)
                 for h in range(heads):
+                    log_weight = np.float32(0.0)
+                    if is_weighted:
+                        log_weight = log_weights[unit, tile + i, h]
+                        if log_weight == NOT_SELECTED:
+                            continue
                     score = np.float32(0.0)
                     for d in range(head_size):
                         score += q[h, d] * key[d]
-                    scores[h, i] = score * scale
-            if is_weighted:
-                for h in range(heads):
-                    for i in range(filled):
-                        scores[h, i] += log_weights[unit, tile + i]
+                    scores[h, read[h]] = score * scale + log_weight
+                    read[h] += 1
             for h in range(heads):
                 row = scores[h]
                 peak = largest[h]
-                for i in range(filled):
+                for i in range(read[h]):
                     peak = max(peak, row[i])
                 if peak > largest[h]:
                     shrink = np.float32(math.exp(largest[h] - peak))
@@ -113,29 +151,34 @@ def attend_lists(
                     weight[h] *= shrink
                     for d in range(head_size):
                         total[h, d] *= shrink
-                for i in range(filled):
+                for i in range(read[h]):
                     row[i] -= peak
-                exp_in_place(row, powers, filled)
-                for i in range(filled):
+                exp_in_place(row, powers, read[h])
+                for i in range(read[h]):
                     weight[h] += row[i]
+            read[:] = 0
             for i in range(filled):
-                value = load_row(
-                    elements, places[i], kv_head, value_start + starts[i], buffer, kind
-                )
+                if i < ahead:  # the memory is busy while this tile is worked on
+                    prefetch(elements, next_place[i], kv_head, next_start[i], head_size)
+                value = load_row(elements, place[i], kv_head, value_start + start[i], buffer, kind)
                 for h in range(heads):
-                    factor = scores[h, i]
+                    if is_weighted and log_weights[unit, tile + i, h] == NOT_SELECTED:
+                        continue
+                    factor = scores[h, read[h]]
+                    read[h] += 1
                     for d in range(head_size):
                         total[h, d] += factor * value[d]
+            filled = ahead
         top[unit, split] = largest
         mass[unit, split] = weight
         sums[unit, split] = total
     for unit in prange(counts.shape[0]):
-        index = unit // num_units
+        index, kv_head = unit // num_kv_heads, unit % num_kv_heads
         for h in range(heads):
             peak = _NOTHING
             for split in range(splits):
                 peak = max(peak, top[unit, split, h])
-            result = output[index, unit % num_units * heads + h]
+            result = output[index, kv_head * heads + h]
             result[:] = np.float32(0.0)
             weight_sum = np.float32(0.0)
             for split in range(splits):

@@ -1,0 +1,70 @@
+"""From the flags of query heads to one list of tokens per KV head: each token is loaded once.
+
+A token's weights say which query heads of the KV head's group read it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, prange
+
+NOT_SELECTED = np.float32(-1e30)
+"""In place of -log of a probability, which is at least 0. Finite: kernels use fast arithmetic."""
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def list_group_tokens(
+    flags: np.ndarray,
+    probability: np.ndarray,
+    lengths: np.ndarray,
+    tokens: np.ndarray,
+    log_weights: np.ndarray,
+    counts: np.ndarray,
+    selected: np.ndarray,
+) -> None:
+    """The positions that at least one query head of a group selects, ascending.
+
+    Args:
+        flags: See the package; units are query heads; capacity a multiple of 8.
+        probability: `[num_queries * num_heads]`, float32, of keys with flag 2.
+        lengths: `[num_queries]`.
+        tokens: `[num_queries * num_kv_heads, capacity]`, int32; written.
+        log_weights: `[num_queries * num_kv_heads, capacity, heads of a group]`, float32: -log of
+            the probability for each query head, `NOT_SELECTED` for those that do not read the
+            token; written.
+        counts: `[num_queries * num_kv_heads]`, int32, of each list; written.
+        selected: `[num_queries * num_heads]`, int32, keys that each query head selects; written.
+    """
+    words = flags.view(np.uint64)
+    num_lists = tokens.shape[0]
+    lists = num_lists // lengths.shape[0]
+    group = log_weights.shape[2]
+    for item in prange(num_lists):
+        first = item * group
+        length = np.int64(lengths[item // lists])
+        positions = tokens[item]
+        count = 0
+        for word in range((length + 7) // 8):
+            union = np.uint64(0)
+            for unit in range(first, first + group):
+                union |= words[unit, word]
+            if union == 0:
+                continue
+            # Written always, kept if selected: no branch that the processor could guess wrong.
+            for byte in range(8):
+                positions[count] = word * 8 + byte
+                count += (union >> np.uint64(8 * byte)) & np.uint64(0xFF) != 0
+        counts[item] = count
+        weight_of_flag = np.array([NOT_SELECTED, np.float32(0.0), np.float32(0.0)], np.float32)
+        for h in range(group):
+            row = flags[first + h]
+            if probability[first + h] > 0:
+                weight_of_flag[2] = np.float32(-math.log(probability[first + h]))
+            number = 0
+            for i in range(count):
+                flag = row[positions[i]]
+                number += flag != 0
+                log_weights[item, i, h] = weight_of_flag[flag]
+            selected[first + h] = number

@@ -1,0 +1,85 @@
+"""What was selected, as lists of tokens: what attention reads, and what samplers look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_sparse_plugin.paged.kernels.group_lists import list_group_tokens
+from vllm_sparse_plugin.paged.kernels.lists import list_tokens
+
+_TOKENS_PER_SPLIT = 512
+"""A list is cut into parts of at least this many tokens, where there are cores for them."""
+
+
+@dataclass(frozen=True)
+class TokenLists:
+    """One list per query and KV head; what its query heads share is listed, and loaded, once.
+
+    Attributes:
+        tokens: `[num_queries * num_kv_heads, capacity]`, int32 positions, ascending; capacity 0:
+            the positions before the count.
+        log_weights: `[num_queries * num_kv_heads, capacity, heads of a group]`, float32, see
+            `kernels.group_lists`; capacity 0: every query head reads all tokens, with weight 1.
+        counts: `[num_queries * num_kv_heads]`, int32, tokens of each list.
+        keys_read: `[num_queries]`, int64, keys selected, summed over query heads.
+    """
+
+    tokens: np.ndarray
+    log_weights: np.ndarray
+    counts: np.ndarray
+    keys_read: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        flags: np.ndarray,
+        probability: np.ndarray,
+        lengths: np.ndarray,
+        num_heads: int,
+        num_kv_heads: int,
+    ) -> TokenLists:
+        """Lists what units have selected.
+
+        Args:
+            flags: See `kernels`; units are query heads, or KV heads when nothing is sampled.
+            probability: `[num_queries * num_units]`, float32, of sampled keys.
+            lengths: `[num_queries]`, int32.
+            num_heads: Query heads.
+            num_kv_heads: KV heads.
+        """
+        num_queries, capacity = len(lengths), flags.shape[1]
+        num_lists, group = num_queries * num_kv_heads, num_heads // num_kv_heads
+        tokens = np.empty((num_lists, capacity), np.int32)
+        counts = np.empty(num_lists, np.int32)
+        if len(flags) == num_queries * num_heads:
+            log_weights = np.empty((num_lists, capacity, group), np.float32)
+            selected = np.empty(len(flags), np.int32)
+            list_group_tokens(flags, probability, lengths, tokens, log_weights, counts, selected)
+        else:
+            log_weights = np.empty((num_lists, 0, group), np.float32)
+            list_tokens(
+                flags, probability, lengths, tokens, np.empty((num_lists, 0), np.float32), counts
+            )
+            selected = counts * group
+        keys_read = selected.reshape(num_queries, -1).sum(axis=1, dtype=np.int64)
+        return cls(tokens, log_weights, counts, keys_read)
+
+    @classmethod
+    def of_all(cls, lengths: np.ndarray, num_heads: int, num_kv_heads: int) -> TokenLists:
+        """Lists of every key that a query sees; arguments as in `of`."""
+        counts = np.repeat(lengths, num_kv_heads)
+        return cls(
+            np.empty((len(counts), 0), np.int32),
+            np.empty((len(counts), 0, num_heads // num_kv_heads), np.float32),
+            counts,
+            lengths.astype(np.int64) * num_heads,
+        )
+
+    def splits(self) -> int:
+        """Into how many parts each list is cut: enough for all cores, none too short."""
+        tasks = 4 * torch.get_num_threads()
+        by_cores = -(-tasks // max(1, len(self.counts)))
+        return max(1, min(by_cores, int(self.counts.max(initial=0)) // _TOKENS_PER_SPLIT))
