@@ -35,10 +35,12 @@ def stream_of(seed: int, layer: int, head: int, position: int) -> np.uint64:
         position: Of the query in its sequence.
     """
     bits = _mixed(_mixed(np.uint64(seed)) ^ np.uint64(layer))
-    return _mixed(_mixed(bits ^ np.uint64(head)) ^ np.uint64(position))
+    stream: np.uint64 = _mixed(_mixed(bits ^ np.uint64(head)) ^ np.uint64(position))
+    return stream
 
 
 @njit(inline="always", cache=True)  # type: ignore[untyped-decorator]
 def number_of(stream: np.uint64, key: np.uint64) -> np.uint64:
     """The number of the key at a position, in [0, `NUMBERS`)."""
-    return _mixed(stream ^ key) >> np.uint64(11)
+    number: np.uint64 = _mixed(stream ^ key) >> np.uint64(11)
+    return number
