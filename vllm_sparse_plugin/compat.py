@@ -232,9 +232,7 @@ def cpu_attention(
     Returns:
         As `query`.
     """
-    from vllm import _custom_ops as ops
-
-    num_queries, num_heads, head_size = query.shape
+    num_queries, _, head_size = query.shape
     num_keys, num_kv_heads, _ = key.shape
     num_blocks = -(-num_keys // block_size)
     cache = query.new_empty(num_blocks, num_kv_heads, 2 * block_size, head_size)
@@ -242,39 +240,76 @@ def cpu_attention(
     key_cache, value_cache = cache.chunk(2, dim=2)
     slots = torch.arange(num_keys)
     cpu_write_key_value(key.contiguous(), value.contiguous(), key_cache, value_cache, slots, isa)
+    attend = cpu_attend(
+        num_queries, num_keys, torch.arange(num_blocks, dtype=torch.int32)[None], scaling, isa
+    )
+    return attend(query, key_cache, value_cache)
+
+
+def cpu_attend(
+    num_queries: int, num_keys: int, block_table: torch.Tensor, scaling: float, isa: str
+) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Causal attention of one sequence's last tokens on a cache of vLLM's own order.
+
+    Args:
+        num_queries: The last tokens.
+        num_keys: Of the sequence.
+        block_table: `[1, num_blocks]`, int32.
+        scaling: Of the scores.
+        isa: vLLM's name of the kernel's instruction set.
+
+    Returns:
+        A function of the query `[num_queries, num_heads, head_size]`, contiguous, and of the key
+        and value caches, each `[num_blocks, num_kv_heads, block_size, head_size]`.
+    """
+    from vllm import _custom_ops as ops
+
     starts = torch.tensor([0, num_queries], dtype=torch.int32)
     lengths = torch.tensor([num_keys], dtype=torch.int32)
-    schedule = ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=1,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_size,
-        seq_lens=lengths,
-        dtype=query.dtype,
-        query_start_loc=starts,
-        causal=True,
-        sliding_window_size=-1,
-        isa=isa,
-        enable_kv_split=True,
-    )
-    output = torch.empty_like(query)
-    ops.cpu_attention_with_kv_cache(
-        query=query,
-        key_cache=key_cache,
-        value_cache=value_cache,
-        output=output,
-        query_start_loc=starts,
-        seq_lens=lengths,
-        scale=scaling,
-        causal=True,
-        alibi_slopes=None,
-        sliding_window=-1,
-        block_table=torch.arange(num_blocks, dtype=torch.int32)[None],
-        softcap=0.0,
-        scheduler_metadata=schedule,
-        s_aux=None,
-    )
-    return output
+
+    def attend(
+        query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor
+    ) -> torch.Tensor:
+        schedule = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=1,
+            num_heads=query.shape[1],
+            num_kv_heads=key_cache.shape[1],
+            head_dim=query.shape[2],
+            seq_lens=lengths,
+            dtype=query.dtype,
+            query_start_loc=starts,
+            causal=True,
+            sliding_window_size=-1,
+            isa=isa,
+            enable_kv_split=True,
+        )
+        output = torch.empty_like(query)
+        ops.cpu_attention_with_kv_cache(
+            query=query,
+            key_cache=key_cache,
+            value_cache=value_cache,
+            output=output,
+            query_start_loc=starts,
+            seq_lens=lengths,
+            scale=scaling,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=block_table,
+            softcap=0.0,
+            scheduler_metadata=schedule,
+            s_aux=None,
+        )
+        return output
+
+    return attend
+
+
+def load_cpu_operations() -> None:
+    """Makes vLLM's CPU operations known to torch, outside an engine."""
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
 
 
 def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:

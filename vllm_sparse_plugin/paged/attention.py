@@ -18,6 +18,7 @@ from vllm_sparse_plugin.paged.maskers.base import (
     Unsupported,
     paged_masker,
 )
+from vllm_sparse_plugin.paged.scratch import scratch
 from vllm_sparse_plugin.paged.token_lists import TokenLists
 
 MAX_ENTRIES = 1 << 24
@@ -151,9 +152,9 @@ class PagedAttention:
             rows=batch.rows,
             lengths=batch.lengths,
             scaling=scaling,
-            flags=np.empty((num_queries * self._num_units, capacity), np.uint8),
+            flags=scratch("flags", (num_queries * self._num_units, capacity), np.uint8),
             probability=np.zeros(num_queries * self._num_units, np.float32),
-            scores=np.empty((num_queries, num_heads, capacity), np.float32),
+            scores=scratch("scores", (num_queries, num_heads, capacity), np.float32),
         )
         clear_flags(queries.flags, batch.lengths)
         for masker in self.maskers:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
+from vllm_sparse_plugin.paged.kernels.prefetch import prefetch
 from vllm_sparse_plugin.paged.kernels.rows import FLOAT16, load_row
 
 _SINGLE_TO_HALF = np.float32(2.0**-112)
@@ -104,26 +105,54 @@ def encode_bounds(bounds: np.ndarray, bits: int, kind: int, record: np.ndarray) 
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _decode(record: np.ndarray, side: int, bits: int, codes: np.ndarray) -> None:
+def decode_bounds(
+    record: np.ndarray, bits: int, kind: int, low: np.ndarray, high: np.ndarray
+) -> None:
+    """The bounds that a page's record holds.
+
+    Args:
+        record: uint8, as `encode_bounds` writes it.
+        bits: Of a code.
+        kind: Of the cache's elements.
+        low: `[head_size]`, float32; written.
+        high: Likewise.
+    """
+    head_size = low.shape[0]
+    if bits == 16:
+        if kind == 0:
+            whole = record.view(np.float32)
+            for d in range(head_size):
+                low[d] = whole[d]
+                high[d] = whole[head_size + d]
+        else:
+            halves = record.view(np.uint16).reshape(1, 1, record.shape[0] // 2)
+            load_row(halves, 0, 0, 0, low, kind)
+            load_row(halves, 0, 0, head_size, high, kind)
+        return
+    scales = record[:16].view(np.float32)
+    least, step = scales[0], scales[1]
+    high_least, high_step = scales[2], scales[3]
     per_byte = 8 // bits
-    width = codes.shape[0] // per_byte
-    start = 16 + side * width
+    width = head_size // per_byte
+    codes = record[16 : 16 + 2 * width]
+    if bits == 8:  # the common one, in a loop that becomes vector instructions
+        for d in range(head_size):
+            low[d] = np.float32(codes[d]) * step + least
+            high[d] = np.float32(codes[width + d]) * high_step + high_least
+        return
     mask = np.uint8((1 << bits) - 1)
     for part in range(per_byte):
         shift = np.uint8(part * bits)
         for byte in range(width):
-            codes[part * width + byte] = np.float32((record[start + byte] >> shift) & mask)
+            d = part * width + byte
+            low[d] = np.float32((codes[byte] >> shift) & mask) * step + least
+            high[d] = np.float32((codes[width + byte] >> shift) & mask) * high_step + high_least
 
 
 @njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _score_record(
-    record: np.ndarray,
-    bits: int,
-    kind: int,
+def _score_bounds(
     up: np.ndarray,
     down: np.ndarray,
-    up_sum: np.ndarray,
-    down_sum: np.ndarray,
     low: np.ndarray,
     high: np.ndarray,
     scores: np.ndarray,
@@ -132,46 +161,18 @@ def _score_record(
     """`sum_d max(q_d low_d, q_d high_d)` of one page for some query heads.
 
     Args:
-        record: Of the page.
-        bits: Of a code.
-        kind: Of the cache's elements.
         up: `[heads, head_size]`, the positive part of the queries.
         down: The negative part.
-        up_sum: `[heads]`, sums of `up`.
-        down_sum: Of `down`.
-        low: `[head_size]`, float32 scratch.
-        high: Likewise.
+        low: `[head_size]`.
+        high: `[head_size]`.
         scores: `[heads, pages]`; column `page` is written.
         page: Column.
     """
-    heads, head_size = up.shape
-    low_min, high_min = np.float32(0.0), np.float32(0.0)
-    low_step, high_step = np.float32(1.0), np.float32(1.0)
-    if bits == 16:
-        if kind == 0:
-            whole = record.view(np.float32)
-            low, high = whole[:head_size], whole[head_size : 2 * head_size]
-        else:
-            halves = record.view(np.uint16).reshape(1, 1, 2 * head_size)
-            load_row(halves, 0, 0, 0, low, kind)
-            load_row(halves, 0, 0, head_size, high, kind)
-    else:
-        scales = record[:16].view(np.float32)
-        low_min, low_step = scales[0], scales[1]
-        high_min, high_step = scales[2], scales[3]
-        _decode(record, 0, bits, low)
-        _decode(record, 1, bits, high)
-    for h in range(heads):
-        from_high, from_low = np.float32(0.0), np.float32(0.0)
-        for d in range(head_size):
-            from_high += up[h, d] * high[d]
-            from_low += down[h, d] * low[d]
-        scores[h, page] = (
-            high_step * from_high
-            + high_min * up_sum[h]
-            + low_step * from_low
-            + low_min * down_sum[h]
-        )
+    for h in range(up.shape[0]):
+        score = np.float32(0.0)
+        for d in range(up.shape[1]):
+            score += up[h, d] * high[d] + down[h, d] * low[d]
+        scores[h, page] = score
 
 
 @njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -273,38 +274,30 @@ def score_pages(
             continue
         up = np.empty((heads, head_size), np.float32)
         down = np.empty((heads, head_size), np.float32)
-        up_sum = np.zeros(heads, np.float32)
-        down_sum = np.zeros(heads, np.float32)
         for h in range(heads):
             for d in range(head_size):
                 value = query[index, kv_head * heads + h, d]
                 up[h, d] = max(value, np.float32(0.0))
                 down[h, d] = min(value, np.float32(0.0))
-                up_sum[h] += up[h, d]
-                down_sum[h] += down[h, d]
         low, high = np.empty(head_size, np.float32), np.empty(head_size, np.float32)
         target = scores[index, kv_head * heads : (kv_head + 1) * heads]
         blocks = block_table[rows[index]]
-        for page in range(first, min(first + chunk, pages)):
+        last = min(first + chunk, pages)
+        for page in range(first, last):
             block, place = blocks[page // per_block], page % per_block
+            # The next block's records, while this one's are compared.
+            if (place == 0 or page == first) and page - place + per_block < last:
+                following = blocks[page // per_block + 1]
+                prefetch(records, following, kv_head, offset, per_block * record_bytes)
             start = offset + place * record_bytes
             record = records[block, kv_head, start : start + record_bytes]
             if (page + 1) * page_size > length:
                 bounds = np.empty((2, head_size), np.float32)
+                count = length - page * page_size
                 bounds_of_keys(
-                    elements,
-                    kind,
-                    block,
-                    kv_head,
-                    place * page_size,
-                    length - page * page_size,
-                    bounds,
-                    low,
+                    elements, kind, block, kv_head, place * page_size, count, bounds, low
                 )
-                own = np.empty(record_bytes, np.uint8)
-                encode_bounds(bounds, bits, kind, own)
-                _score_record(own, bits, kind, up, down, up_sum, down_sum, low, high, target, page)
-            else:
-                _score_record(
-                    record, bits, kind, up, down, up_sum, down_sum, low, high, target, page
-                )
+                record = np.empty(record_bytes, np.uint8)
+                encode_bounds(bounds, bits, kind, record)
+            decode_bounds(record, bits, kind, low, high)
+            _score_bounds(up, down, low, high, target, page)
