@@ -1,0 +1,125 @@
+"""Kernels against plain float64, and their parts against what numpy and Python do."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.plugin.paged.paged_rows import LENGTHS, make_rows, shape_of
+from tests.tolerances import ATTENTION_ATOL
+from vllm_sparse_plugin.paged.attention import attend_dense
+from vllm_sparse_plugin.paged.kernels.exponential import exp_in_place
+from vllm_sparse_plugin.paged.kernels.lists import clear_flags, list_tokens
+from vllm_sparse_plugin.paged.kernels.selection import bound_of_largest, order_of
+from vllm_sparse_plugin.paged.layout import BlockLayout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_size"), [(8, 2, 32), (3, 3, 64), (9, 3, 80)])
+def test_dense_attention_against_float64(dtype, heads, kv_heads, head_size) -> None:
+    rows = make_rows(
+        BlockLayout(shape_of(heads, kv_heads, head_size, dtype=dtype)),
+        lengths=(*LENGTHS, 2000),
+        exact=False,
+    )
+    found = attend_dense(rows.query.float().numpy(), rows.cache, rows.batch, head_size**-0.5)
+    for row, key in enumerate(rows.keys):
+        key, value = (
+            t[0].double().repeat_interleave(heads // kv_heads, 0) for t in (key, rows.values[row])
+        )
+        scores = torch.einsum("hd,hkd->hk", rows.query[row].double(), key) * head_size**-0.5
+        expected = torch.einsum("hk,hkd->hd", scores.softmax(dim=-1), value)
+        # Whatever the cache's type, sums are float32 and the result is not rounded again.
+        difference = (torch.from_numpy(found[row]).double() - expected).abs().max()
+        assert difference <= ATTENTION_ATOL[torch.float32]
+
+
+def test_extreme_scores() -> None:
+    """Scores far apart, all equal, and so low that plain powers would vanish."""
+    layout = BlockLayout(shape_of(1, 1, 32))
+    for factor in (0.0, 1e4, -1e4):
+        rows = make_rows(layout, lengths=(100,), exact=False)
+        query = np.full((1, 1, 32), factor, np.float32)
+        found = attend_dense(query, rows.cache, rows.batch, 1.0)
+        scores = rows.keys[0][0, 0].double() @ torch.from_numpy(query[0, 0]).double()
+        expected = scores.softmax(dim=0) @ rows.values[0][0, 0].double()
+        difference = (torch.from_numpy(found[0, 0]).double() - expected).abs().max()
+        assert difference <= ATTENTION_ATOL[torch.float32]
+
+
+def test_exponential() -> None:
+    values = np.concatenate([np.linspace(-87, 0, 20001), -np.logspace(-30, 1, 500), [0.0]]).astype(
+        np.float32
+    )
+    found = values.copy()
+    exp_in_place(found, np.empty(len(found), np.int32), len(found))
+    exact = np.exp(values.astype(np.float64))
+    assert (np.abs(found - exact) / exact).max() < 2e-7
+    low = np.array([-np.inf, -1e30, -100], np.float32)
+    exp_in_place(low, np.empty(3, np.int32), 3)
+    assert (low < 1e-37).all()
+
+
+finite = st.floats(width=32, allow_nan=False)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    scores=st.lists(
+        st.one_of(finite, st.sampled_from([0.0, -0.0, 1.0, math.inf, -math.inf])),
+        min_size=1,
+        max_size=60,
+    ),
+    candidates=st.lists(st.booleans(), min_size=60, max_size=60),
+    count=st.integers(1, 70),
+)
+def test_the_largest_of_a_row(scores, candidates, count) -> None:
+    """Ties, infinities, zeros of both signs, more wanted than there are: as sorting does it."""
+    length = len(scores)
+    order = np.empty(length, np.uint32)
+    order_of(np.array(scores, np.float32), order, length)
+    assert (order > 0).all()
+    order[~np.array(candidates[:length])] = 0
+    bound, room = bound_of_largest(order, length, count)
+    chosen = []
+    for place in range(length):
+        if order[place] == 0 or order[place] < bound:
+            continue
+        if order[place] == bound:
+            if room == 0:
+                continue
+            room -= 1
+        chosen.append(place)
+    allowed = [place for place in range(length) if candidates[place]]
+    ranked = sorted(allowed, key=lambda place: (-np.float32(scores[place]), place))
+    assert chosen == sorted(ranked[:count])
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    flags=st.lists(
+        st.lists(st.sampled_from([0, 0, 0, 1, 2]), min_size=1, max_size=50), min_size=1, max_size=4
+    ),
+    probability=st.floats(0.001, 1.0),
+)
+def test_lists_of_flagged_keys(flags, probability) -> None:
+    lengths = np.array([len(row) for row in flags], np.int32)
+    table = np.full((len(flags), 56), 7, np.uint8)
+    clear_flags(table, lengths)
+    for row, values in enumerate(flags):
+        assert not table[row, : (len(values) + 7) // 8 * 8].any()
+        table[row, : len(values)] = values
+    tokens = np.full(table.shape, -1, np.int32)
+    weights = np.full(table.shape, np.nan, np.float32)
+    counts = np.empty(len(flags), np.int32)
+    chance = np.full(len(flags), probability, np.float32)
+    list_tokens(table, chance, lengths, tokens, weights, counts)
+    for row, values in enumerate(flags):
+        chosen = [place for place, flag in enumerate(values) if flag]
+        assert tokens[row, : counts[row]].tolist() == chosen
+        for place, weight in zip(chosen, weights[row], strict=False):
+            expected = -math.log(np.float32(probability)) if values[place] == 2 else 0.0
+            assert weight == pytest.approx(expected, rel=1e-5, abs=1e-6)
