@@ -1,0 +1,235 @@
+"""Labels of keys (Double Sparsity): some channels of each key, in few bits.
+
+A block and KV head has one or more rows of labels, each with channels of its own. A row is kept
+channel by channel, so that neighbouring tokens are worked on together. With `bits` 16 it is
+`[channels, block_size]` of the cache's own elements. With less it is, of each token, the smallest
+of its values and the step between codes, `[2, block_size]` float32, and then codes,
+`[bytes of a token, block_size]`: byte j of a token holds channels j, j + width, ... of `width`
+bytes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from vllm_sparse_plugin.paged.kernels.rounding import round_to_kind
+from vllm_sparse_plugin.paged.kernels.rows import load_row
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _scale_of(key: np.ndarray, channels: np.ndarray, levels: np.float32) -> tuple[float, float]:
+    """The smallest of a key's values, and the step between codes."""
+    low, high = key[channels[0]], key[channels[0]]
+    for channel in channels:
+        low = min(low, key[channel])
+        high = max(high, key[channel])
+    return low, (high - low) / levels if high > low else np.float32(1.0)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _code_of(value: float, low: float, step: float, levels: float) -> np.float32:
+    return min(max(np.rint((value - low) / step), np.float32(0.0)), levels)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def label_queries(
+    query: np.ndarray, channels: np.ndarray, bits: int, kind: int, labels: np.ndarray
+) -> None:
+    """The queries' kept channels, as `pseudo_quantize` leaves them.
+
+    Args:
+        query: `[num_queries, num_heads, head_size]`, float32.
+        channels: `[rows, C]`, int32; a divisor of the query heads.
+        bits: Of a code.
+        kind: Of the model's numbers.
+        labels: `[num_queries, num_heads, C]`, float32; written.
+    """
+    num_queries, num_heads, _ = query.shape
+    group = num_heads // channels.shape[0]
+    levels = np.float32((1 << bits) - 1)
+    for index in range(num_queries):
+        for head in range(num_heads):
+            own = channels[head // group]
+            values, label = query[index, head], labels[index, head]
+            for c in range(own.shape[0]):
+                label[c] = values[own[c]]
+            if bits < 16:
+                low, step = _scale_of(values, own, levels)
+                for c in range(own.shape[0]):
+                    label[c] = _code_of(label[c], low, step, levels) * step + low
+                round_to_kind(label, kind)
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def write_labels(
+    elements: np.ndarray,
+    kind: int,
+    records: np.ndarray,
+    offset: int,
+    row_bytes: int,
+    bits: int,
+    channels: np.ndarray,
+    head_size: int,
+    block_size: int,
+    slots: np.ndarray,
+) -> None:
+    """Writes the labels of new keys; the codes are those of `pseudo_quantize`.
+
+    Args:
+        elements: See the package, with the new keys.
+        kind: Of the elements.
+        records: The same memory as uint8, `[num_blocks, num_kv_heads, bytes]`.
+        offset: Of the index in a block and head, bytes.
+        row_bytes: Of one row of labels.
+        bits: Of a code.
+        channels: `[rows, C]`, int32; a multiple of the KV heads, each head's rows side by side.
+        head_size: Channels of a key.
+        block_size: Tokens of a block.
+        slots: Of the new keys; negative = padding.
+    """
+    num_kv_heads = elements.shape[1]
+    rows, count = channels.shape
+    per_head = rows // num_kv_heads
+    per_byte = 8 // bits if bits < 16 else 1
+    width = (count + per_byte - 1) // per_byte
+    levels = np.float32((1 << bits) - 1)
+    for task in prange(slots.shape[0]):
+        slot = slots[task]
+        if slot < 0:
+            continue
+        block, place = slot // block_size, slot % block_size
+        buffer = np.empty(head_size, np.float32)
+        scales = np.empty(2, np.float32)
+        scale_bytes = scales.view(np.uint8)
+        for row in range(rows):
+            head = row // per_head
+            start = offset + row % per_head * row_bytes
+            if bits == 16:
+                first = start // elements.itemsize + place
+                for c in range(count):
+                    elements[block, head, first + c * block_size] = elements[
+                        block, head, place * head_size + channels[row, c]
+                    ]
+                continue
+            key = load_row(elements, block, head, place * head_size, buffer, kind)
+            low, step = _scale_of(key, channels[row], levels)
+            scales[0], scales[1] = low, step
+            for side in range(2):
+                where = start + 4 * (side * block_size + place)
+                records[block, head, where : where + 4] = scale_bytes[4 * side : 4 * side + 4]
+            codes = start + 8 * block_size + place
+            for byte in range(width):
+                packed = 0
+                for part in range(per_byte):
+                    c = byte + part * width
+                    if c < count:
+                        code = _code_of(key[channels[row, c]], low, step, levels)
+                        packed |= int(code) << (part * bits)
+                records[block, head, codes + byte * block_size] = packed
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _decode(
+    record: np.ndarray, bits: int, kind: int, block_size: int, count: int, labels: np.ndarray
+) -> None:
+    """Values of one row of labels: the first `count` columns of `[C, block_size]`, float32.
+
+    Multiplied and added in two steps, as `pseudo_quantize` does: no fastmath here.
+    """
+    channels = labels.shape[0]
+    per_byte = 8 // bits
+    width = (channels + per_byte - 1) // per_byte
+    scales = record[: 8 * block_size].view(np.float32)
+    low, step = scales[:block_size], scales[block_size:]
+    mask = np.uint8((1 << bits) - 1)
+    for c in range(channels):
+        shift = np.uint8(c // width * bits)
+        start = 8 * block_size + c % width * block_size
+        codes = record[start : start + count]
+        values = labels[c]
+        for t in range(count):
+            values[t] = np.float32((codes[t] >> shift) & mask) * step[t] + low[t]
+        round_to_kind(values[:count], kind)
+
+
+@njit(fastmath={"contract"}, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _add_products(query: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> None:
+    channels = labels.shape[0]
+    for c in range(0, channels - 1, 2):
+        left, right = labels[c], labels[c + 1]
+        for t in range(scores.shape[0]):
+            scores[t] += query[c] * left[t] + query[c + 1] * right[t]
+    if channels % 2:
+        last = labels[channels - 1]
+        for t in range(scores.shape[0]):
+            scores[t] += query[channels - 1] * last[t]
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def score_labels(
+    query: np.ndarray,
+    elements: np.ndarray,
+    kind: int,
+    records: np.ndarray,
+    offset: int,
+    row_bytes: int,
+    bits: int,
+    rows_per_head: int,
+    block_size: int,
+    block_table: np.ndarray,
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    scale: float,
+    scores: np.ndarray,
+) -> None:
+    """Dot products of the queries' kept channels with the labels of every key that they see.
+
+    Args:
+        query: `[num_queries, num_heads, C]`, float32: the channels of each head's row of labels.
+        elements: See the package; so `kind`, `block_table`, `rows` and `lengths`.
+        kind: Of the elements.
+        records: See `write_labels`; so the next three.
+        offset: Of the index.
+        row_bytes: Of one row of labels.
+        bits: Of a code.
+        rows_per_head: Rows of labels per KV head: one, or one per query head.
+        block_size: Tokens of a block.
+        block_table: Of the batch.
+        rows: Of the queries.
+        lengths: Of the queries.
+        scale: Of the products.
+        scores: `[num_queries, num_heads, capacity]`, float32; written.
+    """
+    num_queries, num_heads, channels = query.shape
+    num_kv_heads = elements.shape[1]
+    heads = num_heads // num_kv_heads
+    by_row = heads // rows_per_head
+    chunks = (int(lengths.max()) + block_size - 1) // block_size
+    factor = np.float32(scale)
+    for item in prange(num_queries * num_kv_heads * chunks):
+        index, rest = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
+        kv_head, chunk = rest // chunks, rest % chunks
+        first = chunk * block_size
+        count = min(block_size, lengths[index] - first)
+        if count <= 0:
+            continue
+        block = np.int64(block_table[rows[index], chunk])
+        labels = np.empty((channels, block_size), np.float32)
+        for row in range(rows_per_head):
+            start = offset + row * row_bytes
+            if bits == 16:
+                first_element = start // elements.itemsize
+                for c in range(channels):
+                    where = first_element + c * block_size
+                    target = labels[c, :count]
+                    target[:] = load_row(elements, block, kv_head, where, target, kind)
+            else:
+                record = records[block, kv_head, start : start + row_bytes]
+                _decode(record, bits, kind, block_size, count, labels)
+            for head in range(kv_head * heads + row * by_row, kv_head * heads + (row + 1) * by_row):
+                target = scores[index, head, first : first + count]
+                target[:] = np.float32(0.0)
+                _add_products(query[index, head], labels, target)
+                for t in range(count):
+                    target[t] *= factor
