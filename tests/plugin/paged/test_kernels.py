@@ -13,7 +13,7 @@ from tests.tolerances import ATTENTION_ATOL
 from vllm_sparse_plugin.paged.attention import attend_dense
 from vllm_sparse_plugin.paged.kernels.exponential import exp_in_place
 from vllm_sparse_plugin.paged.kernels.lists import clear_flags, list_tokens
-from vllm_sparse_plugin.paged.kernels.selection import bound_of_largest, order_of
+from vllm_sparse_plugin.paged.kernels.selection import flag_largest
 from vllm_sparse_plugin.paged.layout import BlockLayout
 
 
@@ -73,29 +73,22 @@ finite = st.floats(width=32, allow_nan=False)
         min_size=1,
         max_size=60,
     ),
-    candidates=st.lists(st.booleans(), min_size=60, max_size=60),
+    selected=st.lists(st.booleans(), min_size=60, max_size=60),
     count=st.integers(1, 70),
 )
-def test_the_largest_of_a_row(scores, candidates, count) -> None:
+def test_the_largest_of_a_row(scores, selected, count) -> None:
     """Ties, infinities, zeros of both signs, more wanted than there are: as sorting does it."""
     length = len(scores)
-    order = np.empty(length, np.uint32)
-    order_of(np.array(scores, np.float32), order, length)
-    assert (order > 0).all()
-    order[~np.array(candidates[:length])] = 0
-    bound, room = bound_of_largest(order, length, count)
-    chosen = []
-    for place in range(length):
-        if order[place] == 0 or order[place] < bound:
-            continue
-        if order[place] == bound:
-            if room == 0:
-                continue
-            room -= 1
-        chosen.append(place)
-    allowed = [place for place in range(length) if candidates[place]]
+    flags = np.zeros((1, 64), np.uint8)
+    flags[0, :length] = selected[:length]
+    row = np.full((1, 1, 64), np.nan, np.float32)
+    row[0, 0, :length] = scores
+    lengths = np.array([length], np.int32)
+    flag_largest(row, 1, 1, np.array([count]), 1.0, lengths, flags)
+    allowed = [place for place in range(length) if not selected[place]]
     ranked = sorted(allowed, key=lambda place: (-np.float32(scores[place]), place))
-    assert chosen == sorted(ranked[:count])
+    chosen = {place for place in range(length) if selected[place]} | set(ranked[:count])
+    assert set(np.flatnonzero(flags[0]).tolist()) == chosen
 
 
 @settings(deadline=None, max_examples=100)

@@ -134,19 +134,23 @@ def decode_bounds(
     high_least, high_step = scales[2], scales[3]
     per_byte = 8 // bits
     width = head_size // per_byte
-    codes = record[16 : 16 + 2 * width]
-    if bits == 8:  # the common one, in a loop that becomes vector instructions
+    # Cut out, since an index with an offset keeps loops from becoming vector instructions.
+    low_codes, high_codes = record[16 : 16 + width], record[16 + width : 16 + 2 * width]
+    if bits == 8:
         for d in range(head_size):
-            low[d] = np.float32(codes[d]) * step + least
-            high[d] = np.float32(codes[width + d]) * high_step + high_least
+            low[d] = np.float32(low_codes[d]) * step + least
+        for d in range(head_size):
+            high[d] = np.float32(high_codes[d]) * high_step + high_least
         return
     mask = np.uint8((1 << bits) - 1)
     for part in range(per_byte):
         shift = np.uint8(part * bits)
+        low_part, high_part = low[part * width :], high[part * width :]
         for byte in range(width):
-            d = part * width + byte
-            low[d] = np.float32((codes[byte] >> shift) & mask) * step + least
-            high[d] = np.float32((codes[width + byte] >> shift) & mask) * high_step + high_least
+            low_part[byte] = np.float32((low_codes[byte] >> shift) & mask) * step + least
+        for byte in range(width):
+            code = np.float32((high_codes[byte] >> shift) & mask)
+            high_part[byte] = code * high_step + high_least
 
 
 @njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -283,21 +287,26 @@ def score_pages(
         target = scores[index, kv_head * heads : (kv_head + 1) * heads]
         blocks = block_table[rows[index]]
         last = min(first + chunk, pages)
-        for page in range(first, last):
-            block, place = blocks[page // per_block], page % per_block
-            # The next block's records, while this one's are compared.
-            if (place == 0 or page == first) and page - place + per_block < last:
-                following = blocks[page // per_block + 1]
+        for block_index in range(first // per_block, (last + per_block - 1) // per_block):
+            block = blocks[block_index]
+            stored = records[block, kv_head, offset : offset + per_block * record_bytes]
+            begin = block_index * per_block
+            if begin + per_block < last:
+                # The next block's records, while this one's are compared.
+                following = blocks[block_index + 1]
                 prefetch(records, following, kv_head, offset, per_block * record_bytes)
-            start = offset + place * record_bytes
-            record = records[block, kv_head, start : start + record_bytes]
-            if (page + 1) * page_size > length:
-                bounds = np.empty((2, head_size), np.float32)
-                count = length - page * page_size
-                bounds_of_keys(
-                    elements, kind, block, kv_head, place * page_size, count, bounds, low
-                )
-                record = np.empty(record_bytes, np.uint8)
-                encode_bounds(bounds, bits, kind, record)
-            decode_bounds(record, bits, kind, low, high)
-            _score_bounds(up, down, low, high, target, page)
+            for page in range(max(begin, first), min(begin + per_block, last)):
+                place = page - begin
+                if (page + 1) * page_size <= length:
+                    record = stored[place * record_bytes : (place + 1) * record_bytes]
+                    decode_bounds(record, bits, kind, low, high)
+                else:
+                    bounds = np.empty((2, head_size), np.float32)
+                    count = length - page * page_size
+                    bounds_of_keys(
+                        elements, kind, block, kv_head, place * page_size, count, bounds, low
+                    )
+                    own = np.empty(record_bytes, np.uint8)
+                    encode_bounds(bounds, bits, kind, own)
+                    decode_bounds(own, bits, kind, low, high)
+                _score_bounds(up, down, low, high, target, page)
