@@ -193,6 +193,5 @@ def _attend_lists(
         lists.log_weights,
         lists.counts,
         scaling,
-        lists.splits(),
         output,
     )

@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from vllm_sparse_plugin.paged.kernels.group_lists import list_group_tokens
 from vllm_sparse_plugin.paged.kernels.lists import list_tokens
-
-_TOKENS_PER_SPLIT = 512
-"""A list is cut into parts of at least this many tokens, where there are cores for them."""
+from vllm_sparse_plugin.paged.scratch import scratch
 
 
 @dataclass(frozen=True)
@@ -52,10 +49,10 @@ class TokenLists:
         """
         num_queries, capacity = len(lengths), flags.shape[1]
         num_lists, group = num_queries * num_kv_heads, num_heads // num_kv_heads
-        tokens = np.empty((num_lists, capacity), np.int32)
+        tokens = scratch("tokens", (num_lists, capacity), np.int32)
         counts = np.empty(num_lists, np.int32)
         if len(flags) == num_queries * num_heads:
-            log_weights = np.empty((num_lists, capacity, group), np.float32)
+            log_weights = scratch("log_weights", (num_lists, capacity, group), np.float32)
             selected = np.empty(len(flags), np.int32)
             list_group_tokens(flags, probability, lengths, tokens, log_weights, counts, selected)
         else:
@@ -77,9 +74,3 @@ class TokenLists:
             counts,
             lengths.astype(np.int64) * num_heads,
         )
-
-    def splits(self) -> int:
-        """Into how many parts each list is cut: enough for all cores, none too short."""
-        tasks = 4 * torch.get_num_threads()
-        by_cores = -(-tasks // max(1, len(self.counts)))
-        return max(1, min(by_cores, int(self.counts.max(initial=0)) // _TOKENS_PER_SPLIT))

@@ -19,6 +19,9 @@ from vllm_sparse_plugin.paged.kernels.rows import load_row
 
 _TILE = 32
 """Tokens whose scores are held at once: their rows stay in the first-level cache."""
+_PART = 512
+"""Tokens of the parts that lists are cut into, so that one long row keeps all cores busy. The same
+in every batch: a row's sums must not depend on its neighbours."""
 _NOTHING = np.float32(-1e30)
 
 
@@ -56,7 +59,6 @@ def attend_lists(
     log_weights: np.ndarray,
     counts: np.ndarray,
     scaling: float,
-    splits: int,
     output: np.ndarray,
 ) -> None:
     """`sum_S (exp(s_i) / p_i) v_i / sum_S (exp(s_i) / p_i)` for every query head's selection S.
@@ -75,7 +77,6 @@ def attend_lists(
             head's list, with weight 1.
         counts: `[num_queries * num_kv_heads]`, tokens of each list.
         scaling: Of the scores.
-        splits: Parts that each list is cut into.
         output: `[num_queries, num_heads, head_size]`, float32; zeros for an empty selection.
     """
     _, num_heads, head_size = query.shape
@@ -84,6 +85,10 @@ def attend_lists(
     value_start = block_size * head_size
     is_weighted = log_weights.shape[1] > 0
     scale = np.float32(scaling)
+    longest = 0
+    for unit in range(counts.shape[0]):
+        longest = max(longest, counts[unit])
+    splits = max(1, (longest + _PART - 1) // _PART)
     top = np.empty((counts.shape[0], splits, heads), np.float32)
     mass = np.empty((counts.shape[0], splits, heads), np.float32)
     sums = np.empty((counts.shape[0], splits, heads, head_size), np.float32)
@@ -93,8 +98,12 @@ def attend_lists(
         blocks = block_table[rows[index]]
         q = query[index, kv_head * heads : (kv_head + 1) * heads]
         count = counts[unit]
-        share = (count + splits - 1) // splits
-        begin, end = split * share, min(count, (split + 1) * share)
+        begin, end = split * _PART, min(count, (split + 1) * _PART)
+        if begin >= end:
+            top[unit, split] = _NOTHING
+            mass[unit, split] = np.float32(0.0)
+            sums[unit, split] = np.float32(0.0)
+            continue
         places = np.empty((2, _TILE), np.int64)  # of this tile's tokens, and of the next one's
         starts = np.empty((2, _TILE), np.int64)
         scores = np.empty((heads, _TILE), np.float32)  # of the tokens that a head reads
