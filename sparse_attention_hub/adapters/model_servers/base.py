@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from abc import ABC, abstractmethod
@@ -100,7 +101,9 @@ class ModelServer(ABC):
                 return
             self.config = config or ModelServerConfig()
             self._models: SharedResources[ModelEntry] = SharedResources(
-                "model", lambda entry: self._delete_model(entry.model, entry.gpu_id)
+                "model",
+                lambda entry: self._delete_model(entry.model, entry.gpu_id),
+                self._reclaim_memory,
             )
             self._tokenizers: SharedResources[TokenizerEntry] = SharedResources(
                 "tokenizer", lambda entry: self._delete_tokenizer(entry.tokenizer)
@@ -123,6 +126,10 @@ class ModelServer(ABC):
     def _delete_tokenizer(self, tokenizer: Any) -> None:
         """Frees what a tokenizer holds beyond Python's own references."""
 
+    def _reclaim_memory(self) -> None:
+        """Called after a model was let go: breaks reference cycles, so that it dies at once."""
+        gc.collect()
+
     def _log(self, what: str, key: str) -> None:
         if self.config.enable_stats_logging:
             logger.info("%s %s", what, key)
@@ -144,6 +151,8 @@ class ModelServer(ABC):
             self._log("loading model", key)
             try:
                 model = self._create_model(model_name, gpu, model_kwargs)
+            except ModelCreationError:
+                raise
             except Exception as error:
                 raise ModelCreationError(model_name, gpu, error) from error
             return ModelEntry(model, 0, gpu, dict(model_kwargs))
@@ -181,6 +190,8 @@ class ModelServer(ABC):
             self._log("loading tokenizer", key)
             try:
                 tokenizer = self._create_tokenizer(tokenizer_name, tokenizer_kwargs)
+            except TokenizerCreationError:
+                raise
             except Exception as error:
                 raise TokenizerCreationError(tokenizer_name, error) from error
             return TokenizerEntry(tokenizer, 0, dict(tokenizer_kwargs))

@@ -1,6 +1,9 @@
-"""Where a model goes."""
+"""Where a model goes, and what it is loaded with."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -12,10 +15,12 @@ def resolve_device(device: str | int | torch.device | None) -> torch.device:
         device: None = CPU; an int = CUDA index; a name; a `torch.device`.
 
     Raises:
-        ValueError: It is a CUDA device and there is no such one.
+        ValueError: It is a CUDA device and there is no such one, or it is True or False.
     """
     if device is None:
         return torch.device("cpu")
+    if isinstance(device, bool):
+        raise ValueError(f"device must be None, an index, a name or a torch.device, got {device}")
     resolved = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if resolved.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -27,3 +32,22 @@ def resolve_device(device: str | int | torch.device | None) -> torch.device:
 def default_device() -> str:
     """Returns "cuda" where there is one, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def loader_arguments(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `from_pretrained`, with the weights' type under its present name.
+
+    Args:
+        model_kwargs: With `dtype`, or `torch_dtype` as older code has it, or neither.
+
+    Raises:
+        ValueError: Both, and they differ.
+    """
+    arguments = dict(model_kwargs)
+    if "torch_dtype" in arguments:
+        older = arguments.pop("torch_dtype")
+        if arguments.setdefault("dtype", older) != older:
+            raise ValueError(
+                f"model_kwargs has torch_dtype={older} and dtype={arguments['dtype']}; give one"
+            )
+    return arguments
