@@ -11,13 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sparse_attention_hub.adapters.base import INT_MAX, Request, questions_of
+from sparse_attention_hub.adapters.base import INT_MAX, Mode, Request, questions_of
 
 _REQUEST_KWARGS = (
     "max_context_length",
     "truncate_context",
     "include_answer_prefix",
     "return_logits",
+    "sparse_context",
+    "show_progress",
 )
 
 
@@ -30,12 +32,16 @@ class RequestOptions:
         truncate_context: Whether a longer one is cut to its first tokens, or an error.
         include_answer_prefix: Whether answers begin with the answer prefix.
         return_logits: Whether details carry logits (in-process adapter only).
+        sparse_context: Whether the context attends sparsely too (sparse mode only).
+        show_progress: Whether there is a progress bar; None = for long requests, on a terminal.
     """
 
     max_context_length: int = INT_MAX
     truncate_context: bool = False
     include_answer_prefix: bool = True
     return_logits: bool = False
+    sparse_context: bool = False
+    show_progress: bool | None = None
 
     @classmethod
     def parse(cls, request_kwargs: dict[str, Any] | None) -> RequestOptions:
@@ -58,9 +64,21 @@ class RequestOptions:
             )
         for name in _REQUEST_KWARGS[1:]:
             value = getattr(options, name)
-            if not isinstance(value, bool):
+            if not isinstance(value, bool) and (name, value) != ("show_progress", None):
                 raise ValueError(f"request_kwargs[{name!r}] must be True or False, got {value!r}")
         return options
+
+    def check_mode(self, mode: Mode) -> None:
+        """Refuses options that mean nothing in a mode.
+
+        Raises:
+            ValueError: A sparse context in dense mode.
+        """
+        if self.sparse_context and mode == "dense":
+            raise ValueError(
+                "request_kwargs['sparse_context']=True needs sparse mode: call inside `with "
+                "adapter.enable_sparse_mode():`"
+            )
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,11 @@ class TokenizedRequest:
 
     context_ids: list[int]
     question_ids: list[list[int]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the context part and all question parts."""
+        return len(self.context_ids) + sum(len(ids) for ids in self.question_ids)
 
 
 def tokenize_request(tokenizer: Any, request: Request, options: RequestOptions) -> TokenizedRequest:
