@@ -46,6 +46,11 @@ class AttentionSession:
     read_keys: int = 0
     visible_keys: int = 0
 
+    @property
+    def density(self) -> float:
+        """Keys read / keys that a dense pass would have read; 1.0 before anything was."""
+        return self.read_keys / self.visible_keys if self.visible_keys else 1.0
+
     def add_counts(self, counts: tuple[int, int]) -> None:
         """Adds what one attention call read and could have read."""
         self.read_keys += counts[0]
@@ -79,11 +84,30 @@ def install(model: PreTrainedModel) -> None:
     AttentionInterface.register(ATTENTION_NAME, _attention)
     # Without a mask function of the same name, transformers passes no mask and padding is seen.
     AttentionMaskInterface.register(ATTENTION_NAME, _mask)
-    if model.config._attn_implementation == ATTENTION_NAME:
-        return
-    model.set_attn_implementation(ATTENTION_NAME)
+    if model.config._attn_implementation != ATTENTION_NAME:
+        model.set_attn_implementation(ATTENTION_NAME)
     if model.config._attn_implementation != ATTENTION_NAME:
         raise ValueError(f"{type(model).__name__} does not support a custom attention function")
+    windowed = _windowed_layers(model.config.get_text_config())
+    if windowed:
+        logger.warning(
+            "sparse attention: %d of %d layers have a sliding window and stay dense",
+            windowed,
+            model.config.get_text_config().num_hidden_layers,
+        )
+
+
+def _restricts(window: int | None, config: Any) -> bool:
+    """Whether a sliding window ever hides a key; some models have one longer than themselves."""
+    return window is not None and window < config.max_position_embeddings
+
+
+def _windowed_layers(config: Any) -> int:
+    """How many layers have a window that hides keys."""
+    if not _restricts(getattr(config, "sliding_window", None), config):
+        return 0
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return sum(kind == "sliding_attention" for kind in kinds)
 
 
 def _attention(
@@ -98,7 +122,7 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     session = _SESSION.get()
     # Layers with a sliding window stay dense, as in the vLLM plugin.
-    if session is None or kwargs.get("sliding_window") is not None:
+    if session is None or _restricts(kwargs.get("sliding_window"), module.config):
         result: tuple[torch.Tensor, torch.Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
