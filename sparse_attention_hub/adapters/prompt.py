@@ -22,6 +22,8 @@ _REQUEST_KWARGS = (
     "show_progress",
 )
 
+_SENTENCEPIECE_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+
 
 @dataclass(frozen=True)
 class RequestOptions:
@@ -104,7 +106,7 @@ def tokenize_request(tokenizer: Any, request: Request, options: RequestOptions) 
 
     The context part is tokenised as transformers tokenises a rendered chat template: the
     template writes all special tokens itself. Without a template, the tokenizer's
-    beginning-of-sequence token comes first, once.
+    beginning-of-sequence token comes first, once. What a template trims is trimmed.
 
     Args:
         tokenizer: A transformers tokenizer.
@@ -112,8 +114,8 @@ def tokenize_request(tokenizer: Any, request: Request, options: RequestOptions) 
         options: Limits of the context.
 
     Raises:
-        ValueError: The chat template changes the context or repeats it, the context is too long,
-            or a question part is empty.
+        ValueError: The chat template changes the context or a question or repeats them, the
+            context is too long, or a question part is empty.
     """
     if tokenizer.chat_template:
         head, tail = _split_template(tokenizer, request.context)
@@ -131,8 +133,9 @@ def tokenize_request(tokenizer: Any, request: Request, options: RequestOptions) 
         context_ids = context_ids[: options.max_context_length]
     question_ids = []
     for question in questions_of(request):
-        text = question + tail + request.answer_prefix
-        ids = tokenizer.encode(text, add_special_tokens=False)
+        if tokenizer.chat_template:
+            question = _as_rendered(tokenizer, request.context, question, head, tail)
+        ids = _encode_continuation(tokenizer, question + tail + request.answer_prefix)
         if not ids:
             raise ValueError(f"the question {question!r} gives no tokens")
         question_ids.append(ids)
@@ -145,9 +148,7 @@ def _split_template(tokenizer: Any, context: str) -> tuple[str, str]:
     while separator in context:
         number += 1
         separator = f"<question-{number}>"
-    message = [{"role": "user", "content": context + separator}]
-    rendered = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    parts = rendered.split(separator)
+    parts = _render(tokenizer, context + separator).split(separator)
     if len(parts) != 2:
         raise ValueError(
             f"the chat template writes the user's message {len(parts) - 1} times; adapters need it "
@@ -158,6 +159,40 @@ def _split_template(tokenizer: Any, context: str) -> tuple[str, str]:
     if not head.endswith(context.lstrip()):
         raise ValueError("the chat template changes the text of the user's message")
     return head, tail
+
+
+def _as_rendered(tokenizer: Any, context: str, question: str, head: str, tail: str) -> str:
+    """A question as the chat template writes it after the context: trimmed at its end, or not."""
+    rendered = _render(tokenizer, context + question)
+    for text in (question, question.rstrip()):
+        if rendered == head + text + tail:
+            return text
+    if not question.strip():
+        return question  # a template that trims would reach into the context
+    raise ValueError(f"the chat template changes the text of the question {question!r}")
+
+
+def _render(tokenizer: Any, content: str) -> str:
+    message = [{"role": "user", "content": content}]
+    rendered: str = tokenizer.apply_chat_template(
+        message, tokenize=False, add_generation_prompt=True
+    )
+    return rendered
+
+
+def _encode_continuation(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text that follows another one.
+
+    SentencePiece tokenizers put a space before a text, which does not belong in the middle of a
+    prompt; here it goes before a line break, and both are cut off.
+    """
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    if ids and tokenizer.convert_ids_to_tokens(ids[0]).startswith(_SENTENCEPIECE_SPACE):
+        before: list[int] = tokenizer.encode("\n", add_special_tokens=False)
+        both: list[int] = tokenizer.encode("\n" + text, add_special_tokens=False)
+        if both[: len(before)] == before:
+            return both[len(before) :]
+    return ids
 
 
 def _encode_with_bos(tokenizer: Any, text: str) -> list[int]:
