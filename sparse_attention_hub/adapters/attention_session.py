@@ -8,7 +8,7 @@ between adapters, and no mode can leak from one to another.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,6 +18,12 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
+
+from sparse_attention_hub.sparse_attention.density import count_read_keys
+from sparse_attention_hub.sparse_attention.research_attention import ResearchAttention
+from sparse_attention_hub.sparse_attention.utils.mask_attention_utils import (
+    get_masked_attention_output,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +41,13 @@ class AttentionSession:
     """One stretch of sparse attention: a question and its answer.
 
     Attributes:
-        attend: The adapter's sparse attention, called with a layer's inputs.
+        attention: The adapter's.
         sparse_meta_data: The maskers' cache.
         read_keys: Keys read so far.
         visible_keys: Keys that a dense pass would have read.
     """
 
-    attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    attention: ResearchAttention
     sparse_meta_data: dict[Any, Any] = field(default_factory=dict)
     read_keys: int = 0
     visible_keys: int = 0
@@ -55,6 +61,26 @@ class AttentionSession:
         """Adds what one attention call read and could have read."""
         self.read_keys += counts[0]
         self.visible_keys += counts[1]
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float,
+        dropout: float,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Output of one layer, `(B, Q, H, D)`; arguments as in `SparseAttention`."""
+        inputs = (queries, keys, values, attention_mask, scaling, dropout)
+        kwargs["layer_idx"] = getattr(module, "layer_idx", 0)
+        mask = self.attention.select(*inputs, self.sparse_meta_data, **kwargs)
+        self.add_counts(count_read_keys(mask, attention_mask))
+        output = get_masked_attention_output(module, *inputs, mask)
+        self.attention.log_metrics(module, *inputs, mask, output, kwargs["layer_idx"])
+        return output
 
 
 _SESSION: ContextVar[AttentionSession | None] = ContextVar("attention_session", default=None)
@@ -99,7 +125,8 @@ def install(model: PreTrainedModel) -> None:
 
 def _restricts(window: int | None, config: Any) -> bool:
     """Whether a sliding window ever hides a key; some models have one longer than themselves."""
-    return window is not None and window < config.max_position_embeddings
+    longest = getattr(config, "max_position_embeddings", None)
+    return window is not None and (longest is None or window < longest)
 
 
 def _windowed_layers(config: Any) -> int:
@@ -130,17 +157,9 @@ def _attention(
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"sparse attention does not support {what} (layer {module})")
-    return session.attend(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        dropout,
-        sparse_meta_data=session.sparse_meta_data,
-        **kwargs,
-    )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    inputs = (module, query, key, value, attention_mask, scaling, dropout)
+    return session.attend(*inputs, **kwargs), None
 
 
 def _mask(**arguments: Any) -> torch.Tensor | None:

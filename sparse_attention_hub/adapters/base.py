@@ -24,8 +24,8 @@ DEFAULT_MAX_NEW_TOKENS = 50
 
 Mode = Literal["dense", "sparse"]
 
-_SPARSE_ADAPTERS: ContextVar[tuple[int, ...]] = ContextVar("sparse_adapters", default=())
-"""Adapters (by id) whose `enable_sparse_mode` this thread or task is inside of."""
+_SPARSE_ADAPTERS: ContextVar[tuple[object, ...]] = ContextVar("sparse_adapters", default=())
+"""Adapters (by `_mode_key`) whose `enable_sparse_mode` this thread or task is inside of."""
 
 
 @dataclass
@@ -204,6 +204,8 @@ class ModelAdapter(ModelHubAdapterInterface, SparseAttentionAdapterInterface, AB
         if sparse_attention_config is not None:
             self.sparse_attention = SparseAttention.create_from_config(sparse_attention_config)
         self._warned_dense = False
+        # Not the adapter itself: contexts are copied, and must not keep it alive.
+        self._mode_key = object()
 
     @abstractmethod
     @contextmanager
@@ -218,7 +220,7 @@ class ModelAdapter(ModelHubAdapterInterface, SparseAttentionAdapterInterface, AB
                 "enable_sparse_mode needs an adapter with a sparse_attention_config; this one has "
                 "None"
             )
-        token = _SPARSE_ADAPTERS.set((*_SPARSE_ADAPTERS.get(), id(self)))
+        token = _SPARSE_ADAPTERS.set((*_SPARSE_ADAPTERS.get(), self._mode_key))
         try:
             yield
         finally:
@@ -256,7 +258,7 @@ class ModelAdapter(ModelHubAdapterInterface, SparseAttentionAdapterInterface, AB
 
     def is_sparse(self) -> bool:
         """Whether a request would now run sparsely."""
-        return self.sparse_by_default or id(self) in _SPARSE_ADAPTERS.get()
+        return self.sparse_by_default or self._mode_key in _SPARSE_ADAPTERS.get()
 
     def _mode_of_request(self) -> Mode:
         """The mode; warns once about a sparse configuration that is not used."""

@@ -31,7 +31,7 @@ def checked_generation_arguments(generation_kwargs: dict[str, Any] | None) -> di
     if isinstance(sequences, bool) or not isinstance(sequences, int) or sequences < 1:
         raise ValueError(f"num_return_sequences must be an integer >= 1, got {sequences!r}")
     if sequences > 1:
-        if not given["do_sample"] and sequences > given.get("num_beams", 1):
+        if not given["do_sample"] and sequences > number_of_beams(given):
             raise ValueError(
                 f"num_return_sequences={sequences} needs do_sample=True (or as many beams): greedy "
                 "answers are all the same"
@@ -43,8 +43,17 @@ def checked_generation_arguments(generation_kwargs: dict[str, Any] | None) -> di
 
 def number_of_sequences(arguments: dict[str, Any]) -> Any:
     """How many answers to a question are asked for."""
-    config = arguments.get("generation_config")
-    return arguments.get("num_return_sequences", getattr(config, "num_return_sequences", None)) or 1
+    return argument_of(arguments, "num_return_sequences") or 1
+
+
+def number_of_beams(arguments: dict[str, Any]) -> int:
+    """How many beams are searched; 1 = none."""
+    return argument_of(arguments, "num_beams") or 1
+
+
+def argument_of(arguments: dict[str, Any], name: str) -> Any:
+    """As given, or as the `generation_config` that was given has it; else None."""
+    return arguments.get(name, getattr(arguments.get("generation_config"), name, None))
 
 
 def mean_gap(times: list[float]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,11 +32,7 @@ from sparse_attention_hub.adapters.utils.model_utils import (
     resolve_device,
 )
 from sparse_attention_hub.sparse_attention.base import SparseAttentionConfig
-from sparse_attention_hub.sparse_attention.density import count_read_keys
 from sparse_attention_hub.sparse_attention.research_attention import ResearchAttention
-from sparse_attention_hub.sparse_attention.utils.mask_attention_utils import (
-    get_masked_attention_output,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +57,8 @@ class ModelAdapterHF(ModelAdapter):
         tokenizer_kwargs: As given.
         torch_dtype: Of the model's weights.
     """
+
+    _is_process_ending = staticmethod(sys.is_finalizing)
 
     def __init__(
         self,
@@ -97,13 +96,9 @@ class ModelAdapterHF(ModelAdapter):
         self.model_kwargs = dict(model_kwargs or {})
         self.tokenizer_kwargs = dict(tokenizer_kwargs or {})
         self.device = default_device() if device is _NOT_GIVEN else device
-        arguments = loader_arguments(self.model_kwargs)
-        placed_by_loader = arguments.get("device_map") is not None
-        model_key = (
-            model_name,
-            None if placed_by_loader else str(resolve_device(self.device)),
-            arguments,
-        )
+        if loader_arguments(self.model_kwargs).get("device_map") is None:
+            resolve_device(self.device)
+        model_key = (model_name, self.device, self.model_kwargs)
         tokenizer_key = (model_name, self.tokenizer_kwargs)
         server = ModelServerHF()
         try:
@@ -134,8 +129,8 @@ class ModelAdapterHF(ModelAdapter):
         self.close()
 
     def __del__(self) -> None:
-        """See `close`."""
-        if getattr(self, "_held", None):
+        """See `close`; at the end of the process there is nothing left to close it with."""
+        if getattr(self, "_held", None) and not self._is_process_ending():
             self.close()
 
     @contextmanager
@@ -149,28 +144,7 @@ class ModelAdapterHF(ModelAdapter):
         attention = self.sparse_attention
         if not isinstance(attention, ResearchAttention):
             raise TypeError(f"cannot run a {type(attention).__name__} in a model")
-        session: AttentionSession
-
-        def attend(
-            module: torch.nn.Module,
-            queries: torch.Tensor,
-            keys: torch.Tensor,
-            values: torch.Tensor,
-            attention_mask: torch.Tensor | None,
-            scaling: float,
-            dropout: float,
-            **kwargs: Any,
-        ) -> tuple[torch.Tensor, None]:
-            inputs = (queries, keys, values, attention_mask, scaling, dropout)
-            kwargs["layer_idx"] = getattr(module, "layer_idx", 0)
-            mask = attention.select(*inputs, **kwargs)
-            session.add_counts(count_read_keys(mask, attention_mask))
-            output = get_masked_attention_output(module, *inputs, mask)
-            attention.log_metrics(module, *inputs, mask, output, kwargs["layer_idx"])
-            return output, None
-
-        session = AttentionSession(attend)
-        return session
+        return AttentionSession(attention)
 
     def process_request(
         self,
@@ -182,7 +156,8 @@ class ModelAdapterHF(ModelAdapter):
 
         Args:
             request: Context and questions.
-            generation_kwargs: For `model.generate`; a `seed` makes sampling repeatable.
+            generation_kwargs: For `model.generate`; a `seed` makes sampling repeatable. Requests
+                that sample take turns, as torch has one generator for all threads.
             request_kwargs: As there; `return_logits` (default False) puts each answer's logits
                 into its details.
 
@@ -192,7 +167,9 @@ class ModelAdapterHF(ModelAdapter):
         options = RequestOptions.parse(request_kwargs)
         mode = self._mode_of_request()
         options.check_mode(mode)
-        arguments = generate_arguments(generation_kwargs, is_sparse=mode == "sparse")
+        arguments = generate_arguments(
+            generation_kwargs, is_sparse=mode == "sparse", return_logits=options.return_logits
+        )
         tokens = tokenize_request(self.tokenizer, request, options)
         texts: list[str] = []
         details: list[AnswerDetails] = []

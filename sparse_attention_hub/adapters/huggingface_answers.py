@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from sparse_attention_hub.adapters.attention_session import AttentionSession
 from sparse_attention_hub.adapters.base import Alternative, AnswerDetails
 from sparse_attention_hub.adapters.generation import (
+    argument_of,
     checked_generation_arguments,
     mean_gap,
+    number_of_beams,
     number_of_sequences,
 )
 
@@ -31,29 +34,44 @@ _OWN_ARGUMENTS = (
 )
 """Arguments of `generate` that the adapter gives itself."""
 
-_NOT_SPARSE = ("assistant_model", "num_beams", "prompt_lookup_num_tokens")
-"""Ways to generate that reorder or shorten the cache, which maskers keep labels of."""
+_NOT_SPARSE = (
+    "assistant_early_exit",
+    "assistant_model",
+    "guidance_scale",
+    "num_beams",
+    "prompt_lookup_num_tokens",
+)
+"""Ways to generate that reorder or shorten the cache, which maskers keep labels of, or that have a
+second one."""
+
+_SAMPLING = threading.RLock()
+"""Held by who samples: torch's generator is one for all threads."""
 
 
-def generate_arguments(generation_kwargs: dict[str, Any] | None, is_sparse: bool) -> dict[str, Any]:
+def generate_arguments(
+    generation_kwargs: dict[str, Any] | None, is_sparse: bool, return_logits: bool
+) -> dict[str, Any]:
     """Arguments of `model.generate`.
 
     Raises:
         ValueError: See `checked_generation_arguments`; or an argument is the adapter's own, or
-            cannot run sparsely.
+            cannot run sparsely, or logits of a beam search are asked for.
     """
     arguments = checked_generation_arguments(generation_kwargs)
     for name in _OWN_ARGUMENTS:
         if name in arguments:
             raise ValueError(f"generation_kwargs[{name!r}] is the adapter's own to give")
-    config = arguments.get("generation_config")
     for name in _NOT_SPARSE:
-        value = arguments.get(name, getattr(config, name, None))
+        value = argument_of(arguments, name)
         if is_sparse and value not in (None, 1):
             raise ValueError(
                 f"generation_kwargs[{name!r}]={value!r} cannot run in sparse mode: it changes the "
-                "order or length of the KV cache; sampling can"
+                "order or length of the KV cache, or has a second one; sampling can"
             )
+    if return_logits and number_of_beams(arguments) > 1:
+        raise ValueError(
+            "request_kwargs['return_logits'] is not for beam search: beams swap places"
+        )
     return arguments
 
 
@@ -108,27 +126,29 @@ def answer(
         ids = torch.tensor([prompt], device=model.device)
         cache = copy_cache(context_cache)
         # `generate` repeats its inputs for several sequences, but not a cache that it is given.
-        copies = max(arguments.get("num_beams") or 1, number_of_sequences(arguments))
+        copies = max(number_of_beams(arguments), number_of_sequences(arguments))
         if copies > 1:
             cache.batch_repeat_interleave(copies)
-        with _seeded(seed, model.device):
+        criteria = [clock, *(arguments.get("stopping_criteria") or [])]
+        with _sampling(seed, model.device) if arguments["do_sample"] else nullcontext():
             output = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 past_key_values=cache,
-                **{
-                    "pad_token_id": tokenizer.pad_token_id,
-                    "tokenizer": tokenizer,
-                    **arguments,
-                    "stopping_criteria": StoppingCriteriaList(
-                        [clock, *(arguments.get("stopping_criteria") or [])]
-                    ),
-                    "return_dict_in_generate": True,
-                    "output_logits": return_logits,
-                },
+                **_one_configuration(
+                    {
+                        "pad_token_id": tokenizer.pad_token_id,
+                        "tokenizer": tokenizer,
+                        **arguments,
+                        "stopping_criteria": StoppingCriteriaList(criteria),
+                        "return_dict_in_generate": True,
+                        "output_logits": return_logits,
+                    }
+                ),
             )
-        ends = _end_tokens(model, arguments)
-        rows = [_until_end(row.tolist(), ends) for row in output.sequences[:, len(prompt) :]]
+        rows = [tuple(row.tolist()) for row in output.sequences[:, len(prompt) :]]
+        if len(rows) > 1:
+            rows = [_without_padding(model, tokenizer, row, arguments) for row in rows]
         if return_logits:
             logits = torch.stack(output.logits, dim=1)[0].float()
     elif streamer is not None:
@@ -165,41 +185,65 @@ def copy_cache(cache: DynamicCache) -> DynamicCache:
 
 
 @contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Repeatable random numbers for the `with` block; afterwards as if nothing had been drawn."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+def _sampling(seed: int | None, device: torch.device) -> Iterator[None]:
+    """A `with` block that draws random numbers: alone, and repeatably if there is a seed.
+
+    After a seeded block the generator is as if nothing had been drawn.
+    """
+    with _SAMPLING:
+        if seed is None:
+            yield
+            return
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+
+
+def _one_configuration(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same, with what belongs to a given `generation_config` in it: `generate` wants one."""
+    config = copy.deepcopy(arguments.get("generation_config"))
+    if config is None:
+        return arguments
+    others = {name: value for name, value in arguments.items() if name != "generation_config"}
+    return {**config.update(**others), "generation_config": config}
 
 
 def _end_tokens(model: Any, arguments: dict[str, Any]) -> list[int]:
-    config = arguments.get("generation_config")
-    given = arguments.get("eos_token_id", getattr(config, "eos_token_id", None))
+    given = argument_of(arguments, "eos_token_id")
     ends = model.generation_config.eos_token_id if given is None else given
     return list(ends) if isinstance(ends, (list, tuple)) else [ends]
 
 
-def _until_end(row: list[int], ends: list[int]) -> tuple[int, ...]:
-    """A row without the padding that follows its end while other rows go on."""
+def _stop_strings(arguments: dict[str, Any]) -> list[str]:
+    stops = argument_of(arguments, "stop_strings") or []
+    return [stops] if isinstance(stops, str) else list(stops)
+
+
+def _without_padding(
+    model: Any, tokenizer: Any, row: tuple[int, ...], arguments: dict[str, Any]
+) -> tuple[int, ...]:
+    """A row without what follows its end while other rows go on."""
+    ends, stops = _end_tokens(model, arguments), _stop_strings(arguments)
     for index, token in enumerate(row):
-        if token in ends:
-            return tuple(row[: index + 1])
-    return tuple(row)
+        so_far = row[: index + 1]
+        if token in ends or (stops and _has_any(tokenizer, so_far, stops)):
+            return so_far
+    return row
+
+
+def _has_any(tokenizer: Any, row: tuple[int, ...], stops: list[str]) -> bool:
+    text = tokenizer.decode(row, skip_special_tokens=True)
+    return any(stop in text for stop in stops)
 
 
 def _sequence(
     model: Any, tokenizer: Any, row: tuple[int, ...], arguments: dict[str, Any]
 ) -> Alternative:
     """One generated row, with its text and the reason for its end."""
-    text = tokenizer.decode(row, skip_special_tokens=True)
-    stops = arguments.get("stop_strings") or []
-    stops = [stops] if isinstance(stops, str) else stops
     stopped = (
         len(row) < arguments["max_new_tokens"]
-        or row[-1:] in [(end,) for end in _end_tokens(model, arguments)]
-        or any(stop in text for stop in stops)
+        or (row and row[-1] in _end_tokens(model, arguments))
+        or _has_any(tokenizer, row, _stop_strings(arguments))
     )
+    text = tokenizer.decode(row, skip_special_tokens=True)
     return Alternative(text, row, "stop" if stopped and row else "length")

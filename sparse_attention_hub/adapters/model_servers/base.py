@@ -126,6 +126,10 @@ class ModelServer(ABC):
     def _delete_tokenizer(self, tokenizer: Any) -> None:
         """Frees what a tokenizer holds beyond Python's own references."""
 
+    def _model_key(self, model_name: str, gpu: Any, model_kwargs: dict[str, Any]) -> str:
+        """What is the same for equal models."""
+        return generate_model_key(model_name, gpu, model_kwargs)
+
     def _reclaim_memory(self) -> None:
         """Called after a model was let go: breaks reference cycles, so that it dies at once."""
         gc.collect()
@@ -145,7 +149,7 @@ class ModelServer(ABC):
         Raises:
             ModelCreationError: It cannot be loaded.
         """
-        key = generate_model_key(model_name, gpu, model_kwargs)
+        key = self._model_key(model_name, gpu, model_kwargs)
 
         def create() -> ModelEntry:
             self._log("loading model", key)
@@ -165,14 +169,14 @@ class ModelServer(ABC):
         Raises:
             ReferenceCountError: It has no users.
         """
-        key = generate_model_key(model_name, gpu, model_kwargs)
+        key = self._model_key(model_name, gpu, model_kwargs)
         return self._models.release(key, self.config.delete_on_zero_reference)
 
     def release_memory_and_clean(
         self, model_name: str, gpu: Any, model_kwargs: dict[str, Any], force_delete: bool = False
     ) -> bool:
         """Frees a model; one in use only with `force_delete`. False when it was not freed."""
-        return self._models.free(generate_model_key(model_name, gpu, model_kwargs), force_delete)
+        return self._models.free(self._model_key(model_name, gpu, model_kwargs), force_delete)
 
     def release_memory_and_clean_all(self, force_delete: bool = False) -> dict[str, int]:
         """Frees all models; returns the numbers "deleted" and "skipped"."""

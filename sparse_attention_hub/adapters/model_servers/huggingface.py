@@ -12,11 +12,23 @@ from sparse_attention_hub.adapters.utils.gpu_utils import (
     get_gpu_memory_info,
     validate_gpu_availability,
 )
-from sparse_attention_hub.adapters.utils.model_utils import loader_arguments, resolve_device
+from sparse_attention_hub.adapters.utils.key_generation import generate_model_key
+from sparse_attention_hub.adapters.utils.model_utils import (
+    device_name,
+    loader_arguments,
+    resolve_device,
+)
 
 
 class ModelServerHF(ModelServer):
     """Loads with transformers' auto classes."""
+
+    def _model_key(self, model_name: str, gpu: Any, model_kwargs: dict[str, Any]) -> str:
+        arguments = loader_arguments(model_kwargs)
+        is_placed_by_loader = arguments.get("device_map") is not None
+        return generate_model_key(
+            model_name, None if is_placed_by_loader else device_name(gpu), arguments
+        )
 
     def _create_model(self, model_name: str, gpu_id: Any, model_kwargs: dict[str, Any]) -> Any:
         arguments = loader_arguments(model_kwargs)

@@ -15,11 +15,11 @@ def resolve_device(device: str | int | torch.device | None) -> torch.device:
         device: None = CPU; an int = CUDA index; a name; a `torch.device`.
 
     Raises:
-        ValueError: It is a CUDA device and there is no such one, or it is True or False.
+        ValueError: It is a CUDA device and there is no such one, or no index at all (True, -1).
     """
     if device is None:
         return torch.device("cpu")
-    if isinstance(device, bool):
+    if isinstance(device, bool) or (isinstance(device, int) and device < 0):
         raise ValueError(f"device must be None, an index, a name or a torch.device, got {device}")
     resolved = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if resolved.type == "cuda":
@@ -27,6 +27,16 @@ def resolve_device(device: str | int | torch.device | None) -> torch.device:
         if (resolved.index or 0) >= count:
             raise ValueError(f"device {device!r}: this machine has {count} CUDA devices")
     return resolved
+
+
+def device_name(device: str | int | torch.device | None) -> str:
+    """One name for each device, whether it is there or not; "cuda" is the current CUDA device."""
+    if device is None:
+        return "cpu"
+    name = f"cuda:{device}" if isinstance(device, int) else str(device)
+    if name == "cuda" and torch.cuda.is_available():
+        return f"cuda:{torch.cuda.current_device()}"
+    return name
 
 
 def default_device() -> str:
