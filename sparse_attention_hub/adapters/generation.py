@@ -43,7 +43,8 @@ def checked_generation_arguments(generation_kwargs: dict[str, Any] | None) -> di
 
 def number_of_sequences(arguments: dict[str, Any]) -> Any:
     """How many answers to a question are asked for."""
-    return argument_of(arguments, "num_return_sequences") or 1
+    count = argument_of(arguments, "num_return_sequences")
+    return 1 if count is None else count
 
 
 def number_of_beams(arguments: dict[str, Any]) -> int:
@@ -52,7 +53,7 @@ def number_of_beams(arguments: dict[str, Any]) -> int:
 
 
 def argument_of(arguments: dict[str, Any], name: str) -> Any:
-    """As given, or as the `generation_config` that was given has it; else None."""
+    """The value as given, or as the `generation_config` that was given has it; else None."""
     return arguments.get(name, getattr(arguments.get("generation_config"), name, None))
 
 

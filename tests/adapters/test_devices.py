@@ -13,7 +13,6 @@ from sparse_attention_hub.adapters.utils.model_utils import (
     default_device,
     device_name,
     loader_arguments,
-    resolve_device,
 )
 
 
