@@ -29,9 +29,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answered:
-    """The answer to one request, and the plugin's counts for it."""
+    """The answer to one request, its tokens' log-probabilities, and the plugin's counts for it."""
 
     token_ids: list[int]
+    logprobs: list[float]
     finish_reason: str
     statistics: dict[str, Any] | None
 
@@ -97,6 +98,7 @@ def run_engine(folder: str, maskers: list[dict[str, Any]], asked: dict[str, Aske
                 temperature=0,
                 max_tokens=request.tokens,
                 detokenize=False,
+                logprobs=0,  # of the token itself
                 ignore_eos=request.ignore_eos,
                 extra_args={**request.parameters, "sparse_attention_tag": name},
             )
@@ -104,6 +106,10 @@ def run_engine(folder: str, maskers: list[dict[str, Any]], asked: dict[str, Aske
             output = engine.generate(prompt, parameters, use_tqdm=False)[0].outputs[0]
             report.answers[name] = Answered(
                 token_ids=list(output.token_ids),
+                logprobs=[
+                    found[token].logprob
+                    for token, found in zip(output.token_ids, output.logprobs, strict=True)
+                ],
                 finish_reason=str(output.finish_reason),
                 statistics=engine.collective_rpc("sparse_attention_stats", args=(name,))[0],
             )

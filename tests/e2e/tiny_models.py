@@ -93,7 +93,8 @@ def _served() -> dict[str, PretrainedConfig]:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 128,
     }
-    # Three quarters of a head's 32 numbers are rotated, two at a time.
+    # Three quarters of a head's 32 numbers are rotated, two at a time. Prompts must be longer than
+    # the original positions: below, transformers takes the short factors, vLLM still the long ones.
     long_rope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
