@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from sparse_attention_hub.adapters.base import (
+    Alternative,
     AnswerDetails,
     ModelAdapter,
     ModelHubAdapterInterface,
@@ -28,6 +29,9 @@ from sparse_attention_hub.adapters.utils import (
     ModelServerError,
     ReferenceCountError,
     ResourceCleanupError,
+    ServerConnectionError,
+    ServerRequestError,
+    ServerTimeoutError,
     TokenizerCreationError,
     cleanup_gpu_memory,
 )
@@ -46,6 +50,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Alternative",
     "AnswerDetails",
     "ModelAdapter",
     "ModelAdapterHF",
@@ -62,6 +67,9 @@ __all__ = [
     "Request",
     "RequestResponse",
     "ResourceCleanupError",
+    "ServerConnectionError",
+    "ServerRequestError",
+    "ServerTimeoutError",
     "SparseAttentionAdapterInterface",
     "TokenizerCreationError",
     "TokenizerEntry",

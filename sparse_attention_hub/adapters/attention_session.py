@@ -8,7 +8,7 @@ between adapters, and no mode can leak from one to another.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,6 +18,12 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
+
+from sparse_attention_hub.sparse_attention.density import count_read_keys
+from sparse_attention_hub.sparse_attention.research_attention import ResearchAttention
+from sparse_attention_hub.sparse_attention.utils.mask_attention_utils import (
+    get_masked_attention_output,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -35,21 +41,46 @@ class AttentionSession:
     """One stretch of sparse attention: a question and its answer.
 
     Attributes:
-        attend: The adapter's sparse attention, called with a layer's inputs.
+        attention: The adapter's.
         sparse_meta_data: The maskers' cache.
         read_keys: Keys read so far.
         visible_keys: Keys that a dense pass would have read.
     """
 
-    attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+    attention: ResearchAttention
     sparse_meta_data: dict[Any, Any] = field(default_factory=dict)
     read_keys: int = 0
     visible_keys: int = 0
+
+    @property
+    def density(self) -> float:
+        """Keys read / keys that a dense pass would have read; 1.0 before anything was."""
+        return self.read_keys / self.visible_keys if self.visible_keys else 1.0
 
     def add_counts(self, counts: tuple[int, int]) -> None:
         """Adds what one attention call read and could have read."""
         self.read_keys += counts[0]
         self.visible_keys += counts[1]
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float,
+        dropout: float,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Output of one layer, `(B, Q, H, D)`; arguments as in `SparseAttention`."""
+        inputs = (queries, keys, values, attention_mask, scaling, dropout)
+        kwargs["layer_idx"] = getattr(module, "layer_idx", 0)
+        mask = self.attention.select(*inputs, self.sparse_meta_data, **kwargs)
+        self.add_counts(count_read_keys(mask, attention_mask))
+        output = get_masked_attention_output(module, *inputs, mask)
+        self.attention.log_metrics(module, *inputs, mask, output, kwargs["layer_idx"])
+        return output
 
 
 _SESSION: ContextVar[AttentionSession | None] = ContextVar("attention_session", default=None)
@@ -79,11 +110,31 @@ def install(model: PreTrainedModel) -> None:
     AttentionInterface.register(ATTENTION_NAME, _attention)
     # Without a mask function of the same name, transformers passes no mask and padding is seen.
     AttentionMaskInterface.register(ATTENTION_NAME, _mask)
-    if model.config._attn_implementation == ATTENTION_NAME:
-        return
-    model.set_attn_implementation(ATTENTION_NAME)
+    if model.config._attn_implementation != ATTENTION_NAME:
+        model.set_attn_implementation(ATTENTION_NAME)
     if model.config._attn_implementation != ATTENTION_NAME:
         raise ValueError(f"{type(model).__name__} does not support a custom attention function")
+    windowed = _windowed_layers(model.config.get_text_config())
+    if windowed:
+        logger.warning(
+            "sparse attention: %d of %d layers have a sliding window and stay dense",
+            windowed,
+            model.config.get_text_config().num_hidden_layers,
+        )
+
+
+def _restricts(window: int | None, config: Any) -> bool:
+    """Whether a sliding window ever hides a key; some models have one longer than themselves."""
+    longest = getattr(config, "max_position_embeddings", None)
+    return window is not None and (longest is None or window < longest)
+
+
+def _windowed_layers(config: Any) -> int:
+    """How many layers have a window that hides keys."""
+    if not _restricts(getattr(config, "sliding_window", None), config):
+        return 0
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return sum(kind == "sliding_attention" for kind in kinds)
 
 
 def _attention(
@@ -98,7 +149,7 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     session = _SESSION.get()
     # Layers with a sliding window stay dense, as in the vLLM plugin.
-    if session is None or kwargs.get("sliding_window") is not None:
+    if session is None or _restricts(kwargs.get("sliding_window"), module.config):
         result: tuple[torch.Tensor, torch.Tensor | None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -106,17 +157,9 @@ def _attention(
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"sparse attention does not support {what} (layer {module})")
-    return session.attend(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        dropout,
-        sparse_meta_data=session.sparse_meta_data,
-        **kwargs,
-    )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    inputs = (module, query, key, value, attention_mask, scaling, dropout)
+    return session.attend(*inputs, **kwargs), None
 
 
 def _mask(**arguments: Any) -> torch.Tensor | None:

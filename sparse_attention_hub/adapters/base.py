@@ -24,8 +24,8 @@ DEFAULT_MAX_NEW_TOKENS = 50
 
 Mode = Literal["dense", "sparse"]
 
-_SPARSE_ADAPTERS: ContextVar[tuple[int, ...]] = ContextVar("sparse_adapters", default=())
-"""Adapters (by id) whose `enable_sparse_mode` this thread or task is inside of."""
+_SPARSE_ADAPTERS: ContextVar[tuple[object, ...]] = ContextVar("sparse_adapters", default=())
+"""Adapters (by `_mode_key`) whose `enable_sparse_mode` this thread or task is inside of."""
 
 
 @dataclass
@@ -44,6 +44,21 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """A second or further answer to the same question (`num_return_sequences`).
+
+    Attributes:
+        text: Without the answer prefix.
+        token_ids: Generated tokens, an end-of-sequence token included.
+        finish_reason: "stop" or "length".
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
 class AnswerDetails:
     """What is known about one answer beyond its text.
 
@@ -52,13 +67,16 @@ class AnswerDetails:
         token_ids: Generated tokens, an end-of-sequence token included.
         prompt_tokens: Tokens before the answer.
         context_tokens: Those of them that belong to the context, and attended densely.
-        density: Keys read / keys a dense pass would read, over question and answer, all layers and
-            query heads; 1.0 in dense mode, None when unknown.
+        density: Keys read / keys a dense pass would read, over question and answer (all of them,
+            where there are alternatives), all layers and query heads; 1.0 in dense mode, None when
+            unknown. With a sparse context, over that too, where this question paid for it.
         read_keys: The numerator; None when dense or unknown.
         visible_keys: The denominator; None when dense or unknown.
         time_to_first_token_s: Seconds; with the context's prefill, where this question paid it.
         time_per_output_token_s: Seconds between tokens, mean; None for fewer than two tokens.
         finish_reason: "stop" or "length".
+        total_time_s: Seconds, to the last token.
+        alternatives: Further answers, where several were asked for.
         logits: `[tokens, vocabulary]`, float32, before any sampling; only when asked for.
     """
 
@@ -72,7 +90,14 @@ class AnswerDetails:
     time_to_first_token_s: float | None
     time_per_output_token_s: float | None
     finish_reason: str
+    total_time_s: float | None = None
+    alternatives: tuple[Alternative, ...] = ()
     logits: torch.Tensor | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens the answer has."""
+        return len(self.token_ids)
 
 
 @dataclass
@@ -86,6 +111,19 @@ class RequestResponse:
 
     responses: str | list[str]
     details: tuple[AnswerDetails, ...] = field(default=(), compare=False)
+
+    @property
+    def mode(self) -> Mode | None:
+        """In which mode the questions were answered; None without questions."""
+        return self.details[0].mode if self.details else None
+
+    @property
+    def density(self) -> float | None:
+        """Keys read / keys a dense pass would read, over all answers; None where unknown."""
+        if not self.details or any(item.density is None for item in self.details):
+            return None
+        visible = sum(item.visible_keys or 0 for item in self.details)
+        return sum(item.read_keys or 0 for item in self.details) / visible if visible else 1.0
 
 
 class ModelHubAdapterInterface(ABC):
@@ -103,11 +141,18 @@ class ModelHubAdapterInterface(ABC):
         Args:
             request: Context and questions.
             generation_kwargs: How to generate, in transformers' names; greedy, 50 tokens by
-                default.
+                default. `num_return_sequences` > 1 (with sampling) puts the further answers into
+                the details' `alternatives`. A `streamer` gets each question's tokens as they
+                come, one question after the other.
             request_kwargs: `max_context_length` (context tokens; default: no limit),
                 `truncate_context` (default False: a longer context is an error; True: its first
                 tokens are kept), `include_answer_prefix` (default True: the answer's text begins
-                with it).
+                with it), `sparse_context` (default False: the context attends densely; True, in
+                sparse mode only: sparsely, like the rest), `show_progress` (default None: a bar
+                of the tokens, for long requests, on a terminal; True: always; False: never).
+
+        Raises:
+            ValueError: An argument is not allowed, or the context is too long.
         """
 
 
@@ -159,6 +204,8 @@ class ModelAdapter(ModelHubAdapterInterface, SparseAttentionAdapterInterface, AB
         if sparse_attention_config is not None:
             self.sparse_attention = SparseAttention.create_from_config(sparse_attention_config)
         self._warned_dense = False
+        # Not the adapter itself: contexts are copied, and must not keep it alive.
+        self._mode_key = object()
 
     @abstractmethod
     @contextmanager
@@ -173,7 +220,7 @@ class ModelAdapter(ModelHubAdapterInterface, SparseAttentionAdapterInterface, AB
                 "enable_sparse_mode needs an adapter with a sparse_attention_config; this one has "
                 "None"
             )
-        token = _SPARSE_ADAPTERS.set((*_SPARSE_ADAPTERS.get(), id(self)))
+        token = _SPARSE_ADAPTERS.set((*_SPARSE_ADAPTERS.get(), self._mode_key))
         try:
             yield
         finally:
@@ -211,7 +258,7 @@ class ModelAdapter(ModelHubAdapterInterface, SparseAttentionAdapterInterface, AB
 
     def is_sparse(self) -> bool:
         """Whether a request would now run sparsely."""
-        return self.sparse_by_default or id(self) in _SPARSE_ADAPTERS.get()
+        return self.sparse_by_default or self._mode_key in _SPARSE_ADAPTERS.get()
 
     def _mode_of_request(self) -> Mode:
         """The mode; warns once about a sparse configuration that is not used."""

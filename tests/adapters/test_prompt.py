@@ -1,7 +1,8 @@
 """From requests to tokens, with the real tokenizer and with awkward chat templates."""
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sparse_attention_hub import Request
 from sparse_attention_hub.adapters.prompt import RequestOptions, tokenize_request
@@ -37,15 +38,37 @@ def test_without_a_template_there_is_one_bos(tokenizer) -> None:
     assert text_of(tokenizer, tokens.context_ids) == CONTEXT
     assert text_of(tokenizer, tokens.question_ids[0]) == QUESTION
 
-    class AddsBos:
-        chat_template = None
-        bos_token_id = 1
 
-        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-            return [1] * add_special_tokens + [ord(letter) for letter in text]
+@pytest.fixture(scope="session")
+def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
+    """Like those of Llama 2 and Phi-3: it adds a beginning-of-sequence token and a space."""
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    inner.decoder = decoders.Replace("\N{LOWER ONE EIGHTH BLOCK}", " ")
+    inner.train_from_iterator(
+        [CONTEXT + QUESTION + "\n[U][A]A:it?"] * 20,
+        trainers.BpeTrainer(vocab_size=150, special_tokens=["<unk>", "<s>", "</s>"]),
+    )
+    inner.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
-    tokens = tokenize_request(AddsBos(), Request("ab", "c"), OPTIONS)
-    assert (tokens.context_ids, tokens.question_ids) == ([1, 97, 98], [[99]])
+
+@pytest.mark.parametrize("question", ["What is it?", " What is it?", "\nWhat is it?"])
+@pytest.mark.parametrize("template", [None, "<s>[U]{{ messages[0]['content'] }}[A]"])
+def test_one_bos_and_no_space_of_the_tokenizers_own(
+    sentencepiece_tokenizer, template: str | None, question: str
+) -> None:
+    sentencepiece_tokenizer.chat_template = template
+    tokens = tokenize_request(sentencepiece_tokenizer, Request(CONTEXT, question, "A:"), OPTIONS)
+    ids = tokens.context_ids + tokens.question_ids[0]
+    assert ids[0] == sentencepiece_tokenizer.bos_token_id
+    assert ids.count(sentencepiece_tokenizer.bos_token_id) == 1
+    head, tail = ("[U]", "[A]") if template else ("", "")
+    text = sentencepiece_tokenizer.decode(ids, skip_special_tokens=True)
+    # The one space that is the tokenizer's own is that before the whole prompt.
+    assert text == " " + head + CONTEXT + question + tail + "A:"
 
 
 def test_template_that_trims_is_fine(tokenizer) -> None:
@@ -53,6 +76,22 @@ def test_template_that_trims_is_fine(tokenizer) -> None:
     tokens = tokenize_request(tokenizer, Request("  " + CONTEXT + " ", QUESTION), OPTIONS)
     assert text_of(tokenizer, tokens.context_ids) == "U:" + CONTEXT + " "
     assert text_of(tokenizer, tokens.question_ids[0]) == QUESTION + "\nA:"
+
+
+def test_a_question_is_trimmed_where_the_template_trims(tokenizer) -> None:
+    tokenizer.chat_template = "U:{{ messages[0]['content'] | trim }}\nA:"
+    tokens = tokenize_request(tokenizer, Request(CONTEXT, [" What? \n", " "]), OPTIONS)
+    assert [text_of(tokenizer, ids) for ids in tokens.question_ids] == [" What?\nA:", "\nA:"]
+    # White space after white space: trimming would reach into the context.
+    tokens = tokenize_request(tokenizer, Request(CONTEXT + " ", " "), OPTIONS)
+    assert text_of(tokenizer, tokens.question_ids[0]) == " \nA:"
+
+
+def test_a_template_that_changes_a_question_is_refused(tokenizer) -> None:
+    tokenizer.chat_template = "U:{{ messages[0]['content'] | replace('capital', 'port') }}\nA:"
+    request = Request("It is in France.", ["What is it?", "What is the capital?"])
+    with pytest.raises(ValueError, match="changes the text of the question 'What is the capital"):
+        tokenize_request(tokenizer, request, OPTIONS)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """Real `vllm serve` processes, and clients for them."""
 
+import multiprocessing
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -12,6 +15,7 @@ from transformers import AutoConfig
 from examples.documents import python_manual
 from sparse_attention_hub.adapters import ModelServerVLLM, calibrate_channels
 from sparse_attention_hub.sparse_attention.utils.hashattention_utils import save_hat_weights
+from tests.e2e.start_engines import Asked, EngineReport, run_engine, set_environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ARGUMENTS = ["--dtype", "float32", "--max-num-seqs", "8", "--enforce-eager"]
@@ -87,6 +91,20 @@ def serve(model_path: str) -> Iterator[Callable[..., Client]]:
     yield start
     for server in running:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def start_engine() -> Iterator[Callable[..., EngineReport]]:
+    """Starts an engine on a model folder, asks it, and lets it go; see `run_engine`."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, set_environment, (ENVIRONMENT,)) as pool:
+
+        def start(
+            folder: Path, maskers: list[dict[str, Any]], asked: dict[str, Asked]
+        ) -> EngineReport:
+            return pool.submit(run_engine, str(folder), maskers, asked).result()
+
+        yield start
 
 
 @pytest.fixture(scope="session")

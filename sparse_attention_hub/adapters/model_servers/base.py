@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from abc import ABC, abstractmethod
@@ -100,7 +101,9 @@ class ModelServer(ABC):
                 return
             self.config = config or ModelServerConfig()
             self._models: SharedResources[ModelEntry] = SharedResources(
-                "model", lambda entry: self._delete_model(entry.model, entry.gpu_id)
+                "model",
+                lambda entry: self._delete_model(entry.model, entry.gpu_id),
+                self._reclaim_memory,
             )
             self._tokenizers: SharedResources[TokenizerEntry] = SharedResources(
                 "tokenizer", lambda entry: self._delete_tokenizer(entry.tokenizer)
@@ -123,6 +126,14 @@ class ModelServer(ABC):
     def _delete_tokenizer(self, tokenizer: Any) -> None:
         """Frees what a tokenizer holds beyond Python's own references."""
 
+    def _model_key(self, model_name: str, gpu: Any, model_kwargs: dict[str, Any]) -> str:
+        """What is the same for equal models."""
+        return generate_model_key(model_name, gpu, model_kwargs)
+
+    def _reclaim_memory(self) -> None:
+        """Called after a model was let go: breaks reference cycles, so that it dies at once."""
+        gc.collect()
+
     def _log(self, what: str, key: str) -> None:
         if self.config.enable_stats_logging:
             logger.info("%s %s", what, key)
@@ -138,12 +149,14 @@ class ModelServer(ABC):
         Raises:
             ModelCreationError: It cannot be loaded.
         """
-        key = generate_model_key(model_name, gpu, model_kwargs)
+        key = self._model_key(model_name, gpu, model_kwargs)
 
         def create() -> ModelEntry:
             self._log("loading model", key)
             try:
                 model = self._create_model(model_name, gpu, model_kwargs)
+            except ModelCreationError:
+                raise
             except Exception as error:
                 raise ModelCreationError(model_name, gpu, error) from error
             return ModelEntry(model, 0, gpu, dict(model_kwargs))
@@ -156,14 +169,14 @@ class ModelServer(ABC):
         Raises:
             ReferenceCountError: It has no users.
         """
-        key = generate_model_key(model_name, gpu, model_kwargs)
+        key = self._model_key(model_name, gpu, model_kwargs)
         return self._models.release(key, self.config.delete_on_zero_reference)
 
     def release_memory_and_clean(
         self, model_name: str, gpu: Any, model_kwargs: dict[str, Any], force_delete: bool = False
     ) -> bool:
         """Frees a model; one in use only with `force_delete`. False when it was not freed."""
-        return self._models.free(generate_model_key(model_name, gpu, model_kwargs), force_delete)
+        return self._models.free(self._model_key(model_name, gpu, model_kwargs), force_delete)
 
     def release_memory_and_clean_all(self, force_delete: bool = False) -> dict[str, int]:
         """Frees all models; returns the numbers "deleted" and "skipped"."""
@@ -181,6 +194,8 @@ class ModelServer(ABC):
             self._log("loading tokenizer", key)
             try:
                 tokenizer = self._create_tokenizer(tokenizer_name, tokenizer_kwargs)
+            except TokenizerCreationError:
+                raise
             except Exception as error:
                 raise TokenizerCreationError(tokenizer_name, error) from error
             return TokenizerEntry(tokenizer, 0, dict(tokenizer_kwargs))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,19 +12,31 @@ from sparse_attention_hub.adapters.utils.gpu_utils import (
     get_gpu_memory_info,
     validate_gpu_availability,
 )
-from sparse_attention_hub.adapters.utils.model_utils import resolve_device
+from sparse_attention_hub.adapters.utils.key_generation import generate_model_key
+from sparse_attention_hub.adapters.utils.model_utils import (
+    device_name,
+    loader_arguments,
+    resolve_device,
+)
 
 
 class ModelServerHF(ModelServer):
     """Loads with transformers' auto classes."""
 
+    def _model_key(self, model_name: str, gpu: Any, model_kwargs: dict[str, Any]) -> str:
+        arguments = loader_arguments(model_kwargs)
+        is_placed_by_loader = arguments.get("device_map") is not None
+        return generate_model_key(
+            model_name, None if is_placed_by_loader else device_name(gpu), arguments
+        )
+
     def _create_model(self, model_name: str, gpu_id: Any, model_kwargs: dict[str, Any]) -> Any:
-        device = resolve_device(gpu_id)
-        model: Any = AutoModelForCausalLM.from_pretrained(model_name, **model_kwargs)
-        # With a device_map the loader has already placed it, possibly on several devices.
-        if model_kwargs.get("device_map") is None:
-            model = model.to(device)
-        return model.eval()
+        arguments = loader_arguments(model_kwargs)
+        # With a device_map the loader places it, possibly on several devices.
+        is_placed_by_loader = arguments.get("device_map") is not None
+        device = None if is_placed_by_loader else resolve_device(gpu_id)
+        model: Any = AutoModelForCausalLM.from_pretrained(model_name, **arguments)
+        return (model if device is None else model.to(device)).eval()
 
     def _create_tokenizer(self, tokenizer_name: str, tokenizer_kwargs: dict[str, Any]) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name, **tokenizer_kwargs)
@@ -34,7 +45,10 @@ class ModelServerHF(ModelServer):
         return tokenizer
 
     def _delete_model(self, model: Any, gpu_id: Any) -> None:
-        gc.collect()
+        """Nothing beyond Python's own references: who still holds the model may still use it."""
+
+    def _reclaim_memory(self) -> None:
+        super()._reclaim_memory()
         cleanup_gpu_memory()
 
     def _delete_tokenizer(self, tokenizer: Any) -> None:

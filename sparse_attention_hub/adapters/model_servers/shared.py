@@ -41,15 +41,22 @@ class SharedResources(Generic[Entry]):
     `ResourceCleanupError` when freeing fails.
     """
 
-    def __init__(self, resource_type: str, delete: Callable[[Entry], None]) -> None:
+    def __init__(
+        self,
+        resource_type: str,
+        delete: Callable[[Entry], None],
+        reclaim: Callable[[], None] = lambda: None,
+    ) -> None:
         """Starts empty.
 
         Args:
             resource_type: For messages.
-            delete: Frees an entry's resource.
+            delete: Frees what an entry's resource holds beyond Python's own references.
+            reclaim: Called when nothing here refers to the entry any more.
         """
         self._resource_type = resource_type
         self._delete = delete
+        self._reclaim = reclaim
         self._lock = threading.Lock()
         self._slots: dict[str, _Slot[Entry]] = {}
 
@@ -84,8 +91,10 @@ class SharedResources(Generic[Entry]):
             if entry.reference_count < 1:
                 raise ReferenceCountError(key, "decrement", entry.reference_count)
             entry.reference_count -= 1
-            if entry.reference_count == 0 and delete_on_zero:
-                self._free(key, slot)
+            if entry.reference_count > 0 or not delete_on_zero:
+                return True
+            del entry
+            self._free(key, slot)
             return True
 
     def free(self, key: str, force: bool) -> bool:
@@ -119,6 +128,8 @@ class SharedResources(Generic[Entry]):
         assert entry is not None
         try:
             self._delete(entry)
+            del entry
+            self._reclaim()
         except Exception as error:
             raise ResourceCleanupError(key, self._resource_type, error) from error
 

@@ -6,6 +6,9 @@ from sparse_attention_hub.adapters.utils.exceptions import (
     ModelServerError,
     ReferenceCountError,
     ResourceCleanupError,
+    ServerConnectionError,
+    ServerRequestError,
+    ServerTimeoutError,
     TokenizerCreationError,
 )
 from sparse_attention_hub.adapters.utils.gpu_utils import cleanup_gpu_memory
@@ -21,6 +24,9 @@ __all__ = [
     "ModelServerError",
     "ReferenceCountError",
     "ResourceCleanupError",
+    "ServerConnectionError",
+    "ServerRequestError",
+    "ServerTimeoutError",
     "TokenizerCreationError",
     "cleanup_gpu_memory",
     "generate_model_key",

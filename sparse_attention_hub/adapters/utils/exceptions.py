@@ -1,4 +1,4 @@
-"""Errors of model servers."""
+"""Errors of model servers, in process and over HTTP."""
 
 from __future__ import annotations
 
@@ -79,3 +79,32 @@ class ResourceCleanupError(ModelServerError):
         self.resource_key = resource_key
         self.resource_type = resource_type
         self.original_error = original_error
+
+
+class ServerRequestError(ModelServerError):
+    """A server over HTTP refused a request, or failed at it.
+
+    Attributes:
+        status_code: HTTP status; None when there was none.
+        original_error: Of the client.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        details: str = "",
+        status_code: int | None = None,
+        original_error: BaseException | None = None,
+    ) -> None:
+        """Keeps what happened; `details` hold the server's words, and its log if it is ours."""
+        super().__init__(message, details)
+        self.status_code = status_code
+        self.original_error = original_error
+
+
+class ServerTimeoutError(ServerRequestError):
+    """A server was silent for longer than it may be."""
+
+
+class ServerConnectionError(ServerRequestError):
+    """A server cannot be reached, or went away in the middle of an answer."""

@@ -1,0 +1,200 @@
+"""Architectures: in process and served, densely and sparsely, they give the same tokens.
+
+Tiny models with random weights, built from transformers' own configuration classes and read by
+both sides from the same files.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from examples.documents import python_manual
+from sparse_attention_hub import ModelAdapterHF, Request
+from sparse_attention_hub.adapters.base import AnswerDetails
+from sparse_attention_hub.adapters.comparison import compare_answers
+from sparse_attention_hub.adapters.model_servers import ModelServerHF
+from sparse_attention_hub.adapters.prompt import RequestOptions, tokenize_request
+from sparse_attention_hub.sparse_attention.serialization import config_from_dict, config_to_json
+from tests.e2e.start_engines import Asked, EngineReport
+from tests.e2e.tiny_models import HEADS, LAYERS, SERVED, write_tiny_model
+
+TOKENS = 16
+SINK, LOCAL, HEAVY = 4, 16, 8
+SINK_LOCAL = [{"type": "sink", "sink_size": SINK}, {"type": "local", "window_size": LOCAL}]
+ORACLE = [*SINK_LOCAL, {"type": "oracle_top_k", "heavy_size": HEAVY}]
+MASKERS = {
+    "dense": None,
+    "oracle": ORACLE,
+    "quest": [*SINK_LOCAL, {"type": "quest_top_k", "heavy_size": 32, "page_size": 16}],
+}
+CONFIGS = {
+    name: None if maskers is None else config_from_dict({"maskers": maskers})
+    for name, maskers in MASKERS.items()
+}
+WINDOWED_LAYERS = {"mistral-window": LAYERS, "gemma3": 2}
+LONG_WINDOW = "phi4-mini"
+NOT_YET = pytest.mark.xfail(
+    strict=True,
+    reason="the plugin keeps layers dense whose window is longer than all the model can see",
+)
+REQUEST = Request(
+    python_manual(["formatstrings"], 1000), "\n\nWhat is a field?", answer_prefix="\nAnswer:"
+)
+
+
+def adapter_of(folder: Path, name: str) -> ModelAdapterHF:
+    config = CONFIGS[name]
+    return ModelAdapterHF(
+        str(folder),
+        config,
+        model_kwargs={"dtype": torch.float32},
+        device=None,
+        sparse_by_default=config is not None,
+    )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """With tensors this small, threads do little but wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folders(model_path: str, tmp_path_factory) -> Iterator[dict[str, Path]]:
+    root = tmp_path_factory.mktemp("architectures")
+    yield {kind: write_tiny_model(kind, root, model_path) for kind in SERVED}
+    ModelServerHF().cleanup_unused()
+
+
+@pytest.fixture(scope="module")
+def reference(folders) -> Callable[[str, str], AnswerDetails]:
+    """The in-process answer of a model with a configuration."""
+    found: dict[tuple[str, str], AnswerDetails] = {}
+
+    def answer(kind: str, name: str) -> AnswerDetails:
+        if (kind, name) not in found:
+            with one_thread(), adapter_of(folders[kind], name) as adapter:
+                response = adapter.process_request(
+                    REQUEST, {"max_new_tokens": TOKENS}, {"return_logits": True}
+                )
+            found[kind, name] = response.details[0]
+        return found[kind, name]
+
+    return answer
+
+
+@pytest.fixture(scope="module")
+def engine_report(folders, start_engine) -> Callable[[str], EngineReport]:
+    """What the engine of a model answered to the same tokens, and logged."""
+    found: dict[str, EngineReport] = {}
+
+    def report(kind: str) -> EngineReport:
+        if kind not in found:
+            tokenizer = AutoTokenizer.from_pretrained(folders[kind])
+            tokens = tokenize_request(tokenizer, REQUEST, RequestOptions())
+            prompt = tokens.context_ids + tokens.question_ids[0]
+            asked = {
+                name: Asked(
+                    prompt,
+                    {"sparse_attention": "off"}
+                    if config is None
+                    else {
+                        "sparse_attention_config": config_to_json(config),
+                        "sparse_attention_dense_prefix": len(tokens.context_ids),
+                    },
+                    TOKENS,
+                )
+                for name, config in CONFIGS.items()
+            }
+            found[kind] = start_engine(folders[kind], SINK_LOCAL, asked)
+        return found[kind]
+
+    return report
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(
+            kind, name, marks=NOT_YET if (kind, bool(config)) == (LONG_WINDOW, True) else ()
+        )
+        for kind in SERVED
+        for name, config in CONFIGS.items()
+    ],
+)
+def test_same_tokens_and_same_counts(kind, name, reference, engine_report, capsys) -> None:
+    expected, report = reference(kind, name), engine_report(kind)
+    assert report.error is None
+    answered = report.answers[name]
+    found = AnswerDetails(
+        mode=expected.mode,
+        token_ids=tuple(answered.token_ids),
+        prompt_tokens=expected.prompt_tokens,
+        context_tokens=expected.context_tokens,
+        density=None,
+        # There are none for a model without a layer that could be sparse.
+        read_keys=(answered.statistics or {}).get("read_keys"),
+        visible_keys=(answered.statistics or {}).get("visible_keys"),
+        time_to_first_token_s=None,
+        time_per_output_token_s=None,
+        finish_reason=answered.finish_reason,
+    )
+    comparison = compare_answers(expected, found)
+    if not comparison.is_equal:
+        with capsys.disabled():
+            print(f"\n{kind}, {name}: {comparison}")
+    assert comparison.is_equal or comparison.is_near_tie, str(comparison)
+    # Two implementations can agree on the best token by luck, but not on its probability.
+    logprobs = torch.tensor(answered.logprobs[: comparison.num_equal])
+    row, column = range(comparison.num_equal), expected.token_ids[: comparison.num_equal]
+    wanted = expected.logits.log_softmax(-1)[row, column]
+    torch.testing.assert_close(logprobs, wanted, atol=1e-4, rtol=0)
+    assert len(found.token_ids) == len(expected.token_ids) == TOKENS
+    # A prefix that both agree on only because one token repeats would prove nothing.
+    assert len(set(expected.token_ids)) > TOKENS // 2
+    counts = [(answer.read_keys or 0, answer.visible_keys or 0) for answer in (expected, found)]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("kind", SERVED)
+def test_counts_are_those_of_the_definition(kind, reference) -> None:
+    """Sparse queries are the question's tokens and every generated token that was fed back."""
+    answer = reference(kind, "oracle")
+    positions = range(answer.context_tokens, answer.prompt_tokens + TOKENS - 1)
+    heads = HEADS * (LAYERS - WINDOWED_LAYERS.get(kind, 0))
+    assert answer.visible_keys == sum(position + 1 for position in positions) * heads
+    assert answer.read_keys == len(positions) * (SINK + LOCAL + HEAVY) * heads
+
+
+@pytest.mark.parametrize("name", ["oracle", "quest"])
+@pytest.mark.parametrize("kind", SERVED)
+def test_answers_depend_on_what_is_read(kind, name, reference) -> None:
+    """Otherwise equal sparse answers would prove nothing; with windows everywhere, all is dense."""
+    all_dense = WINDOWED_LAYERS.get(kind) == LAYERS
+    is_equal = reference(kind, name).token_ids == reference(kind, "dense").token_ids
+    assert is_equal == all_dense
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=NOT_YET if kind == LONG_WINDOW else ()) for kind in SERVED],
+)
+def test_layers_with_a_window_are_said_to_be_dense(kind, folders, engine_report, caplog) -> None:
+    with adapter_of(folders[kind], "oracle"):
+        pass
+    for messages in (caplog.messages, engine_report(kind).log):
+        # The engine says it once for each group of layers that share a table of blocks.
+        said = re.findall(
+            r"(\d+) (?:of \d+ )?layers have a sliding window and stay dense", "\n".join(messages)
+        )
+        assert sum(map(int, said)) == WINDOWED_LAYERS.get(kind, 0)
