@@ -7,9 +7,10 @@ from numba import njit, prange
 
 from vllm_sparse_plugin.paged.kernels.pooling import pool_scores
 
-_DIGITS = ((21, 11), (10, 11), (0, 10))
+DIGITS = ((21, 11), (10, 11), (0, 10))
 """Shift and width of the radix selection's digits, from the highest."""
-_BINS = 1 << 11
+BINS = 1 << 11
+"""Of a histogram of the widest digit."""
 
 _TASKS = 64
 """Rows that are worked on together, at most, or parts of rows where rows are few."""
@@ -212,7 +213,7 @@ def flag_largest(
     held = max(1, min(all_items, _TASKS, _ORDERS_AT_ONCE // longest))
     parts = max(1, min(_TASKS // held, longest // _PAGES_PER_PART))
     order = np.empty((held, longest), np.uint32)
-    histograms = np.empty((held, parts, _BINS), np.int32)
+    histograms = np.empty((held, parts, BINS), np.int32)
     bounds = np.empty(held, np.uint32)
     rooms = np.empty(held, np.int64)  # places left among the pages that equal the bound so far
     for start in range(0, all_items, held):
@@ -220,8 +221,8 @@ def flag_largest(
         for item in range(items):
             rooms[item] = max(0, counts[(start + item) // selectors])
             bounds[item] = 0 if rooms[item] else 0xFFFFFFFF
-        for level in range(len(_DIGITS)):
-            shift, width = _DIGITS[level]
+        for level in range(len(DIGITS)):
+            shift, width = DIGITS[level]
             for task in prange(items * parts):
                 item, part = task // parts, task % parts
                 if rooms[item] == 0:
@@ -251,7 +252,7 @@ def flag_largest(
             begin, end = _part_of(lengths[index], page_size, part, parts)
             room = rooms[item]
             if room:
-                digit = bounds[item] & np.uint32((1 << _DIGITS[-1][1]) - 1)
+                digit = bounds[item] & np.uint32((1 << DIGITS[-1][1]) - 1)
                 for before in range(part):
                     room -= histograms[item, before, digit]
                 room = min(room, histograms[item, part, digit])

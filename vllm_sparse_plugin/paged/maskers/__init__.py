@@ -2,6 +2,11 @@
 
 A file registers its class for a configuration class. A masker without a counterpart is served by
 the general path.
+
+`pq_cache` has none on purpose. Its codebook is learned from a sequence's first 2**n keys and anew
+when the sequence has twice as many; codes in a block that several sequences share would have to be
+of several codebooks at once, and those in older blocks would be stale. Codes made anew in each step
+would cost a read of every key, which is what an index saves.
 """
 
 from vllm_sparse_plugin.paged.maskers import (  # noqa: F401  # each registers itself
@@ -9,6 +14,7 @@ from vllm_sparse_plugin.paged.maskers import (  # noqa: F401  # each registers i
     hash_attention_top_k,
     local,
     oracle_top_k,
+    oracle_top_p,
     quest_top_k,
     sink,
 )
