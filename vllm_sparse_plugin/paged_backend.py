@@ -25,6 +25,7 @@ from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape, LayerCache
 from vllm_sparse_plugin.paged.prefill import attend_prefills, read_blocks
 from vllm_sparse_plugin.paged.served import indices_of, is_dense_layer, paged_attention_of
 from vllm_sparse_plugin.paged.step import PagedStep, SparseGroup, paged_step
+from vllm_sparse_plugin.paged.warm_up import warm_up
 from vllm_sparse_plugin.serving_config import ServingConfig
 from vllm_sparse_plugin.step_plan import split_rows
 
@@ -69,13 +70,7 @@ class PagedAttentionBackend(SparseAttentionBackend):
         if spec.state_content_bytes is not None:  # done before
             return spec
         vllm_config = compat.engine_being_built()
-        shape = BlockShape(
-            block_size=vllm_config.cache_config.block_size,
-            num_heads=compat.attention_shape(vllm_config).num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_size=spec.head_size,
-            dtype=spec.dtype,
-        )
+        shape = _block_shape(spec, vllm_config)
         config = compat.serving_config(vllm_config)
         assert config is not None  # else this backend would not have been chosen
         return replace(spec, state_content_bytes=block_layout(config, shape).bytes_per_token)
@@ -91,9 +86,14 @@ class PagedMetadataBuilder(SparseAttentionMetadataBuilder):
         vllm_config: VllmConfig,
         device: torch.device,
     ) -> None:
-        """Starts the kernels' threads."""
+        """Starts the kernels' threads, and compiles the kernels."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         threads.start(torch.get_num_threads())
+        config = self._config
+        assert config is not None  # else this backend would not have been chosen
+        if self._has_sparse_layers:
+            layout = block_layout(config, _block_shape(kv_cache_spec, vllm_config))
+            warm_up((config.attention, config.index), layout)
 
     def build(
         self,
@@ -261,6 +261,16 @@ class PagedAttentionImpl(SparseAttentionImpl):
             )
             self._views = (kv_cache.data_ptr(), cache)
         return self._views[1]
+
+
+def _block_shape(spec: AttentionSpec, vllm_config: VllmConfig) -> BlockShape:
+    return BlockShape(
+        block_size=vllm_config.cache_config.block_size,
+        num_heads=compat.attention_shape(vllm_config).num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        dtype=spec.dtype,
+    )
 
 
 def _without_index(kv_cache: torch.Tensor, head_size: int) -> torch.Tensor:

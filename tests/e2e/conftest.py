@@ -146,5 +146,24 @@ def sparse(serve, masker_files) -> Client:
         "maskers": [{"type": "sink", "sink_size": 4}, {"type": "local", "window_size": 32}],
         "sparse_by_default": False,
         "request_files": list(masker_files.values()),
+        "index": [
+            {"type": "quest_top_k", "heavy_size": 1, "page_size": 16},
+            {"type": "quest_top_k", "heavy_size": 1, "page_size": 8, "label_bits": 4},
+            {
+                "type": "double_sparsity_top_k",
+                "heavy_size": 1,
+                "sorted_channel_file": masker_files["channels"],
+                "label_bits": 8,
+            },
+            {
+                "type": "hash_attention_top_k",
+                "heavy_size": 1,
+                "hat_bits": 32,
+                "hat_mlp_layers": 1,
+                "hat_mlp_hidden_size": 1,
+                "hat_mlp_activation": "silu",
+                "hat_weight_file": masker_files["weights"],
+            },
+        ],
     }
     return serve(config, CHUNKED)

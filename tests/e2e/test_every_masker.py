@@ -11,6 +11,7 @@ from sparse_attention_hub.adapters.comparison import compare_answers
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import MaskerRegistry
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict
 from tests.e2e.texts import prompt
+from vllm_sparse_plugin.paged.maskers.base import has_counterpart
 
 SINK_LOCAL = [{"type": "sink", "sink_size": 8}, {"type": "local", "window_size": 24}]
 CONFIGS = {
@@ -91,10 +92,14 @@ def test_served_is_reference(sparse, model_path, masker_files, name, capsys) -> 
         model_path, config, base_url=sparse.server.base_url, sparse_by_default=True
     )
     neighbour = prompt(model_path, 2500, 300)
+    general_rows = sparse.statistics().json()["totals"]["general_rows"]
     with ThreadPoolExecutor() as pool:
         beside = pool.submit(sparse.complete, neighbour, tokens=40, sparse_attention="off")
         found = served.process_request(request, arguments)
         assert len(beside.result().token_ids) > 0
+    took_general = sparse.statistics().json()["totals"]["general_rows"] > general_rows
+    # Only what has no counterpart on pages takes the general path.
+    assert took_general != has_counterpart(type(config.masker_configs[-1]))
     with ModelAdapterHF(
         model_path,
         config,

@@ -1,0 +1,70 @@
+"""Compiling the kernels before the first request waits for them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
+from vllm_sparse_plugin.paged.attention import PagedAttention, QueryBatch, attend_dense
+from vllm_sparse_plugin.paged.layout import BlockLayout, LayerCache
+from vllm_sparse_plugin.paged.maskers.base import Unsupported
+
+logger = logging.getLogger(__name__)
+
+_NUM_KEYS = 40
+_SLOW_S = 5.0
+
+
+def warm_up(configs: Iterable[ResearchAttentionConfig], layout: BlockLayout) -> None:
+    """Runs every kernel that some configurations need on a few random keys.
+
+    numba compiles a kernel when it is first called, some seconds for each, and keeps the result
+    beside the source, or in the user's cache folder, for the next process.
+
+    Args:
+        configs: Of the server.
+        layout: Of its blocks.
+    """
+    shape = layout.shape
+    started = time.monotonic()
+    width = layout.bytes_per_token // shape.dtype.itemsize
+    num_blocks = -(-_NUM_KEYS // shape.block_size)
+    kv_cache = torch.zeros(
+        num_blocks, shape.num_kv_heads, shape.block_size, width, dtype=shape.dtype
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator)
+
+    key = numbers(_NUM_KEYS, shape.num_kv_heads, shape.head_size).to(shape.dtype)
+    query = numbers(1, shape.num_heads, shape.head_size).numpy()
+    batch = QueryBatch(
+        np.arange(num_blocks, dtype=np.int32)[None],
+        np.zeros(1, np.int32),
+        np.full(1, _NUM_KEYS, np.int32),
+    )
+    lists = [
+        (layer, maskers)
+        for config in configs
+        for layer, maskers in ((0, config.masker_configs), *config.layer_masker_configs.items())
+    ]
+    for layer, maskers in tqdm(lists, desc="sparse attention: compiling kernels", disable=None):
+        cache = LayerCache.of(kv_cache, layout, layer)
+        cache.write(key, key, torch.arange(_NUM_KEYS))
+        attend_dense(query, cache, batch, 1.0)
+        try:
+            PagedAttention(maskers, shape).attend(query, cache, batch, 1.0)
+        except Unsupported:
+            continue  # the general path, which is not compiled
+    seconds = time.monotonic() - started
+    if seconds > _SLOW_S:
+        logger.info(
+            "sparse attention: compiled kernels in %.0f s; next time they are kept", seconds
+        )
