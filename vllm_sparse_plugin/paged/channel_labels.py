@@ -137,16 +137,15 @@ def stored_labels(index: ChannelLabels, cache: LayerCache) -> torch.Tensor:
     rows, count = index.rows_per_head(shape), index.num_channels(shape)
     records = torch.from_numpy(cache.records)[..., offset : offset + index.bytes_per_block(shape)]
     records = records.reshape(*records.shape[:2], rows, index.row_bytes(shape)).contiguous()
+    front, size = records.shape[:3], shape.block_size
     if index.label_bits == 16:
-        values = records.view(shape.dtype)[..., : count * shape.block_size].float()
-        return values.unflatten(-1, (count, shape.block_size)).transpose(-1, -2)
-    scales = records[..., : 8 * shape.block_size].contiguous().view(torch.float32)
-    low, step = scales.unflatten(-1, (2, shape.block_size)).unbind(dim=-2)
+        values = records.view(shape.dtype)[..., : count * size].float()
+        return values.reshape(*front, count, size).transpose(-1, -2)
+    scales = records[..., : 8 * size].contiguous().view(torch.float32).reshape(*front, 2, 1, size)
     width = -(-count * index.label_bits // 8)
-    packed = records[..., 8 * shape.block_size :][..., : width * shape.block_size].int()
-    packed = packed.unflatten(-1, (width, shape.block_size))
+    packed = records[..., 8 * size : (8 + width) * size].int().reshape(*front, width, size)
     mask = (1 << index.label_bits) - 1
     parts = [(packed >> (part * index.label_bits)) & mask for part in range(8 // index.label_bits)]
     codes = torch.cat(parts, dim=-2)[..., :count, :].float()
-    values = codes * step.unsqueeze(-2) + low.unsqueeze(-2)
+    values = codes * scales[..., 1, :, :] + scales[..., 0, :, :]
     return values.to(shape.dtype).float().transpose(-1, -2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +25,8 @@ _TOKENS_AT_ONCE = 512
 """Keys that go through the networks together; it bounds the memory of their hidden layers."""
 
 
-class Networks(NamedTuple):
+@dataclass(frozen=True)
+class Networks:
     """One layer's networks of one side.
 
     Attributes:
@@ -180,4 +180,5 @@ def stored_signatures(index: HashSignatures, cache: LayerCache) -> torch.Tensor:
     shape, offset = cache.layout.shape, cache.layout.offsets[index]
     records = torch.from_numpy(cache.records)[..., offset : offset + index.bytes_per_block(shape)]
     words = records.contiguous().view(torch.int32).long() & 0xFFFFFFFF
-    return words.unflatten(-1, (-1, index.words, shape.block_size)).transpose(-1, -2)
+    split = words.reshape(*words.shape[:2], -1, index.words, shape.block_size)
+    return split.transpose(-1, -2)

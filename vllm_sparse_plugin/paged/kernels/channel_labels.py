@@ -10,6 +10,8 @@ bytes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit, prange
 
@@ -18,7 +20,7 @@ from vllm_sparse_plugin.paged.kernels.rows import load_row
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _scale_of(key: np.ndarray, channels: np.ndarray, levels: np.float32) -> tuple[float, float]:
+def _scale_of(key: np.ndarray, channels: np.ndarray, levels: np.float32) -> tuple[Any, Any]:
     """The smallest of a key's values, and the step between codes."""
     low, high = key[channels[0]], key[channels[0]]
     for channel in channels:
@@ -28,7 +30,7 @@ def _scale_of(key: np.ndarray, channels: np.ndarray, levels: np.float32) -> tupl
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _code_of(value: float, low: float, step: float, levels: float) -> np.float32:
+def _code_of(value: float, low: float, step: float, levels: float) -> Any:
     return min(max(np.rint((value - low) / step), np.float32(0.0)), levels)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit, prange
 
@@ -14,7 +16,7 @@ _SCORES_AT_ONCE = 1 << 19
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _largest(values: np.ndarray) -> np.float32:
+def _largest(values: np.ndarray) -> Any:
     # As integers that rank as the floats do: compilers make no vector instructions of a running
     # maximum of floats.
     bits = values.view(np.int32)
@@ -28,7 +30,7 @@ def _largest(values: np.ndarray) -> np.float32:
 
 
 @njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _sum(values: np.ndarray) -> np.float32:
+def _sum(values: np.ndarray) -> Any:
     total = np.float32(0.0)
     for i in range(values.shape[0]):
         total += values[i]

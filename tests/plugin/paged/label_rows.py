@@ -1,0 +1,60 @@
+"""For tests of indices that hold something about each key."""
+
+import torch
+
+from tests.plugin.paged.paged_rows import (
+    Rows,
+    attend,
+    general,
+    make_rows,
+    paged_attention,
+    shape_of,
+)
+from tests.tolerances import ATTENTION_ATOL
+from vllm_sparse_plugin.paged.layout import LayerCache
+
+
+def slots_of(rows: Rows, row: int) -> torch.Tensor:
+    """Where a row's keys are."""
+    size = rows.cache.layout.shape.block_size
+    place = torch.arange(rows.keys[row].shape[2])
+    return torch.from_numpy(rows.batch.block_table[row])[place // size].long() * size + place % size
+
+
+def at_slots(stored: torch.Tensor, slots: torch.Tensor, block_size: int) -> torch.Tensor:
+    """What is stored for some keys: `[blocks, KV heads, rows, block_size, ...]` to
+    `[keys, KV heads, rows, ...]`."""
+    return stored[slots // block_size, :, :, slots % block_size]
+
+
+def rebuilt(rows: Rows) -> LayerCache:
+    """The same cache, with every row written again from its cached keys, at once."""
+    old = rows.cache
+    kv_cache = torch.full_like(rows.kv_cache, torch.nan)
+    cache = LayerCache.of(kv_cache, old.layout, old.layer_index)
+    shape = old.layout.shape
+    half = shape.block_size * shape.head_size
+    flat = rows.kv_cache.flatten(start_dim=2)
+    keys, values = (
+        flat[..., start : start + half].unflatten(-1, (shape.block_size, shape.head_size))
+        for start in (0, half)
+    )
+    for row in range(len(rows.keys)):
+        slots = slots_of(rows, row)
+        block, place = slots // shape.block_size, slots % shape.block_size
+        cache.write(keys[block, :, place], values[block, :, place], slots)
+    return cache
+
+
+def assert_same_keys(maskers: list[dict], exact: bool = True, near_ties: int = 0, **shape) -> None:
+    """The fast path selects what the general path does, up to `near_ties` rows."""
+    attention, layout = paged_attention(maskers, shape_of(**shape))
+    different = 0
+    for spare_keys in (0, 5):
+        rows = make_rows(layout, exact=exact, layer_index=1, spare_keys=spare_keys)
+        output, read = attend(attention, rows)
+        expected, counts = general(maskers, rows)
+        assert read.keys.tolist() == counts
+        far = (output - expected).abs().amax(dim=(1, 2)) > ATTENTION_ATOL[layout.shape.dtype]
+        different += int(far.sum())
+    assert different <= near_ties
