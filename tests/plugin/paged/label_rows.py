@@ -1,5 +1,7 @@
 """For tests of indices that hold something about each key."""
 
+from dataclasses import replace
+
 import torch
 
 from tests.plugin.paged.paged_rows import (
@@ -58,3 +60,16 @@ def assert_same_keys(maskers: list[dict], exact: bool = True, near_ties: int = 0
         far = (output - expected).abs().amax(dim=(1, 2)) > ATTENTION_ATOL[layout.shape.dtype]
         different += int(far.sum())
     assert different <= near_ties
+
+
+def assert_independent_rows(maskers: list[dict]) -> None:
+    """Bit for bit, a query gets alone what it gets in a batch."""
+    attention, layout = paged_attention(maskers, shape_of())
+    rows = make_rows(layout, exact=False)
+    output, read = attend(attention, rows)
+    for row, result in enumerate(output):
+        own = slice(row, row + 1)
+        batch = replace(rows.batch, rows=rows.batch.rows[own], lengths=rows.batch.lengths[own])
+        alone, counts = attend(attention, replace(rows, query=rows.query[own], batch=batch))
+        assert torch.equal(alone[0], result)
+        assert counts.keys[0] == read.keys[row]

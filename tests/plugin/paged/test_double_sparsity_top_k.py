@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.common_utils import (  # noqa: E501
     pseudo_quantize,
 )
-from tests.plugin.paged.label_rows import assert_same_keys, at_slots, rebuilt, slots_of
+from tests.plugin.paged.label_rows import (
+    assert_independent_rows,
+    assert_same_keys,
+    at_slots,
+    rebuilt,
+    slots_of,
+)
 from tests.plugin.paged.paged_rows import (
     SINK_LOCAL,
     attend,
@@ -143,6 +149,10 @@ def test_any_key_is_quantised_as_the_reference_does(folder, values, power, bits,
     channels = index.channels(0, shape).astype(np.int64)
     found = stored_labels(index, cache)[0, :, :, 7][None]
     assert torch.equal(found, expected_labels(key, channels, bits))
+
+
+def test_a_row_does_not_depend_on_its_neighbours(folder) -> None:
+    assert_independent_rows([*SINK_LOCAL, config(folder, 8, 4, "kv_head")])
 
 
 def test_bytes_per_token(folder) -> None:

@@ -9,7 +9,13 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed impo
     HashAttentionTopKMaskerConfig,
 )
 from sparse_attention_hub.sparse_attention.utils.hashattention_utils import save_hat_weights
-from tests.plugin.paged.label_rows import assert_same_keys, at_slots, rebuilt, slots_of
+from tests.plugin.paged.label_rows import (
+    assert_independent_rows,
+    assert_same_keys,
+    at_slots,
+    rebuilt,
+    slots_of,
+)
 from tests.plugin.paged.paged_rows import (
     SINK_LOCAL,
     attend,
@@ -151,6 +157,10 @@ def test_a_signature_does_not_depend_on_how_many_keys_are_written_at_once(folder
         slots = slots_of(written, row)
         found = at_slots(stored, slots, shape.block_size)
         assert torch.equal(found, at_slots(again, slots, shape.block_size))
+
+
+def test_a_row_does_not_depend_on_its_neighbours(folder) -> None:
+    assert_independent_rows([*SINK_LOCAL, config(folder, 8, exact=False, granularity="kv_head")])
 
 
 def test_bytes_per_token(folder) -> None:

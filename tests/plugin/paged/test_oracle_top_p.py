@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.plugin.paged.label_rows import assert_independent_rows
 from tests.plugin.paged.paged_rows import (
     SINK_LOCAL,
     attend,
@@ -46,6 +47,10 @@ def test_heads_and_blocks(heads: int, kv_heads: int, block_size: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     assert_same([*SINK_LOCAL, {"type": "oracle_top_p", "top_p": 0.7}], dtype=dtype)
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    assert_independent_rows([*SINK_LOCAL, {"type": "oracle_top_p", "top_p": 0.7}])
 
 
 def test_it_reads_every_key_and_says_so() -> None:
