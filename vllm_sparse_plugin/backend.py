@@ -186,7 +186,13 @@ class SparseAttentionMetadataBuilder(_DenseBuilder):  # type: ignore[misc, valid
             row = rows.get(part.row)
             if row is not None:
                 count = part.query_end - part.query_start
-                self._table.statistics.add_queries(row.parameters.tag, sparse=0, dense=count)
+                automatic = 0
+                if row.parameters.config_json is not None:
+                    # Positions [seq_len - count, seq_len), of them those past the asked prefix.
+                    automatic = min(count, max(0, part.seq_len - row.asked_prefix_tokens))
+                self._table.statistics.add_queries(
+                    row.parameters.tag, sparse=0, dense=count, automatic=automatic
+                )
         for piece in sparse:
             count = piece.query_end - piece.query_start
             self._table.statistics.add_queries(piece.parameters.tag, sparse=count, dense=0)

@@ -335,19 +335,20 @@ def _hook_request_admission() -> None:
         @functools.wraps(original)
         def init(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
             config = serving_config(vllm_config)
-            shape = None
+            shape, break_even = None, 0
             if config is not None:
                 check_engine(vllm_config)
                 shape = attention_shape(vllm_config)
                 if not config.attention.is_dense:
                     try_maskers(config_to_json(config.attention), shape)
+                break_even = _break_even(vllm_config, config)
             original(self, vllm_config, *args, **kwargs)
             validate = self.validate_logits_processors_params
 
             def validate_and_resolve(params: Any) -> None:
                 validate(params)
                 try:
-                    params.extra_args = resolve_request(params.extra_args, config)
+                    params.extra_args = resolve_request(params.extra_args, config, break_even)
                     resolved = RequestParameters.from_extra_args(params.extra_args)
                     if shape is not None and resolved is not None and resolved.config_json:
                         try_maskers(resolved.config_json, shape)
@@ -359,6 +360,29 @@ def _hook_request_admission() -> None:
         return init
 
     _replace(InputProcessor, "__init__", wrap)
+
+
+def _break_even(vllm_config: VllmConfig, config: ServingConfig) -> int:
+    """Keys from which on the server's maskers are worth their cost; measured if it asks for it."""
+    from vllm.platforms import current_platform
+
+    is_paged = config.fast_path and current_platform.is_cpu() and not config.attention.is_dense
+    if config.min_sparse_keys != "auto" or not is_paged:
+        return 0
+    from vllm_sparse_plugin.paged.break_even import break_even_of
+    from vllm_sparse_plugin.paged.layout import BlockShape
+
+    heads = attention_shape(vllm_config)
+    return break_even_of(
+        config.attention,
+        BlockShape(
+            vllm_config.cache_config.block_size,
+            heads.num_heads,
+            heads.num_kv_heads,
+            heads.head_size,
+            vllm_config.model_config.dtype,
+        ),
+    )
 
 
 def _hook_block_hashes() -> None:

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 ROUTE = "/sparse_attention/stats"
-_SAME_IN_ALL_WORKERS = ("sparse_queries", "dense_queries", "general_rows")
+_SAME_IN_ALL_WORKERS = (
+    "sparse_queries",
+    "dense_queries",
+    "automatic_dense_queries",
+    "general_rows",
+)
 
 
 class SparseAttentionEndpoint:

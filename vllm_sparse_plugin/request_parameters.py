@@ -26,9 +26,10 @@ MODE = "sparse_attention"
 DENSE_PREFIX = "sparse_attention_dense_prefix"
 CONFIG = "sparse_attention_config"
 TAG = "sparse_attention_tag"
+MIN_KEYS = "sparse_attention_min_keys"
 RESOLVED = "sparse_attention_resolved"
 
-_ALLOWED = (MODE, DENSE_PREFIX, CONFIG, TAG)
+_ALLOWED = (MODE, DENSE_PREFIX, CONFIG, TAG, MIN_KEYS)
 _TAG_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MODES: Mapping[object, bool] = {"on": True, "off": False, True: True, False: False}
 
@@ -42,16 +43,22 @@ class RequestParameters:
         fingerprint: Of the maskers; empty when dense.
         dense_prefix: Leading tokens whose queries attend densely; None = the whole prompt.
         tag: The name under which the measured density can be asked for, if any.
+        min_sparse_keys: Queries that see fewer keys attend densely, whatever the prefix.
     """
 
     config_json: str | None
     fingerprint: str
     dense_prefix: int | None
     tag: str | None
+    min_sparse_keys: int = 0
+
+    def asked_prefix_tokens(self, num_prompt_tokens: int) -> int:
+        """The dense prefix that was asked for, for a prompt of this many tokens."""
+        return num_prompt_tokens if self.dense_prefix is None else self.dense_prefix
 
     def dense_prefix_tokens(self, num_prompt_tokens: int) -> int:
         """Leading tokens whose queries attend densely, for a prompt of this many tokens."""
-        return num_prompt_tokens if self.dense_prefix is None else self.dense_prefix
+        return max(self.asked_prefix_tokens(num_prompt_tokens), self.min_sparse_keys - 1)
 
     @classmethod
     def from_extra_args(cls, extra_args: Mapping[str, Any] | None) -> RequestParameters | None:
@@ -68,13 +75,17 @@ class RequestParameters:
 
 
 def resolve_request(
-    extra_args: dict[str, Any] | None, server: ServingConfig | None
+    extra_args: dict[str, Any] | None,
+    server: ServingConfig | None,
+    break_even: int = 0,
 ) -> dict[str, Any] | None:
     """Checks a request's parameters and adds their resolved record.
 
     Args:
         extra_args: `SamplingParams.extra_args` as the client sent it; not modified.
         server: The server's configuration; None when the plugin is not selected.
+        break_even: Keys from which on the server's own maskers are worth their cost, for
+            `ServingConfig.min_sparse_keys`. A request's own maskers run from the first key on.
 
     Returns:
         `extra_args` itself for a plain dense request, else a copy with the record.
@@ -97,20 +108,35 @@ def resolve_request(
                 "--attention-backend CUSTOM; this one was not"
             )
         return extra_args
-    parameters = _parameters(given, server)
+    parameters = _parameters(given, server, break_even)
     if parameters.config_json is None and parameters.tag is None:
         return extra_args
     return {**(extra_args or {}), RESOLVED: parameters}
 
 
-def _parameters(given: Mapping[str, Any], server: ServingConfig) -> RequestParameters:
+def _parameters(
+    given: Mapping[str, Any], server: ServingConfig, break_even: int
+) -> RequestParameters:
     mode = _mode(given[MODE]) if MODE in given else server.sparse_by_default
     config = _config(given[CONFIG], server) if CONFIG in given else server.attention
-    dense_prefix = _dense_prefix(given[DENSE_PREFIX]) if DENSE_PREFIX in given else None
+    dense_prefix = None
+    if DENSE_PREFIX in given:
+        dense_prefix = _count(DENSE_PREFIX, given[DENSE_PREFIX], "leading tokens")
     tag = _tag(given[TAG]) if TAG in given else None
+    least = server.min_sparse_keys
+    if MIN_KEYS in given:
+        least = _count(MIN_KEYS, given[MIN_KEYS], "keys")
+    elif least == "auto":
+        least = 0 if CONFIG in given else break_even
     if not mode or config.is_dense:
         return RequestParameters(None, "", None, tag)
-    return RequestParameters(config_to_json(config), config_fingerprint(config), dense_prefix, tag)
+    return RequestParameters(
+        config_json=config_to_json(config),
+        fingerprint=config_fingerprint(config),
+        dense_prefix=dense_prefix,
+        tag=tag,
+        min_sparse_keys=least,
+    )
 
 
 def _mode(value: object) -> bool:
@@ -119,12 +145,9 @@ def _mode(value: object) -> bool:
     raise ValueError(f'vllm_xargs.{MODE} must be "on" or "off", got {value!r}')
 
 
-def _dense_prefix(value: object) -> int:
+def _count(name: str, value: object, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(
-            f"vllm_xargs.{DENSE_PREFIX} must be an integer >= 0 (leading tokens that attend "
-            f"densely), got {value!r}"
-        )
+        raise ValueError(f"vllm_xargs.{name} must be an integer >= 0 ({what}), got {value!r}")
     return value
 
 

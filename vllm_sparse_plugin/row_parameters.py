@@ -29,10 +29,13 @@ class Row:
     Attributes:
         parameters: Resolved at admission.
         dense_prefix_tokens: Leading tokens whose queries attend densely.
+        asked_prefix_tokens: Those of them that the request wanted; the rest is dense because so
+            few keys are not worth a masker.
     """
 
     parameters: RequestParameters
     dense_prefix_tokens: int
+    asked_prefix_tokens: int
 
 
 @dataclass
@@ -68,7 +71,11 @@ def _row(parameters: SamplingParams, num_prompt_tokens: int) -> Row | None:
     resolved = RequestParameters.from_extra_args(parameters.extra_args)
     if resolved is None:
         return None
-    return Row(resolved, resolved.dense_prefix_tokens(num_prompt_tokens))
+    return Row(
+        resolved,
+        resolved.dense_prefix_tokens(num_prompt_tokens),
+        resolved.asked_prefix_tokens(num_prompt_tokens),
+    )
 
 
 class RowParametersProcessor(*compat.processor_bases()):  # type: ignore[misc]

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sparse_attention_hub.sparse_attention.presets import PRESETS, get_preset
 from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
@@ -39,6 +39,9 @@ class ServingConfig:
             besides what `attention` needs.
         fast_path: Whether maskers run on pages where they can (CPU); else on gathered keys, slowly,
             in the reference's own code.
+        min_sparse_keys: Queries that see fewer keys than this attend densely, since maskers then
+            cost more than they save; "auto" = the break-even of the server's maskers, measured on
+            this machine (0 where they take the general path, which never saves anything).
     """
 
     attention: ResearchAttentionConfig
@@ -48,6 +51,7 @@ class ServingConfig:
     request_files: tuple[str, ...] = ()
     index: ResearchAttentionConfig = field(default_factory=lambda: ResearchAttentionConfig([]))
     fast_path: bool = True
+    min_sparse_keys: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         """Checks the types, since the values come from JSON."""
@@ -55,6 +59,11 @@ class ServingConfig:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{NAMESPACE}.{name} must be true or false, got {value!r}")
+        least = self.min_sparse_keys
+        if least != "auto" and (isinstance(least, bool) or not isinstance(least, int) or least < 0):
+            raise ValueError(
+                f'{NAMESPACE}.min_sparse_keys must be an integer >= 0 or "auto", got {least!r}'
+            )
 
     @classmethod
     def parse(cls, value: object) -> ServingConfig:
@@ -124,6 +133,7 @@ class ServingConfig:
             "request_files": list(self.request_files),
             "index": config_to_dict(self.index)["maskers"],
             "fast_path": self.fast_path,
+            "min_sparse_keys": self.min_sparse_keys,
         }
 
 

@@ -17,6 +17,7 @@ class ReadCount:
     Attributes:
         sparse_queries: Query tokens that attended sparsely, counted once (not per layer).
         dense_queries: Query tokens that attended densely.
+        automatic_dense_queries: Those of them that did because so few keys are not worth a masker.
         read_keys: Keys read by sparse queries, summed over layers and query heads.
         visible_keys: Keys a dense step would have read for the same queries, likewise.
         read_bytes: Bytes of keys, values and index that were loaded for them, summed over layers.
@@ -27,6 +28,7 @@ class ReadCount:
 
     sparse_queries: int = 0
     dense_queries: int = 0
+    automatic_dense_queries: int = 0
     read_keys: int = 0
     visible_keys: int = 0
     read_bytes: int = 0
@@ -69,11 +71,14 @@ class Statistics:
                 self.tagged.popitem(last=False)
         return [self.totals, self.tagged[tag]]
 
-    def add_queries(self, tag: str | None, sparse: int, dense: int) -> None:
+    def add_queries(self, tag: str | None, sparse: int, dense: int, automatic: int = 0) -> None:
         """Counts one row of one step."""
-        for count in self._counts(tag):
-            count.sparse_queries += sparse
-            count.dense_queries += dense
+        self.add(
+            tag,
+            ReadCount(
+                sparse_queries=sparse, dense_queries=dense, automatic_dense_queries=automatic
+            ),
+        )
 
     def add_keys(self, tag: str | None, read: int, visible: int) -> None:
         """Counts one row of one layer."""

@@ -145,6 +145,7 @@ def sparse(serve, masker_files) -> Client:
     config = {
         "maskers": [{"type": "sink", "sink_size": 4}, {"type": "local", "window_size": 32}],
         "sparse_by_default": False,
+        "min_sparse_keys": 0,  # tests count every sparse token
         "request_files": list(masker_files.values()),
         "index": [
             {"type": "quest_top_k", "heavy_size": 1, "page_size": 16},

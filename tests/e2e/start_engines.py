@@ -91,7 +91,7 @@ def run_engine(folder: str, maskers: list[dict[str, Any]], asked: dict[str, Aske
             max_model_len=512,
             max_num_seqs=4,
             attention_backend="CUSTOM",
-            additional_config={"sparse_attention": {"maskers": maskers}},
+            additional_config={"sparse_attention": {"maskers": maskers, "min_sparse_keys": 0}},
         )
         for name, request in asked.items():
             parameters = SamplingParams(

@@ -139,3 +139,20 @@ def test_the_configuration_as_json_of_the_server_is_readable_by_a_client(sparse)
     maskers = sparse.statistics().json()["config"]["maskers"]
     text = json.dumps({"maskers": maskers})
     sparse.complete("Hello", 4, sparse_attention="on", sparse_attention_config=text)
+
+
+def test_few_keys_are_not_worth_a_masker(sparse, model_path) -> None:
+    tokens = prompt(model_path, 3600, 50)
+    sparse.complete(
+        tokens,
+        tokens=30,
+        ignore_eos=True,
+        sparse_attention="on",
+        sparse_attention_min_keys=61,
+        sparse_attention_tag="few",
+    )
+    counts = sparse.statistics("few").json()
+    # 29 decode steps: those that see 51 to 60 keys, and those that see 61 to 79.
+    assert counts["automatic_dense_queries"] == 10
+    assert counts["sparse_queries"] == 19
+    assert counts["dense_queries"] == 60

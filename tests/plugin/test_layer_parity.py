@@ -65,7 +65,7 @@ def served(impl, maskers: list[dict], call: LayerInputs, index: int, queries: in
     resolved = resolve_request({"sparse_attention_dense_prefix": 0}, server)
     parameters = resolved["sparse_attention_resolved"]
     query = call.query[0, :, -queries:].transpose(0, 1).contiguous()
-    dense, sparse = split_rows([0, queries], [CONTEXT], {0: Row(parameters, 0)})
+    dense, sparse = split_rows([0, queries], [CONTEXT], {0: Row(parameters, 0, 0)})
     assert not dense
     isa = "vec"
     cache, table = paged(call, isa)

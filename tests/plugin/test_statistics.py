@@ -2,21 +2,26 @@
 
 from vllm_sparse_plugin import statistics
 from vllm_sparse_plugin.endpoint import merge_reports
-from vllm_sparse_plugin.statistics import Statistics
+from vllm_sparse_plugin.statistics import ReadCount, Statistics
 
 
 def test_counts_add_up_per_tag_and_in_total() -> None:
     counts = Statistics()
-    counts.add_queries("a", sparse=1, dense=10)
+    counts.add_queries("a", sparse=1, dense=10, automatic=4)
     counts.add_keys("a", read=5, visible=20)
     counts.add_keys("a", read=5, visible=20)
     counts.add_queries(None, sparse=1, dense=0)
     counts.add_keys(None, read=10, visible=10)
+    counts.add("a", ReadCount(read_bytes=7, visible_bytes=9, general_rows=1))
     assert counts.report("a") == {
         "sparse_queries": 1,
         "dense_queries": 10,
+        "automatic_dense_queries": 4,
         "read_keys": 10,
         "visible_keys": 40,
+        "read_bytes": 7,
+        "visible_bytes": 9,
+        "general_rows": 1,
         "density": 0.25,
     }
     assert counts.report()["density"] == 0.4
@@ -44,11 +49,16 @@ def test_workers_hold_different_heads_of_the_same_queries() -> None:
     for counts, read in ((one, 3), (two, 5)):
         counts.add_queries("a", sparse=1, dense=2)
         counts.add_keys("a", read=read, visible=8)
+        counts.add("a", ReadCount(read_bytes=read, visible_bytes=9, general_rows=1))
     assert merge_reports([one.report("a"), two.report("a")]) == {
         "sparse_queries": 1,
         "dense_queries": 2,
+        "automatic_dense_queries": 0,
         "read_keys": 8,
         "visible_keys": 16,
+        "read_bytes": 8,
+        "visible_bytes": 18,
+        "general_rows": 1,
         "density": 0.5,
     }
     assert merge_reports([one.report("a"), None]) is None

@@ -25,9 +25,9 @@ def steps(draw: st.DrawFn) -> tuple[list[int], list[int], dict[int, Row]]:
         seq_lens.append(count + draw(st.integers(0, 9)))
         kind = draw(st.sampled_from(["plain", "tagged", "sparse"]))
         if kind == "tagged":
-            rows[index] = Row(TAGGED_DENSE, 3)
+            rows[index] = Row(TAGGED_DENSE, 3, 3)
         elif kind == "sparse":
-            rows[index] = Row(SPARSE, draw(st.integers(0, 12)))
+            rows[index] = Row(SPARSE, draw(st.integers(0, 12)), 0)
     return starts, seq_lens, rows
 
 
@@ -61,7 +61,7 @@ def test_every_query_is_in_the_part_of_its_position(step) -> None:
 def test_dense_part_is_the_metadata_of_the_dense_queries_alone() -> None:
     # A 5-token prefill chunk that leaves its dense prefix after 3; a sparse and a dense decode.
     starts, seq_lens = [0, 5, 6, 7], [9, 40, 33]
-    rows = {0: Row(SPARSE, 7), 1: Row(SPARSE, 20)}
+    rows = {0: Row(SPARSE, 7, 7), 1: Row(SPARSE, 20, 20)}
     common = CommonAttentionMetadata(
         query_start_loc=torch.tensor(starts, dtype=torch.int32),
         query_start_loc_cpu=torch.tensor(starts, dtype=torch.int32),
@@ -98,5 +98,5 @@ def test_dense_part_is_the_metadata_of_the_dense_queries_alone() -> None:
 
 @pytest.mark.parametrize("prefix", [0, 8, 9, 100])
 def test_whole_row_modes(prefix: int) -> None:
-    dense, sparse = split_rows([0, 1], [9], {0: Row(SPARSE, prefix)})
+    dense, sparse = split_rows([0, 1], [9], {0: Row(SPARSE, prefix, prefix)})
     assert (len(dense), len(sparse)) == ((1, 0) if prefix >= 9 else (0, 1))

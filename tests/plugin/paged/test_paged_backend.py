@@ -78,7 +78,7 @@ def row_of(name: str, maskers: list[dict] | None, prefix: int) -> Row | None:
     server = ServingConfig(config_from_dict(config_of(name, maskers)))
     given = {"sparse_attention_dense_prefix": prefix, "sparse_attention_tag": name.split(",")[0]}
     given["sparse_attention_tag"] = name.replace(" ", "_").replace(",", "")
-    return Row(resolve_request(given, server)["sparse_attention_resolved"], prefix)
+    return Row(resolve_request(given, server)["sparse_attention_resolved"], prefix, prefix)
 
 
 def expected(name, maskers, query, key, value, before: int, prefix: int):

@@ -1,0 +1,82 @@
+"""From how many keys on maskers run: measured, kept, and counted where it keeps a query dense."""
+
+import pytest
+
+from sparse_attention_hub.sparse_attention.serialization import config_from_dict
+from tests.plugin.paged.paged_rows import SINK_LOCAL, shape_of
+from vllm_sparse_plugin.paged import break_even
+from vllm_sparse_plugin.paged.break_even import break_even_of, crossing
+from vllm_sparse_plugin.request_parameters import RequestParameters, resolve_request
+from vllm_sparse_plugin.row_parameters import Row
+from vllm_sparse_plugin.serving_config import ServingConfig
+from vllm_sparse_plugin.step_plan import split_rows
+
+
+@pytest.mark.parametrize(
+    ("dense", "sparse", "expected"),
+    [
+        ((1.0, 16.0), (2.0, 2.0), 1024),  # 1 + k/512 against 2, from 512 on
+        ((1.0, 16.0), (1.0, 2.0), 512),
+        ((1.0, 16.0), (0.5, 1.0), 248),
+        ((16.0, 16.0 * 16), (0.1, 0.2), 2),
+        ((1.0, 2.0), (1.5, 3.0), break_even._NEVER),
+        ((1.0, 2.0), (0.5, 3.0), 0),
+    ],
+)
+def test_where_costs_cross(dense, sparse, expected) -> None:
+    assert crossing(dense, sparse) == pytest.approx(expected, abs=1)
+
+
+def test_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config, shape = config_from_dict({"maskers": SINK_LOCAL}), shape_of()
+    keys = break_even_of(config, shape)
+    assert 0 <= keys <= break_even._NEVER
+    monkeypatch.setattr(break_even, "_measured", lambda *arguments: pytest.fail("measured again"))
+    assert break_even_of(config, shape) == keys
+    monkeypatch.setattr(break_even, "_measured", lambda *arguments: 77)
+    other = config_from_dict({"maskers": SINK_LOCAL[:1]})
+    assert break_even_of(other, shape) == 77
+
+
+def test_the_general_path_has_none() -> None:
+    pq = {"type": "pq_cache", "heavy_size": 8, "pq_sub_dim": 8, "pq_bits": 3}
+    assert break_even_of(config_from_dict({"maskers": [pq]}), shape_of()) == 0
+
+
+OWN = '{"maskers": [{"type": "sink", "sink_size": 2}]}'
+
+
+@pytest.mark.parametrize(
+    ("server", "request_", "expected"),
+    [
+        ("auto", {}, 500),  # what was measured for the server's maskers
+        ("auto", {"sparse_attention_config": OWN}, 0),
+        ("auto", {"sparse_attention_min_keys": 9}, 9),
+        (30, {}, 30),
+        (30, {"sparse_attention_config": OWN}, 30),
+        (30, {"sparse_attention_min_keys": 0}, 0),
+    ],
+)
+def test_who_decides(server, request_, expected: int) -> None:
+    config = ServingConfig(config_from_dict({"maskers": SINK_LOCAL}), min_sparse_keys=server)
+    resolved = resolve_request(request_, config, break_even=500)
+    assert resolved["sparse_attention_resolved"].min_sparse_keys == expected
+
+
+def test_a_query_with_fewer_keys_is_dense_and_one_with_as_many_is_not() -> None:
+    parameters = RequestParameters("c", "f", dense_prefix=3, tag=None, min_sparse_keys=10)
+    row = Row(parameters, parameters.dense_prefix_tokens(5), parameters.asked_prefix_tokens(5))
+    assert row.asked_prefix_tokens == 3
+    for seq_len, is_sparse in ((9, False), (10, True)):
+        dense, sparse = split_rows([0, 1], [seq_len], {0: row})
+        assert (len(dense), len(sparse)) == (1 - is_sparse, int(is_sparse))
+
+
+def test_bad_values() -> None:
+    config = config_from_dict({"maskers": SINK_LOCAL})
+    for value in (-1, True, "often", 1.5):
+        with pytest.raises(ValueError, match="min_sparse_keys must be an integer >= 0 or"):
+            ServingConfig(config, min_sparse_keys=value)
+    with pytest.raises(ValueError, match=r"sparse_attention_min_keys must be an integer >= 0"):
+        resolve_request({"sparse_attention_min_keys": "7"}, ServingConfig(config))
