@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sparse_attention_hub.sparse_attention.presets import PRESETS, get_preset
+from sparse_attention_hub.sparse_attention.presets import PRESETS, get_preset, preset_from_dict
 from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
 from sparse_attention_hub.sparse_attention.serialization import (
     config_fingerprint,
@@ -170,7 +170,20 @@ def _config(value: object, server: ServingConfig) -> ResearchAttentionConfig:
     if not value.lstrip().startswith("{"):
         return _named(get_preset, value)
     _check_files(value, server)
-    return _named(config_from_json, value)
+    return _named(_config_or_preset, value)
+
+
+def _config_or_preset(text: str) -> ResearchAttentionConfig:
+    try:
+        data = json.loads(text)
+    except ValueError:
+        data = None  # the reader's error is the better one
+    if isinstance(data, Mapping) and "preset" in data:
+        for name in data:
+            if name not in ("preset", "set"):
+                raise ValueError(f"{name!r} does not go with a preset; allowed: preset, set")
+        return preset_from_dict(data)
+    return config_from_json(text)
 
 
 def _named(read: Callable[[str], ResearchAttentionConfig], value: str) -> ResearchAttentionConfig:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from sparse_attention_hub.sparse_attention.presets import PRESETS, get_preset
+from sparse_attention_hub.sparse_attention.presets import PRESETS, get_preset, preset_from_dict
 from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
 from sparse_attention_hub.sparse_attention.serialization import (
     CONFIG_FIELDS,
@@ -91,7 +91,7 @@ class ServingConfig:
     @classmethod
     def _from_mapping(cls, value: Mapping[str, Any]) -> ServingConfig:
         options = {field.name for field in dataclasses.fields(cls)} - {"attention"}
-        allowed = {*CONFIG_FIELDS, "preset", *options}
+        allowed = {*CONFIG_FIELDS, "preset", "set", *options}
         unknown = sorted(set(value) - allowed)
         if unknown:
             raise ValueError(
@@ -101,6 +101,14 @@ class ServingConfig:
             raise ValueError(
                 f'{NAMESPACE} needs exactly one of "maskers" and "preset", got {dict(value)!r}'
             )
+        misplaced = ["set"] if "maskers" in value else list(CONFIG_FIELDS)
+        for name in misplaced:
+            if name in value:
+                raise ValueError(
+                    f"{NAMESPACE}.{name} does not go with "
+                    f'"{"maskers" if name == "set" else "preset"}"; a preset\'s fields are changed '
+                    'by "set": {"MASKER.FIELD": VALUE, "dense_layers": [...]}'
+                )
         imports = _names(value, "imports", "module names")
         request_files = _names(value, "request_files", "paths")
         for name in imports:
@@ -109,7 +117,7 @@ class ServingConfig:
             except ImportError as error:
                 raise ValueError(f"{NAMESPACE}.imports: cannot import {name!r}: {error}") from error
         if "preset" in value:
-            attention = _named(get_preset, value["preset"])
+            attention = _named(preset_from_dict, value)
         else:
             attention = _named(
                 config_from_dict, {name: value[name] for name in CONFIG_FIELDS if name in value}

@@ -16,7 +16,7 @@ from sparse_attention_hub.sparse_attention import (
     SparseAttentionConfig,
     TopKMaskerConfig,
 )
-from sparse_attention_hub.sparse_attention.presets import PRESETS, get_preset
+from sparse_attention_hub.sparse_attention.presets import PRESETS, get_preset, preset_from_dict
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
     MaskerConfig,
     MaskerRegistry,
@@ -153,14 +153,60 @@ def test_fingerprint() -> None:
     assert len({config_fingerprint(config) for config in [one, *others]}) == 6
 
 
-def test_presets() -> None:
-    assert {"streaming-llm", "sink-local-oracle"} <= set(PRESETS)
-    for name, config in PRESETS.items():
-        assert get_preset(name) == config
+def test_presets(tmp_path) -> None:
+    assert set(PRESETS) == {
+        "streaming-llm",
+        "sink-local-oracle",
+        "balanced",
+        "quest",
+        "double-sparsity",
+        "hash-attention",
+        "pq",
+        "magic-pig",
+        "vattention",
+    }
+    channels, weights = tmp_path / "channels.json", tmp_path / "weights.safetensors"
+    for file in (channels, weights):
+        file.touch()
+    fields = {
+        "double-sparsity": {"double_sparsity_top_k.sorted_channel_file": str(channels)},
+        "hash-attention": {"hash_attention_top_k.hat_weight_file": str(weights)},
+    }
+    for name in PRESETS:
+        config = get_preset(name, fields.get(name))
         assert config_from_dict(config_to_dict(config)) == config
+        assert not config.is_dense
     for name in ("strong", None, 3):
-        with pytest.raises(ValueError, match="sink-local-oracle, streaming-llm"):
+        with pytest.raises(ValueError, match=r"balanced, .*streaming-llm, vattention"):
             get_preset(name)
+
+
+def test_fields_of_presets() -> None:
+    fields = {"quest_top_k.heavy_size": 0.03, "local.window_size": 9, "dense_layers": [4]}
+    config = get_preset("quest", fields)
+    data = config_to_dict(config)
+    assert [masker.get("heavy_size") for masker in data["maskers"]] == [None, None, 0.03]
+    assert data["maskers"][1]["window_size"] == 9
+    assert data["dense_layers"] == [4]
+    assert get_preset("quest") != config  # the preset itself is as it was
+    assert preset_from_dict({"preset": "quest", "set": fields}) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("double-sparsity", {}, r"preset 'double-sparsity': .*sorted_channel_file is missing"),
+        ("quest", {"heavy_size": 1}, "allowed: dense_layers, local.FIELD, quest_top_k.FIELD"),
+        ("quest", {"oracle_top_k.heavy_size": 1}, "'oracle_top_k.heavy_size' is not a field"),
+        ("quest", {"quest_top_k.heavy": 1}, "did you mean 'heavy_size'"),
+        ("quest", {"quest_top_k.page_size": 0}, "page_size must be an integer >= 1, got 0"),
+    ],
+)
+def test_bad_fields_of_presets(name: str, fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_preset(name, fields)
+    with pytest.raises(ValueError, match='"set" must be an object'):
+        preset_from_dict({"preset": "quest", "set": [1]})
 
 
 @pytest.fixture

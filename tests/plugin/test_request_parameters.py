@@ -91,6 +91,8 @@ def test_record_survives_the_ways_between_processes() -> None:
         ({"sparse_attention": "maybe"}, ["sparse_attention", "maybe", '"on" or "off"']),
         ({"sparse_attention": 2}, ["sparse_attention", "2"]),
         ({"sparse_attention": [1]}, ["sparse_attention", "[1]"]),
+        ({"sparse_attention_config": '{"preset": "quest", "sets": {}}'}, ["'sets'", "set"]),
+        ({"sparse_attention_config": '{"preset": "qest"}'}, ["qest", "quest"]),
         ({"sparse_attention_dense_prefix": -1}, ["sparse_attention_dense_prefix", "-1", ">= 0"]),
         ({"sparse_attention_dense_prefix": 1.5}, ["sparse_attention_dense_prefix", "1.5"]),
         ({"sparse_attention_dense_prefix": "7"}, ["sparse_attention_dense_prefix", "'7'"]),

@@ -23,6 +23,11 @@ def test_object_round_trips_through_json() -> None:
 def test_preset_by_name_and_as_field() -> None:
     assert ServingConfig.parse("streaming-llm").attention == get_preset("streaming-llm")
     assert ServingConfig.parse({"preset": "streaming-llm"}).attention == get_preset("streaming-llm")
+    fields = {"quest_top_k.heavy_size": 0.03}
+    changed = ServingConfig.parse({"preset": "quest", "set": fields, "min_sparse_keys": 7})
+    assert changed.attention == get_preset("quest", fields)
+    assert changed.min_sparse_keys == 7
+    assert ServingConfig.parse(changed.to_dict()) == changed
 
 
 @pytest.mark.parametrize("suffix", [".json", ".yaml", ".yml"])
@@ -50,6 +55,11 @@ def test_no_maskers_is_a_dense_server() -> None:
         ("missing.json", ["missing.json"]),
         ({}, ["maskers", "preset"]),
         ({**SINK_LOCAL, "preset": "streaming-llm"}, ["maskers", "preset"]),
+        ({**SINK_LOCAL, "set": {}}, ["sparse_attention.set does not go with", "maskers"]),
+        ({"preset": "quest", "dense_layers": [1]}, ["dense_layers does not go with", "preset"]),
+        ({"preset": "quest", "set": {"quest_top_k.x": 1}}, ["'x' is not a field", "heavy_size"]),
+        ({**SINK_LOCAL, "min_sparse_keys": -1}, ["min_sparse_keys", "-1", "auto"]),
+        ({**SINK_LOCAL, "index": [{"type": "snik"}]}, ["snik", "sink"]),
         ({**SINK_LOCAL, "sparse_by_defualt": True}, ["sparse_by_defualt", "sparse_by_default"]),
         ({**SINK_LOCAL, "sparse_by_default": "yes"}, ["sparse_by_default", "'yes'", "true"]),
         ({**SINK_LOCAL, "allow_request_config": 1}, ["allow_request_config", "1"]),
