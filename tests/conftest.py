@@ -1,4 +1,4 @@
-"""What all tests share: the small real model, and where it is."""
+"""What all tests share: the small real model, and a tiny one."""
 
 import os
 from pathlib import Path
@@ -10,11 +10,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 from examples.small_model import ensure_small_model
+from tests.e2e.tiny_models import write_tiny_model
 
 
 @pytest.fixture(scope="session")
 def model_path() -> str:
     return str(ensure_small_model())
+
+
+@pytest.fixture(scope="session")
+def tiny_path(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of random weights that answers in milliseconds; it has no chat template."""
+    return str(write_tiny_model("llama", tmp_path_factory.mktemp("models"), model_path))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

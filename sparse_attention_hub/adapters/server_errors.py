@@ -43,7 +43,7 @@ def translated_errors(server: ModelServerVLLM) -> Iterator[None]:
         status = getattr(error, "status_code", None) or _status_in_body(error)
         if status is not None and status < 500:
             raise ServerRequestError(
-                f"{where} refused a request (HTTP {status})", error.message, status, error
+                f"{where} refused a request (HTTP {status})", _server_words(error), status, error
             ) from error
         kind = ServerRequestError if server.is_healthy() else ServerConnectionError
         raise kind(
@@ -58,4 +58,10 @@ def _status_in_body(error: openai.APIError) -> int | None:
 
 def _words(error: Exception, server: ModelServerVLLM) -> str:
     cause = f" ({error.__cause__})" if error.__cause__ else ""
-    return "\n".join(text for text in (f"{error}{cause}", server.log_tail()) if text)
+    said = _server_words(error) if isinstance(error, openai.APIError) else str(error)
+    return "\n".join(text for text in (f"{said}{cause}", server.log_tail()) if text)
+
+
+def _server_words(error: openai.APIError) -> str:
+    """What the server said; the client overlooks an error that is a plain text."""
+    return error.body if isinstance(error.body, str) else error.message

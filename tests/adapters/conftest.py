@@ -1,4 +1,4 @@
-"""Adapters on a tiny model: random weights, the real tokenizer."""
+"""Adapters on a tiny model."""
 
 from collections.abc import Callable, Iterator
 
@@ -6,13 +6,6 @@ import pytest
 import torch
 
 from sparse_attention_hub import ModelAdapterHF
-from tests.e2e.tiny_models import write_tiny_model
-
-
-@pytest.fixture(scope="session")
-def tiny_path(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A model that answers in milliseconds; it has no chat template."""
-    return str(write_tiny_model("llama", tmp_path_factory.mktemp("models"), model_path))
 
 
 @pytest.fixture

@@ -33,6 +33,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.posts.append(behaviour)
         if behaviour == "refuse":
             return self._reply(400, {"error": {"message": "not this one"}})
+        if behaviour == "no-key":  # as vLLM says it
+            return self._reply(401, {"error": "Unauthorized"})
         if behaviour == "fail":
             return self._reply(500, {"error": {"message": "it broke"}})
         if behaviour == "busy-once" and self.server.posts.count(behaviour) == 1:

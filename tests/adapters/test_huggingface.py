@@ -1,13 +1,9 @@
 """The in-process reference, on the small real model."""
 
-import logging
-import threading
-
 import pytest
 import torch
 
 from sparse_attention_hub import ModelAdapterHF, Request
-from sparse_attention_hub.adapters import ModelServerHF
 from sparse_attention_hub.sparse_attention import (
     LocalMaskerConfig,
     OracleTopKConfig,
@@ -86,47 +82,6 @@ def test_full_masks_are_dense_attention(make) -> None:
     assert full.details[0].mode == "sparse"
 
 
-def test_outside_the_context_manager_a_sparse_adapter_is_dense_and_says_so_once(
-    make, caplog: pytest.LogCaptureFixture
-) -> None:
-    adapter = make(CONFIG)
-    with caplog.at_level(logging.WARNING, "sparse_attention_hub"):
-        first = adapter.process_request(REQUEST, GENERATION)
-        adapter.process_request(REQUEST, GENERATION)
-    warnings = [record.message for record in caplog.records if "runs dense" in record.message]
-    assert len(warnings) == 1
-    assert "enable_sparse_mode" in warnings[0]
-    assert "sparse_by_default=True" in warnings[0]
-    assert [d.token_ids for d in first.details] == plain_generation(adapter, REQUEST)
-
-
-def test_sparse_by_default(make, caplog: pytest.LogCaptureFixture) -> None:
-    adapter = make(CONFIG, sparse_by_default=True)
-    response = adapter.process_request(REQUEST, GENERATION)
-    assert response.details[0].mode == "sparse"
-    assert response.responses == sparse(make(CONFIG)).responses
-    assert not caplog.records
-    with pytest.raises(ValueError, match="sparse_by_default"):
-        make(None, sparse_by_default=True)
-
-
-def test_context_is_forwarded_once(make) -> None:
-    adapter = make(CONFIG)
-    lengths = []
-    hook = adapter.model.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    response = sparse(adapter)
-    hook.remove()
-    context = response.details[0].context_tokens
-    assert lengths.count(context) == 1
-    assert lengths[0] == context
-    questions = [item.prompt_tokens - context for item in response.details]
-    generated = [len(item.token_ids) for item in response.details]
-    # Each question once, and each generated token but the last.
-    assert sum(lengths) == context + sum(questions) + sum(generated) - len(generated)
-
-
 def test_questions_together_equal_questions_alone_bit_for_bit(make) -> None:
     adapter = make(CONFIG)
     together = sparse(adapter, return_logits=True)
@@ -134,23 +89,6 @@ def test_questions_together_equal_questions_alone_bit_for_bit(make) -> None:
         alone = sparse(adapter, Request(CONTEXT, question, "Answer:"), return_logits=True)
         assert alone.responses == together.responses[index]
         assert torch.equal(alone.details[0].logits, together.details[index].logits)
-
-
-def test_no_mode_leaks_to_another_adapter_or_thread(make) -> None:
-    one, other = make(CONFIG), make(FULL)
-    assert one.model is other.model
-    dense = plain_generation(one, REQUEST)
-    in_thread = []
-    with one.enable_sparse_mode():
-        assert [d.token_ids for d in other.process_request(REQUEST, GENERATION).details] == dense
-        thread = threading.Thread(
-            target=lambda: in_thread.append(one.process_request(REQUEST, GENERATION))
-        )
-        thread.start()
-        thread.join()
-        assert one.process_request(REQUEST, GENERATION).details[0].mode == "sparse"
-    assert [d.token_ids for d in in_thread[0].details] == dense
-    assert [d.token_ids for d in one.process_request(REQUEST, GENERATION).details] == dense
 
 
 def test_padded_batch_is_the_same_as_rows_alone(make) -> None:
@@ -167,46 +105,6 @@ def test_padded_batch_is_the_same_as_rows_alone(make) -> None:
             assert (together[row, -len(alone) :] - alone).abs().max() < 1e-3
 
 
-def test_forms_of_answers(make) -> None:
-    adapter = make()
-    assert isinstance(adapter.process_request(Request("a", "b?"), GENERATION).responses, str)
-    assert adapter.process_request(Request("a", []), GENERATION).responses == []
-    bare = adapter.process_request(REQUEST, GENERATION, {"include_answer_prefix": False})
-    full = adapter.process_request(REQUEST, GENERATION)
-    assert full.responses == ["Answer:" + text for text in bare.responses]
-    nothing = adapter.process_request(REQUEST, {"max_new_tokens": 0})
-    assert nothing.responses == ["Answer:", "Answer:"]
-    assert nothing.details[0].token_ids == ()
-
-
-def test_finish_reason_and_end_of_sequence(make) -> None:
-    adapter = make()
-    short = adapter.process_request(REQUEST, GENERATION).details[0]
-    assert short.finish_reason == "length"
-    assert len(short.token_ids) == 12
-    first = short.token_ids[0]
-    ended = adapter.process_request(REQUEST, {**GENERATION, "eos_token_id": first}).details[0]
-    assert ended.token_ids == (first,)
-    assert ended.finish_reason == "stop"
-
-
-@pytest.mark.parametrize(
-    ("generation", "message"),
-    [
-        ({"max_new_tokens": -1}, "max_new_tokens.*-1"),
-        ({"num_return_sequences": 2}, "num_return_sequences"),
-    ],
-)
-def test_bad_generation_arguments(make, generation: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make().process_request(REQUEST, generation)
-
-
-def test_no_sparse_mode_without_a_configuration(make) -> None:
-    with pytest.raises(RuntimeError, match="sparse_attention_config"), make().enable_sparse_mode():
-        pass
-
-
 def test_custom_attention_function(make) -> None:
     adapter = make(CONFIG)
     attend = adapter.get_custom_attention_function(adapter.sparse_attention)
@@ -216,14 +114,3 @@ def test_custom_attention_function(make) -> None:
     output, weights = attend(torch.nn.Identity(), query, key, key, None, sparse_meta_data={})
     assert output.shape == (1, 3, 9, 8)
     assert weights.shape == (1, 9, 3, 20)
-
-
-def test_close_lets_go_of_the_model(model_path: str) -> None:
-    server = ModelServerHF()
-    before = server.get_model_stats()["total_references"]
-    with ModelAdapterHF(model_path, model_kwargs=MODEL_KWARGS, device=None) as adapter:
-        assert server.get_model_stats()["total_references"] == before + 1
-    assert adapter.model is None
-    other = ModelAdapterHF(model_path, model_kwargs=MODEL_KWARGS, device=None)
-    del other
-    assert server.get_model_stats()["total_references"] == before

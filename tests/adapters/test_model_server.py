@@ -20,6 +20,13 @@ class Thing:
     """Something that can be referred to weakly."""
 
 
+class Signals:
+    """Between a test and a slow load; looks the same all the time, as keys need it."""
+
+    def __init__(self) -> None:
+        self.started, self.go_on = threading.Event(), threading.Event()
+
+
 class FakeServer(ModelServer):
     fail_to_delete = False
 
@@ -27,8 +34,8 @@ class FakeServer(ModelServer):
         if model_name == "broken":
             raise OSError("no such model")
         if model_name == "slow":
-            model_kwargs["started"].set()
-            assert model_kwargs["go_on"].wait(10)
+            model_kwargs["signals"].started.set()
+            assert model_kwargs["signals"].go_on.wait(10)
         return Thing()
 
     def _create_tokenizer(self, tokenizer_name, tokenizer_kwargs):
@@ -121,14 +128,33 @@ def test_errors_are_wrapped_once(server: FakeServer) -> None:
 
 
 def test_a_load_does_not_block_other_models(server: FakeServer) -> None:
-    kwargs = {"started": threading.Event(), "go_on": threading.Event()}
-    thread = threading.Thread(target=server.get_model, args=("slow", None, kwargs))
+    signals = Signals()
+    thread = threading.Thread(target=server.get_model, args=("slow", None, {"signals": signals}))
     thread.start()
-    assert kwargs["started"].wait(10)
+    assert signals.started.wait(10)
     assert server.get_model("quick", None, {}) is not None
-    kwargs["go_on"].set()
+    signals.go_on.set()
     thread.join()
     assert server.get_model_stats()["total_models"] == 2
+
+
+def test_users_at_the_same_time_share_one_load(server: FakeServer) -> None:
+    signals = Signals()
+    models = []
+    threads = [
+        threading.Thread(
+            target=lambda: models.append(server.get_model("slow", None, {"signals": signals}))
+        )
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    assert signals.started.wait(10)
+    signals.go_on.set()
+    for thread in threads:
+        thread.join()
+    assert len(set(map(id, models))) == 1
+    assert server.get_model_stats()["total_references"] == 3
 
 
 def test_keys() -> None:

@@ -193,3 +193,10 @@ def test_each_adapter_warns_once_that_its_configuration_is_not_used(
         for adapter in adapters * 2:
             adapter.process_request(REQUEST, GENERATION)
     assert ["runs dense" in record.message for record in caplog.records] == [True, True]
+
+
+def test_sparse_mode_needs_a_configuration(make_tiny) -> None:
+    with pytest.raises(RuntimeError, match="sparse_attention_config"):
+        make_tiny().enable_sparse_mode().__enter__()
+    with pytest.raises(ValueError, match="sparse_by_default=True needs a sparse_attention_config"):
+        make_tiny(None, sparse_by_default=True)

@@ -82,34 +82,37 @@ def test_forms_of_questions(make_tiny) -> None:
     assert adapter.process_request(Request("", "b"), GENERATION).details[0].context_tokens == 0
 
 
-@pytest.fixture
-def bars(monkeypatch: pytest.MonkeyPatch) -> list[tqdm]:
-    """The progress bars of a test, with a terminal to write on."""
-    made: list[tqdm] = []
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tqdm, Terminal]]:
+    """The progress bars of a test, each with the terminal that it writes on."""
+    made: list[tuple[tqdm, Terminal]] = []
 
     def bar(**kwargs) -> tqdm:
-        made.append(tqdm(file=Terminal(), mininterval=0, **kwargs))
-        return made[-1]
+        terminal = Terminal()
+        made.append((tqdm(file=terminal, mininterval=0, **kwargs), terminal))
+        return made[-1][0]
 
     monkeypatch.setattr(progress, "tqdm", bar)
     return made
 
 
-def shown(bar: tqdm) -> str:
-    return bar.fp.getvalue()
+def shown(bars: list[tuple[tqdm, Terminal]]) -> str:
+    """What the latest bar wrote."""
+    return bars[-1][1].getvalue()
 
 
 def test_a_progress_bar_counts_the_tokens_of_all_answers(make_tiny, bars: list) -> None:
     adapter = make_tiny()
     details = adapter.process_request(REQUEST, GENERATION, {"show_progress": True}).details
     prompt = details[0].prompt_tokens + details[1].prompt_tokens - details[0].context_tokens
-    assert (bars[0].n, bars[0].total) == (8, 8)
-    assert f"reading {prompt} tokens" in shown(bars[0])
-    assert "answering: 100%" in shown(bars[0])
+    assert (bars[0][0].n, bars[0][0].total) == (8, 8)
+    assert f"reading {prompt} tokens" in shown(bars)
+    assert "answering: 100%" in shown(bars)
 
 
 def test_an_answer_that_ends_early_shortens_the_bar(make_tiny, bars: list) -> None:
@@ -119,23 +122,23 @@ def test_an_answer_that_ends_early_shortens_the_bar(make_tiny, bars: list) -> No
     details = adapter.process_request(REQUEST, arguments, {"show_progress": True}).details
     expected = sum(item.new_tokens for item in details)
     assert expected < 8
-    assert (bars[-1].n, bars[-1].total) == (expected, expected)
+    assert (bars[-1][0].n, bars[-1][0].total) == (expected, expected)
 
 
 def test_no_bar_unless_asked_or_long(make_tiny, bars: list, monkeypatch) -> None:
     adapter = make_tiny()
     for options in ({}, {"show_progress": False}):
         adapter.process_request(REQUEST, GENERATION, options)
-        assert shown(bars.pop()) == ""
+        assert shown(bars) == ""
     monkeypatch.setattr(progress, "LONG_ANSWER_TOKENS", 7)
     adapter.process_request(REQUEST, GENERATION)
-    assert "answering" in shown(bars.pop())
+    assert "answering" in shown(bars)
     adapter.process_request(REQUEST, GENERATION, {"show_progress": False})
-    assert shown(bars.pop()) == ""
+    assert shown(bars) == ""
     monkeypatch.setattr(progress, "LONG_ANSWER_TOKENS", 100)
     monkeypatch.setattr(progress, "LONG_PROMPT_TOKENS", 20)
     adapter.process_request(REQUEST, GENERATION)
-    assert "answering" in shown(bars.pop())
+    assert "answering" in shown(bars)
 
 
 def test_nothing_is_printed(make_tiny, capsys: pytest.CaptureFixture) -> None:

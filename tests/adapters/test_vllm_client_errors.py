@@ -54,6 +54,7 @@ def test_the_stand_in_answers(adapter_of) -> None:
     ("behaviour", "kind", "status", "message", "posts"),
     [
         ("refuse", ServerRequestError, 400, "not this one", 1),
+        ("no-key", ServerRequestError, 401, "Unauthorized", 1),
         ("fail", ServerRequestError, 500, "it broke", 3),
         ("break-off", ServerConnectionError, None, "broke off", 1),
         ("error-midway", ServerRequestError, 500, "the engine broke", 1),
