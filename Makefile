@@ -21,7 +21,8 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks.research_attention
-	$(VENV)/bin/python -m benchmarks.dense_throughput
+	$(VENV)/bin/python -m benchmarks.paged_attention
+	$(VENV)/bin/python -m benchmarks.served_throughput
 
 # The last line is reached only when everything is there, so a broken install is taken up again.
 $(INSTALLED): requirements/cpu-dev.lock.txt requirements/vllm-name/pyproject.toml pyproject.toml

@@ -57,7 +57,10 @@ def test_no_maskers_is_a_dense_server() -> None:
         ({**SINK_LOCAL, "preset": "streaming-llm"}, ["maskers", "preset"]),
         ({**SINK_LOCAL, "set": {}}, ["sparse_attention.set does not go with", "maskers"]),
         ({"preset": "quest", "dense_layers": [1]}, ["dense_layers does not go with", "preset"]),
-        ({"preset": "quest", "set": {"quest_top_k.x": 1}}, ["'x' is not a field", "heavy_size"]),
+        (
+            {"preset": "quest", "set": {"quest_top_k.x": 1}},
+            ["maskers[2].x is not a field", "heavy_size"],
+        ),
         ({**SINK_LOCAL, "min_sparse_keys": -1}, ["min_sparse_keys", "-1", "auto"]),
         ({**SINK_LOCAL, "index": [{"type": "snik"}]}, ["snik", "sink"]),
         ({**SINK_LOCAL, "sparse_by_defualt": True}, ["sparse_by_defualt", "sparse_by_default"]),
