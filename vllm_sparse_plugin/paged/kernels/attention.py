@@ -16,35 +16,9 @@ from vllm_sparse_plugin.paged.kernels.exponential import exp_in_place
 from vllm_sparse_plugin.paged.kernels.group_lists import NOT_SELECTED
 from vllm_sparse_plugin.paged.kernels.prefetch import prefetch
 from vllm_sparse_plugin.paged.kernels.rows import load_row
+from vllm_sparse_plugin.paged.kernels.tiles import PART, TILE, locate
 
-_TILE = 32
-"""Tokens whose scores are held at once: their rows stay in the first-level cache."""
-_PART = 512
-"""Tokens of the parts that lists are cut into, so that one long row keeps all cores busy. The same
-in every batch: a row's sums must not depend on its neighbours."""
 _NOTHING = np.float32(-1e30)
-
-
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _locate(
-    tokens: np.ndarray,
-    unit: int,
-    begin: int,
-    end: int,
-    blocks: np.ndarray,
-    block_size: int,
-    head_size: int,
-    places: np.ndarray,
-    starts: np.ndarray,
-) -> int:
-    """Blocks, and first elements in them, of a tile of a list; returns how many."""
-    count = max(0, min(_TILE, end - begin))
-    is_range = tokens.shape[1] == 0
-    for i in range(count):
-        token = begin + i if is_range else np.int64(tokens[unit, begin + i])
-        places[i] = blocks[token // block_size]
-        starts[i] = token % block_size * head_size
-    return count
 
 
 @njit(parallel=True, fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -88,7 +62,7 @@ def attend_lists(
     longest = 0
     for unit in range(counts.shape[0]):
         longest = max(longest, counts[unit])
-    splits = max(1, (longest + _PART - 1) // _PART)
+    splits = max(1, (longest + PART - 1) // PART)
     top = np.empty((counts.shape[0], splits, heads), np.float32)
     mass = np.empty((counts.shape[0], splits, heads), np.float32)
     sums = np.empty((counts.shape[0], splits, heads, head_size), np.float32)
@@ -98,35 +72,35 @@ def attend_lists(
         blocks = block_table[rows[index]]
         q = query[index, kv_head * heads : (kv_head + 1) * heads]
         count = counts[unit]
-        begin, end = split * _PART, min(count, (split + 1) * _PART)
+        begin, end = split * PART, min(count, (split + 1) * PART)
         if begin >= end:
             top[unit, split] = _NOTHING
             mass[unit, split] = np.float32(0.0)
             sums[unit, split] = np.float32(0.0)
             continue
-        places = np.empty((2, _TILE), np.int64)  # of this tile's tokens, and of the next one's
-        starts = np.empty((2, _TILE), np.int64)
-        scores = np.empty((heads, _TILE), np.float32)  # of the tokens that a head reads
+        places = np.empty((2, TILE), np.int64)  # of this tile's tokens, and of the next one's
+        starts = np.empty((2, TILE), np.int64)
+        scores = np.empty((heads, TILE), np.float32)  # of the tokens that a head reads
         read = np.empty(heads, np.int64)
-        powers = np.empty(_TILE, np.int32)
+        powers = np.empty(TILE, np.int32)
         buffer = np.empty(head_size, np.float32)
         total = np.zeros((heads, head_size), np.float32)
         largest = np.full(heads, _NOTHING, np.float32)
         weight = np.zeros(heads, np.float32)
-        filled = _locate(
+        filled = locate(
             tokens, unit, begin, end, blocks, block_size, head_size, places[0], starts[0]
         )
         for i in range(filled):
             prefetch(elements, places[0, i], kv_head, starts[0, i], head_size)
         side = 0
-        for tile in range(begin, end, _TILE):
+        for tile in range(begin, end, TILE):
             place, start = places[side], starts[side]
             side = 1 - side
             next_place, next_start = places[side], starts[side]
-            ahead = _locate(
+            ahead = locate(
                 tokens,
                 unit,
-                tile + _TILE,
+                tile + TILE,
                 end,
                 blocks,
                 block_size,

@@ -10,11 +10,13 @@ would cost a read of every key, which is what an index saves.
 """
 
 from vllm_sparse_plugin.paged.maskers import (  # noqa: F401  # each registers itself
+    adaptive_sampling,
     double_sparsity_top_k,
     hash_attention_top_k,
     local,
     oracle_top_k,
     oracle_top_p,
     quest_top_k,
+    random_sampling,
     sink,
 )

@@ -1,0 +1,117 @@
+"""The softmax denominator of what is selected: what a sampler measures its error against."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, prange
+
+from vllm_sparse_plugin.paged.kernels.exponential import exp_in_place
+from vllm_sparse_plugin.paged.kernels.group_lists import NOT_SELECTED
+from vllm_sparse_plugin.paged.kernels.prefetch import prefetch
+from vllm_sparse_plugin.paged.kernels.rows import load_row
+from vllm_sparse_plugin.paged.kernels.tiles import PART, TILE, locate
+
+
+@njit(parallel=True, fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def sum_selected_mass(
+    query: np.ndarray,
+    elements: np.ndarray,
+    kind: int,
+    block_size: int,
+    block_table: np.ndarray,
+    rows: np.ndarray,
+    tokens: np.ndarray,
+    log_weights: np.ndarray,
+    counts: np.ndarray,
+    scaling: float,
+    top: np.ndarray,
+    mass: np.ndarray,
+) -> None:
+    """`sum_S exp(s_i) / p_i` over each query head's selection S, by parts of its list.
+
+    Args:
+        query: `[num_queries, num_heads, head_size]`, float32.
+        elements: See the package; so the next four.
+        kind: Of the elements.
+        block_size: Tokens of a block.
+        block_table: Of the batch.
+        rows: Of the queries.
+        tokens: `[num_queries * num_kv_heads, capacity]`, int32 positions.
+        log_weights: `[num_queries * num_kv_heads, capacity, heads of a group]`, float32, see
+            `group_lists`.
+        counts: `[num_queries * num_kv_heads]`, tokens of each list.
+        scaling: Of the scores.
+        top: `[num_queries * num_heads, parts]`, float32, largest log term of a part of `PART`
+            tokens; written.
+        mass: float64, likewise: the part's sum, divided by `exp(top)`; written.
+    """
+    _, num_heads, head_size = query.shape
+    num_kv_heads = elements.shape[1]
+    heads = num_heads // num_kv_heads
+    parts = top.shape[1]
+    for item in prange(counts.shape[0] * parts):
+        unit, part = item // parts, item % parts
+        index, kv_head = unit // num_kv_heads, unit % num_kv_heads
+        blocks = block_table[rows[index]]
+        q = query[index, kv_head * heads : (kv_head + 1) * heads]
+        begin, end = part * PART, min(counts[unit], (part + 1) * PART)
+        places = np.empty((2, TILE), np.int64)  # of this tile's tokens, and of the next one's
+        starts = np.empty((2, TILE), np.int64)
+        terms = np.empty((heads, TILE), np.float32)  # of the tokens that a head selects
+        read = np.empty(heads, np.int64)
+        powers = np.empty(TILE, np.int32)
+        buffer = np.empty(head_size, np.float32)
+        largest = np.full(heads, NOT_SELECTED, np.float32)
+        total = np.zeros(heads, np.float64)
+        filled = locate(
+            tokens, unit, begin, end, blocks, block_size, head_size, places[0], starts[0]
+        )
+        side = 0
+        for tile in range(begin, end, TILE):
+            place, start = places[side], starts[side]
+            side = 1 - side
+            next_place, next_start = places[side], starts[side]
+            ahead = locate(
+                tokens,
+                unit,
+                tile + TILE,
+                end,
+                blocks,
+                block_size,
+                head_size,
+                next_place,
+                next_start,
+            )
+            read[:] = 0
+            for i in range(filled):
+                if i < ahead:
+                    prefetch(elements, next_place[i], kv_head, next_start[i], head_size)
+                key = load_row(elements, place[i], kv_head, start[i], buffer, kind)
+                for h in range(heads):
+                    log_weight = log_weights[unit, tile + i, h]
+                    if log_weight == NOT_SELECTED:
+                        continue
+                    score = np.float32(0.0)
+                    for d in range(head_size):
+                        score += q[h, d] * key[d]
+                    terms[h, read[h]] = score * np.float32(scaling) + log_weight
+                    read[h] += 1
+            for h in range(heads):
+                row = terms[h]
+                peak = largest[h]
+                for i in range(read[h]):
+                    peak = max(peak, row[i])
+                total[h] *= math.exp(largest[h] - peak)
+                largest[h] = peak
+                for i in range(read[h]):
+                    row[i] -= peak
+                exp_in_place(row, powers, read[h])
+                for i in range(read[h]):
+                    total[h] += row[i]
+            filled = ahead
+        first = index * num_heads + kv_head * heads
+        for h in range(heads):
+            top[first + h, part] = largest[h]
+            mass[first + h, part] = total[h]

@@ -1,0 +1,81 @@
+"""Adaptive sampling (vAttention) on pages: it reads the keys that are selected and its sample."""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+from typing import Any, ClassVar
+
+import numpy as np
+
+from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling import (
+    AdaptiveSamplingMaskerConfig,
+)
+from vllm_sparse_plugin.paged.kernels.sampling import sample_adaptively
+from vllm_sparse_plugin.paged.kernels.selected_mass import sum_selected_mass
+from vllm_sparse_plugin.paged.kernels.tiles import PART
+from vllm_sparse_plugin.paged.layout import BlockShape
+from vllm_sparse_plugin.paged.maskers.base import PagedMasker, PagedQueries, counterpart_of
+from vllm_sparse_plugin.paged.token_lists import TokenLists
+
+
+@counterpart_of(AdaptiveSamplingMaskerConfig)
+class PagedAdaptiveSamplingMasker(PagedMasker):
+    """See `AdaptiveSamplingMasker`."""
+
+    samples: ClassVar[bool] = True
+
+    def __init__(self, config: Any, shape: BlockShape) -> None:
+        """Looks up the quantile."""
+        super().__init__(config, shape)
+        self._quantile = NormalDist().inv_cdf(1 - config.delta / 2)
+
+    @property
+    def needs_query_heads(self) -> bool:
+        """See `PagedMasker`: every query head has its own sample."""
+        return True
+
+    def select(self, queries: PagedQueries) -> None:
+        """See `PagedMasker.select`."""
+        config, shape = self.config, self.shape
+        lengths = queries.lengths.astype(np.int64)
+        begins = queries.sizes(config.init_offset)
+        ends = np.maximum(begins, lengths - queries.sizes(config.local_offset))
+        queries.add_range(np.zeros_like(begins), begins)
+        queries.add_range(ends, lengths)
+        lists = TokenLists.of(
+            queries.flags,
+            queries.probability,
+            queries.lengths,
+            shape.num_heads,
+            shape.num_kv_heads,
+        )
+        parts = -(-int(lists.counts.max()) // PART)
+        top = np.empty((len(queries.flags), max(1, parts)), np.float32)
+        mass = np.empty(top.shape, np.float64)
+        cache = (
+            queries.query,
+            queries.cache.elements,
+            shape.kind,
+            shape.block_size,
+            queries.block_table,
+            queries.rows,
+        )
+        sum_selected_mass(
+            *cache, lists.tokens, lists.log_weights, lists.counts, queries.scaling, top, mass
+        )
+        base = config.base_rate_sampling
+        sample_adaptively(
+            *cache,
+            queries.lengths,
+            queries.scaling,
+            base if isinstance(base, int) else 0,
+            base if isinstance(base, float) else 0.0,
+            config.epsilon,
+            self._quantile,
+            config.seed,
+            queries.cache.layer_index,
+            top,
+            mass,
+            queries.flags,
+            queries.probability,
+        )
