@@ -45,7 +45,7 @@ def masker_table() -> str:
                 masker.facts.state,
                 masker.facts.index_bytes,
                 "by index" if masker.facts.is_by_index else "dense weights",
-                "general path",
+                "on pages" if masker.facts.is_paged else "general path",
             )
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

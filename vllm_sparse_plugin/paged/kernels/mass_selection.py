@@ -16,9 +16,7 @@ from vllm_sparse_plugin.paged.kernels.selection import (
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _weigh(
-    logits: np.ndarray, order: np.ndarray, weights: np.ndarray, powers: np.ndarray
-) -> float:
+def _weigh(logits: np.ndarray, order: np.ndarray, weights: np.ndarray, powers: np.ndarray) -> float:
     """Weights e**(logit - largest) of the candidates, 0 for others; returns their sum."""
     peak = np.float32(-np.inf)
     for i in range(order.shape[0]):

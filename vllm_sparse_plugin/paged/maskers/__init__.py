@@ -11,6 +11,7 @@ would cost a read of every key, which is what an index saves.
 
 from vllm_sparse_plugin.paged.maskers import (  # noqa: F401  # each registers itself
     adaptive_sampling,
+    causal,
     double_sparsity_top_k,
     hash_attention_top_k,
     local,

@@ -134,12 +134,14 @@ class MaskerFacts:
         index_bytes: Bytes of that, packed, per token and KV head; or per token and query head,
             where each query head has labels of its own.
         is_by_index: Whether a decode step in process lists keys; else it weighs all of them.
+        is_paged: Whether `vllm_sparse_plugin` has a counterpart that runs on pages.
     """
 
     paper: str
     state: str = "none"
     index_bytes: str = "0"
     is_by_index: bool = True
+    is_paged: bool = False
 
 
 class ResearchMasker(ABC):

@@ -25,6 +25,7 @@ class CausalMasker(FixedMasker):
 
     facts: ClassVar[MaskerFacts] = MaskerFacts(
         paper="(selects nothing)",
+        is_paged=True,
     )
 
     def add_mask(

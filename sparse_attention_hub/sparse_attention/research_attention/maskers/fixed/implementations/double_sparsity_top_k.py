@@ -92,6 +92,7 @@ class DoubleSparsityTopKMasker(TopKMasker):
         paper="Double Sparsity, Yang et al. 2024",
         state="labels: the kept channels",
         index_bytes="head size / group_factor · label_bits / 8",
+        is_paged=True,
     )
 
     def __init__(self, config: DoubleSparsityTopKMaskerConfig) -> None:

@@ -110,6 +110,7 @@ class HashAttentionTopKMasker(TopKMasker):
         paper="HashAttention, Desai et al. 2024",
         state="bit signatures",
         index_bytes="hat_bits / 8",
+        is_paged=True,
     )
 
     def __init__(self, config: HashAttentionTopKMaskerConfig) -> None:

@@ -41,6 +41,7 @@ class OracleTopKMasker(TopKMasker):
 
     facts: ClassVar[MaskerFacts] = MaskerFacts(
         paper="(upper bound of top-k)",
+        is_paged=True,
     )
 
     def scores(

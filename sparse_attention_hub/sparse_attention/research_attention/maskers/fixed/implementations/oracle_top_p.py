@@ -97,6 +97,7 @@ class OracleTopPMasker(TopPMasker):
     facts: ClassVar[MaskerFacts] = MaskerFacts(
         paper="Twilight, Lin et al. 2025",
         is_by_index=False,
+        is_paged=True,
     )
 
     def add_mask(

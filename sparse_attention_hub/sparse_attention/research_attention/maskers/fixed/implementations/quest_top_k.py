@@ -100,6 +100,7 @@ class QuestTopKMasker(FixedMasker):
         paper="Quest, Tang et al. 2024",
         state="page minima and maxima",
         index_bytes="2 · head size · label_bits / 8 / page_size",
+        is_paged=True,
     )
 
     def __init__(self, config: QuestTopKMaskerConfig) -> None:

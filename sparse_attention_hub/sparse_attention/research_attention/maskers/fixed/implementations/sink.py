@@ -64,6 +64,7 @@ class SinkMasker(FixedMasker):
 
     facts: ClassVar[MaskerFacts] = MaskerFacts(
         paper="StreamingLLM, Xiao et al. 2023",
+        is_paged=True,
     )
 
     def __init__(self, config: SinkMaskerConfig) -> None:

@@ -142,6 +142,7 @@ class AdaptiveSamplingMasker(SamplingMasker):
 
     facts: ClassVar[MaskerFacts] = MaskerFacts(
         paper="vAttention, Desai et al. 2025",
+        is_paged=True,
     )
 
     def __init__(self, config: AdaptiveSamplingMaskerConfig) -> None:

@@ -76,6 +76,7 @@ class RandomSamplingMasker(SamplingMasker):
 
     facts: ClassVar[MaskerFacts] = MaskerFacts(
         paper="(uniform)",
+        is_paged=True,
     )
 
     def __init__(self, config: RandomSamplingMaskerConfig) -> None:

@@ -1,0 +1,59 @@
+"""The only place that touches private or version-dependent vLLM names.
+
+`TESTED_VLLM` is the range that the tests have run against; `tests/plugin/test_vllm_contract.py`
+asserts every name and signature used here.
+"""
+
+from vllm_sparse_plugin.compat.cpu_operations import (
+    cpu_attend,
+    cpu_attention,
+    cpu_write_key_value,
+    load_cpu_operations,
+)
+from vllm_sparse_plugin.compat.engine import (
+    SUPPORTED_CACHE_DTYPES,
+    attention_shape,
+    check_engine,
+    current_vllm_config,
+    dense_backend,
+    engine_being_built,
+    is_selected,
+    processor_bases,
+    remember_engine_being_built,
+    serving_config,
+)
+from vllm_sparse_plugin.compat.hooks import (
+    BACKEND_PATH,
+    PAGED_BACKEND_PATH,
+    STATS_METHOD,
+    install,
+)
+from vllm_sparse_plugin.compat.versions import (
+    TESTED_VLLM,
+    check_vllm_version,
+    installed_vllm_version,
+)
+
+__all__ = [
+    "BACKEND_PATH",
+    "PAGED_BACKEND_PATH",
+    "STATS_METHOD",
+    "SUPPORTED_CACHE_DTYPES",
+    "TESTED_VLLM",
+    "attention_shape",
+    "check_engine",
+    "check_vllm_version",
+    "cpu_attend",
+    "cpu_attention",
+    "cpu_write_key_value",
+    "current_vllm_config",
+    "dense_backend",
+    "engine_being_built",
+    "install",
+    "installed_vllm_version",
+    "is_selected",
+    "load_cpu_operations",
+    "processor_bases",
+    "remember_engine_being_built",
+    "serving_config",
+]

@@ -1,0 +1,164 @@
+"""What an engine's configuration says, and vLLM's own classes that the plugin builds on."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from vllm_sparse_plugin.serving_config import NAMESPACE, ServingConfig
+from vllm_sparse_plugin.trial import AttentionShape
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder
+
+SUPPORTED_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+
+
+def is_selected(vllm_config: VllmConfig) -> bool:
+    """Whether this engine runs its attention through the plugin."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    attention_config = vllm_config.attention_config
+    chosen = {attention_config.backend, *(attention_config.backend_per_kind or {}).values()}
+    return AttentionBackendEnum.CUSTOM in chosen
+
+
+def serving_config(vllm_config: VllmConfig) -> ServingConfig | None:
+    """The plugin's configuration in this engine; None when the plugin is not selected.
+
+    Raises:
+        ValueError: The configuration is missing or wrong; the message names the field.
+    """
+    if not is_selected(vllm_config):
+        return None
+    additional = vllm_config.additional_config
+    value = additional.get(NAMESPACE) if isinstance(additional, dict) else None
+    return ServingConfig.parse(value)
+
+
+def attention_shape(vllm_config: VllmConfig) -> AttentionShape:
+    """The shapes that maskers will meet in a worker of this engine."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return AttentionShape(
+        num_layers=model.get_num_layers(parallel),
+        num_heads=model.get_num_attention_heads(parallel),
+        num_kv_heads=model.get_num_kv_heads(parallel),
+        head_size=model.get_head_size(),
+    )
+
+
+def check_engine(vllm_config: VllmConfig) -> None:
+    """Refuses, at start-up, what the plugin cannot serve correctly.
+
+    Raises:
+        ValueError: Lists every reason.
+    """
+    parallel = vllm_config.parallel_config
+    reasons = [
+        reason
+        for refused, reason in (
+            (
+                vllm_config.speculative_config is not None,
+                "speculative decoding: vLLM hands no per-request parameters to the worker then",
+            ),
+            (
+                vllm_config.kv_transfer_config is not None,
+                "a KV connector: its keys may not tell sparse from dense blocks",
+            ),
+            (
+                parallel.pipeline_parallel_size > 1,
+                "pipeline parallelism: only the last stage learns the request's parameters",
+            ),
+            (
+                vllm_config.cache_config.cache_dtype not in SUPPORTED_CACHE_DTYPES,
+                f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype} (allowed: "
+                f"{', '.join(SUPPORTED_CACHE_DTYPES)})",
+            ),
+            (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
+            (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),
+        )
+        if refused
+    ]
+    if reasons:
+        raise ValueError(
+            "--attention-backend CUSTOM (sparse attention) does not support: " + "; ".join(reasons)
+        )
+
+
+def dense_backend() -> tuple[
+    type[AttentionBackend], type[AttentionMetadataBuilder[Any]], type[AttentionImpl[Any]]
+]:
+    """VLLM's own backend of this platform, which serves dense rows and owns the cache layout.
+
+    Returns:
+        The backend, its metadata builder and its implementation.
+
+    Raises:
+        RuntimeError: The platform is neither CPU nor CUDA.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.attention.backends import cpu_attn
+
+        return (
+            cpu_attn.CPUAttentionBackend,
+            cpu_attn.CPUAttentionMetadataBuilder,
+            cpu_attn.CPUAttentionBackendImpl,
+        )
+    if current_platform.is_cuda():
+        from vllm.v1.attention.backends import triton_attn
+
+        return (
+            triton_attn.TritonAttentionBackend,
+            triton_attn.TritonAttentionMetadataBuilder,
+            triton_attn.TritonAttentionImpl,
+        )
+    raise RuntimeError(
+        f"vllm_sparse_plugin supports CPU and CUDA, not {current_platform.device_name}"
+    )
+
+
+def processor_bases() -> tuple[type, ...]:
+    """The base classes of a request-parameter processor: one class must serve both runners.
+
+    The V2 runner refuses a class that is not its own kind, the V1 runner calls the V1 interface.
+    """
+    from vllm.v1.sample.logits_processor import LogitsProcessor as ProcessorV1
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ProcessorV2
+
+    return (ProcessorV1, ProcessorV2)
+
+
+_engine_being_built: weakref.ref[VllmConfig] | None = None
+
+
+def remember_engine_being_built() -> VllmConfig:
+    """The configuration of the engine whose layers are made now, for `engine_being_built`."""
+    global _engine_being_built
+    config = current_vllm_config()
+    _engine_being_built = weakref.ref(config)
+    return config
+
+
+def engine_being_built() -> VllmConfig:
+    """The configuration of the engine whose layers were made last in this process.
+
+    vLLM asks a backend for its blocks outside the context in which `current_vllm_config` works;
+    engines of one process are built one after the other.
+
+    Raises:
+        RuntimeError: No layer was made yet, or its engine is gone.
+    """
+    config = _engine_being_built() if _engine_being_built is not None else None
+    if config is None:
+        raise RuntimeError("no engine of this process uses the sparse attention backend")
+    return config
+
+
+def current_vllm_config() -> VllmConfig:
+    """The configuration of the engine whose model is being built."""
+    from vllm.config import get_current_vllm_config
+
+    return get_current_vllm_config()

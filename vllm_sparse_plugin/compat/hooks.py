@@ -1,0 +1,195 @@
+"""Hooks into vLLM; each says why no official extension point does."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sparse_attention_hub.sparse_attention.serialization import config_to_json
+from vllm_sparse_plugin.compat.engine import (
+    attention_shape,
+    check_engine,
+    current_vllm_config,
+    serving_config,
+)
+from vllm_sparse_plugin.prefix_cache import sparse_hash_keys
+from vllm_sparse_plugin.request_parameters import RequestParameters, resolve_request
+from vllm_sparse_plugin.serving_config import ServingConfig
+from vllm_sparse_plugin.trial import try_maskers
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+BACKEND_PATH = "vllm_sparse_plugin.backend.SparseAttentionBackend"
+PAGED_BACKEND_PATH = "vllm_sparse_plugin.paged_backend.PagedAttentionBackend"
+STATS_METHOD = "sparse_attention_stats"
+_MARK = "_sparse_attention_hook"
+
+
+def install() -> None:
+    """Registers the backend and installs the hooks of this process, once."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    # CUSTOM, not a name of our own: a new enum member does not unpickle in a process where the
+    # plugin has not been loaded yet, and registering it twice raises.
+    register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
+    _hook_request_admission()
+    _hook_block_hashes()
+    _hook_cpu_backend_choice()
+    _hook_worker_statistics()
+
+
+def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+    """Replaces `owner.name` by `wrap(original)`, unless that was done before."""
+    original = getattr(owner, name)
+    if getattr(original, _MARK, False):
+        return
+    replacement = wrap(original)
+    setattr(replacement, _MARK, True)
+    setattr(owner, name, replacement)
+
+
+def _hook_request_admission() -> None:
+    """Validates the configuration at start-up, and each request's parameters at admission.
+
+    `LogitsProcessor.validate_params` is the official place, but it is a class method that cannot
+    see which engine it validates for: the server's defaults are needed here.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    def wrap(original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def init(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+            config = serving_config(vllm_config)
+            shape, break_even = None, 0
+            if config is not None:
+                check_engine(vllm_config)
+                shape = attention_shape(vllm_config)
+                if not config.attention.is_dense:
+                    try_maskers(config_to_json(config.attention), shape)
+                break_even = _break_even(vllm_config, config)
+            original(self, vllm_config, *args, **kwargs)
+            validate = self.validate_logits_processors_params
+
+            def validate_and_resolve(params: Any) -> None:
+                validate(params)
+                try:
+                    params.extra_args = resolve_request(params.extra_args, config, break_even)
+                    resolved = RequestParameters.from_extra_args(params.extra_args)
+                    if shape is not None and resolved is not None and resolved.config_json:
+                        try_maskers(resolved.config_json, shape)
+                except ValueError as error:
+                    raise VLLMValidationError(str(error)) from error
+
+            self.validate_logits_processors_params = validate_and_resolve
+
+        return init
+
+    _replace(InputProcessor, "__init__", wrap)
+
+
+def _break_even(vllm_config: VllmConfig, config: ServingConfig) -> int:
+    """Keys from which on the server's maskers are worth their cost; measured if it asks for it."""
+    from vllm.platforms import current_platform
+
+    is_paged = config.fast_path and current_platform.is_cpu() and not config.attention.is_dense
+    if config.min_sparse_keys != "auto" or not is_paged:
+        return 0
+    from vllm_sparse_plugin.paged.break_even import break_even_of
+    from vllm_sparse_plugin.paged.layout import BlockShape
+
+    heads = attention_shape(vllm_config)
+    return break_even_of(
+        config.attention,
+        BlockShape(
+            vllm_config.cache_config.block_size,
+            heads.num_heads,
+            heads.num_kv_heads,
+            heads.head_size,
+            vllm_config.model_config.dtype,
+        ),
+    )
+
+
+def _hook_block_hashes() -> None:
+    """Keys blocks with sparsely attending tokens by the sparse configuration too.
+
+    vLLM hashes LoRA, multimodal inputs and the salt, but no `extra_args`, and has no hook there.
+    """
+    from vllm.v1.core import block_pool, kv_cache_utils
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def generate(request: Any, start: int, end: int, mm_index: int) -> Any:
+            keys, next_mm_index = original(request, start, end, mm_index)
+            parameters = request.sampling_params
+            sparse = sparse_hash_keys(
+                parameters.extra_args if parameters is not None else None,
+                request.num_prompt_tokens,
+                start,
+                end,
+            )
+            return ((*(keys or ()), *sparse) if sparse else keys), next_mm_index
+
+        return generate
+
+    # block_pool imports the function by name, so it is replaced in both modules.
+    for module in (kv_cache_utils, block_pool):
+        _replace(module, "generate_block_hash_extra_keys", wrap)
+
+
+def _hook_cpu_backend_choice() -> None:
+    """Teaches the CPU platform to honour `--attention-backend CUSTOM`.
+
+    It ignores every choice but its own; on CUDA the selector honours CUSTOM as it is.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    def wrap(original: Any) -> Any:
+        choose = original.__func__
+
+        @functools.wraps(choose)
+        def get_attn_backend_cls(
+            cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: Any = None
+        ) -> str:
+            if selected_backend is not AttentionBackendEnum.CUSTOM:
+                return str(choose(cls, selected_backend, attn_selector_config, num_heads))
+            backend = AttentionBackendEnum.CUSTOM.get_class()
+            # The CUDA platform validates a chosen backend, the CPU platform does not.
+            reasons = backend.validate_configuration(
+                **attn_selector_config._asdict(), device_capability=None
+            )
+            if reasons:
+                raise ValueError(
+                    "--attention-backend CUSTOM (sparse attention) cannot serve this model: "
+                    + "; ".join(reasons)
+                )
+            config = serving_config(current_vllm_config())
+            is_paged = config is not None and config.fast_path
+            return PAGED_BACKEND_PATH if is_paged else BACKEND_PATH
+
+        return classmethod(get_attn_backend_cls)
+
+    descriptor = CpuPlatform.__dict__["get_attn_backend_cls"]
+    if not getattr(descriptor.__func__, _MARK, False):
+        replacement = wrap(descriptor)
+        setattr(replacement.__func__, _MARK, True)
+        CpuPlatform.get_attn_backend_cls = replacement
+
+
+def _hook_worker_statistics() -> None:
+    """Gives workers the method that the HTTP route asks for density (`collective_rpc` by name)."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    if hasattr(WorkerBase, STATS_METHOD):
+        return
+
+    def sparse_attention_stats(self: Any, tag: str | None = None) -> dict[str, Any] | None:
+        from vllm_sparse_plugin.row_parameters import row_table
+
+        return row_table(self.vllm_config).statistics.report(tag)
+
+    setattr(WorkerBase, STATS_METHOD, sparse_attention_stats)
