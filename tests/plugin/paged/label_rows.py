@@ -2,8 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 
+from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
+    MaskerConfig,
+    ResearchMasker,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed import TopKMasker
 from tests.plugin.paged.paged_rows import (
     Rows,
     attend,
@@ -13,7 +19,9 @@ from tests.plugin.paged.paged_rows import (
     shape_of,
 )
 from tests.tolerances import ATTENTION_ATOL
-from vllm_sparse_plugin.paged.layout import LayerCache
+from vllm_sparse_plugin.paged.attention import PagedAttention
+from vllm_sparse_plugin.paged.layout import BlockLayout, LayerCache
+from vllm_sparse_plugin.paged.maskers.base import PagedQueries
 
 
 def slots_of(rows: Rows, row: int) -> torch.Tensor:
@@ -60,6 +68,32 @@ def assert_same_keys(maskers: list[dict], exact: bool = True, near_ties: int = 0
         far = (output - expected).abs().amax(dim=(1, 2)) > ATTENTION_ATOL[layout.shape.dtype]
         different += int(far.sum())
     assert different <= near_ties
+
+
+def assert_same_scores(config: MaskerConfig, **shape) -> None:
+    """Scores of random keys, by query head, are the reference masker's but for their last bits."""
+    attention = PagedAttention([config], shape_of(**shape))
+    [masker] = attention.maskers
+    rows = make_rows(BlockLayout(attention.shape, masker.indices), exact=False, layer_index=1)
+    queries = PagedQueries(
+        query=rows.query.float().numpy(),
+        cache=rows.cache,
+        block_table=rows.batch.block_table,
+        rows=rows.batch.rows,
+        lengths=rows.batch.lengths,
+        scaling=1.0,
+        flags=np.zeros((rows.query.shape[0] * rows.query.shape[1], 304), np.uint8),
+        probability=np.zeros(0, np.float32),
+        scores=np.zeros((*rows.query.shape[:2], 304), np.float32),
+    )
+    masker.select(queries)
+    reference = ResearchMasker.create_masker_from_config(config)
+    assert isinstance(reference, TopKMasker)
+    for row, keys in enumerate(rows.keys):
+        query = rows.query[row][None, :, None]
+        expected = reference.scores(query, keys, rows.values[row], None, {}, 1)[0, :, 0]
+        found = torch.from_numpy(queries.scores[row, :, : keys.shape[2]])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def assert_independent_rows(maskers: list[dict]) -> None:

@@ -9,12 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed import (
+    DoubleSparsityTopKMaskerConfig,
+)
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.common_utils import (  # noqa: E501
     pseudo_quantize,
 )
 from tests.plugin.paged.label_rows import (
     assert_independent_rows,
     assert_same_keys,
+    assert_same_scores,
     at_slots,
     rebuilt,
     slots_of,
@@ -27,6 +31,8 @@ from tests.plugin.paged.paged_rows import (
     shape_of,
 )
 from vllm_sparse_plugin.paged.channel_labels import ChannelLabels, stored_labels
+from vllm_sparse_plugin.paged.kernels.rounding import round_to_kind
+from vllm_sparse_plugin.paged.kernels.rows import BFLOAT16, FLOAT16, FLOAT32
 from vllm_sparse_plugin.paged.layout import BlockLayout, LayerCache
 from vllm_sparse_plugin.paged.maskers.base import Unsupported
 
@@ -105,6 +111,22 @@ def test_half_precision(folder, dtype, bits) -> None:
     assert_same_keys(maskers, exact=bits == 16, near_ties=0 if bits == 16 else 1, dtype=dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [2, 4, 8, 16])
+@pytest.mark.parametrize("rows", [8, 2])
+def test_same_scores(folder, dtype, bits, rows) -> None:
+    """Half-precision labels are rounded once more, as the reference does it."""
+    assert_same_scores(
+        DoubleSparsityTopKMaskerConfig(
+            heavy_size=0.1,
+            sorted_channel_file=channel_file(folder, rows),
+            group_factor=5,
+            label_bits=bits,
+        ),
+        dtype=dtype,
+    )
+
+
 def expected_labels(key: torch.Tensor, channels: np.ndarray, bits: int) -> torch.Tensor:
     """`[keys, KV heads, rows per head, C]` of keys `[KV heads, keys, D]`, by the reference."""
     per_head = len(channels) // key.shape[0]
@@ -149,6 +171,20 @@ def test_any_key_is_quantised_as_the_reference_does(folder, values, power, bits,
     channels = index.channels(0, shape).astype(np.int64)
     found = stored_labels(index, cache)[0, :, :, 7][None]
     assert torch.equal(found, expected_labels(key, channels, bits))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(FLOAT32, torch.float32), (BFLOAT16, torch.bfloat16), (FLOAT16, torch.half)]
+)
+def test_rounding(kind, dtype) -> None:
+    """As torch rounds: ties, subnormals of float16, zeros, both signs."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(20_000, generator=generator) * torch.logspace(-9, 4, 20_000)
+    ties = torch.arange(1, 4001) * 2.0**-25
+    values = torch.cat([values, ties, ties + 1, -ties, torch.zeros(3)])
+    found = values.numpy().copy()
+    round_to_kind(found, kind)
+    assert torch.equal(torch.from_numpy(found), values.to(dtype).float())
 
 
 def test_a_row_does_not_depend_on_its_neighbours(folder) -> None:

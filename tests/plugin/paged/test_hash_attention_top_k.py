@@ -121,6 +121,10 @@ def test_half_precision(folder, dtype) -> None:
     assert_same_keys([*SINK_LOCAL, config(folder, 2)], dtype=dtype)
 
 
+def test_networks_of_kv_heads_for_queries_too(folder) -> None:
+    assert_same_keys([*SINK_LOCAL, config(folder, 2, heads=2)])
+
+
 def bits_of(words: torch.Tensor, count: int) -> torch.Tensor:
     return ((words[..., None] >> torch.arange(32)) & 1).flatten(start_dim=-2)[..., :count].bool()
 
