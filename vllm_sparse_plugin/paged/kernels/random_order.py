@@ -32,18 +32,20 @@ def _keys_below(
     flags: np.ndarray, length: int, stream: np.uint64, bound: np.uint64, keys: np.ndarray
 ) -> int:
     """Writes the unselected keys with numbers below a bound, ascending; returns how many."""
-    is_below = np.empty(_CHUNK, np.uint8)
-    count = 0
+    numbers, is_below = np.empty(_CHUNK, np.uint64), np.empty(_CHUNK, np.uint8)
+    count = np.uint64(0)  # unsigned: a signed index is checked for counting from the end
     for first in range(0, length, _CHUNK):
-        filled = min(_CHUNK, length - first)
-        for i in range(filled):
-            number = number_of(stream, np.uint64(first + i))
-            is_below[i] = (number < bound) & (flags[first + i] == 0)
-        for i in range(filled):
+        row = flags[first : min(first + _CHUNK, length)]
+        start = np.uint64(first)
+        for i in range(row.shape[0]):
+            numbers[i] = number_of(stream, start + np.uint64(i))
+        for i in range(row.shape[0]):
+            is_below[i] = (numbers[i] < bound) & (row[i] == 0)
+        for i in range(row.shape[0]):
             # Written in any case, kept if it is: a branch would be guessed wrong too often.
             keys[count] = first + i
-            count += is_below[i]
-    return count
+            count += np.uint64(is_below[i])
+    return int(count)
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
