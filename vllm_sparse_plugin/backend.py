@@ -239,8 +239,9 @@ class SparseAttentionImpl(_DenseImpl):  # type: ignore[misc, valid-type]
             kv_sharing_target_layer_name,
             **extra,
         )
-        self.can_be_sparse = sliding_window is None
-        self._statistics = row_table(compat.current_vllm_config()).statistics
+        vllm_config = compat.current_vllm_config()
+        self.can_be_sparse = not compat.window_restricts(sliding_window, vllm_config)
+        self._statistics = row_table(vllm_config).statistics
 
     def forward(
         self,

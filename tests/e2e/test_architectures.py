@@ -37,11 +37,6 @@ CONFIGS = {
     for name, maskers in MASKERS.items()
 }
 WINDOWED_LAYERS = {"mistral-window": LAYERS, "gemma3": 2}
-LONG_WINDOW = "phi4-mini"
-NOT_YET = pytest.mark.xfail(
-    strict=True,
-    reason="the plugin keeps layers dense whose window is longer than all the model can see",
-)
 REQUEST = Request(
     python_manual(["formatstrings"], 1000), "\n\nWhat is a field?", answer_prefix="\nAnswer:"
 )
@@ -122,16 +117,8 @@ def engine_report(folders, start_engine) -> Callable[[str], EngineReport]:
     return report
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        pytest.param(
-            kind, name, marks=NOT_YET if (kind, bool(config)) == (LONG_WINDOW, True) else ()
-        )
-        for kind in SERVED
-        for name, config in CONFIGS.items()
-    ],
-)
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("kind", SERVED)
 def test_same_tokens_and_same_counts(kind, name, reference, engine_report, capsys) -> None:
     expected, report = reference(kind, name), engine_report(kind)
     assert report.error is None
@@ -185,10 +172,7 @@ def test_answers_depend_on_what_is_read(kind, name, reference) -> None:
     assert is_equal == all_dense
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(kind, marks=NOT_YET if kind == LONG_WINDOW else ()) for kind in SERVED],
-)
+@pytest.mark.parametrize("kind", SERVED)
 def test_layers_with_a_window_are_said_to_be_dense(kind, folders, engine_report, caplog) -> None:
     with adapter_of(folders[kind], "oracle"):
         pass

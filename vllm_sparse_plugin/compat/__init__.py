@@ -21,6 +21,7 @@ from vllm_sparse_plugin.compat.engine import (
     processor_bases,
     remember_engine_being_built,
     serving_config,
+    window_restricts,
 )
 from vllm_sparse_plugin.compat.hooks import (
     BACKEND_PATH,
@@ -56,4 +57,5 @@ __all__ = [
     "processor_bases",
     "remember_engine_being_built",
     "serving_config",
+    "window_restricts",
 ]

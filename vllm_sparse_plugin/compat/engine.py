@@ -48,6 +48,18 @@ def attention_shape(vllm_config: VllmConfig) -> AttentionShape:
     )
 
 
+def window_restricts(window: int | None, vllm_config: VllmConfig) -> bool:
+    """Whether a sliding window ever hides a key; some models have one longer than themselves.
+
+    As the in-process adapter decides it, and never less than what this engine can serve.
+    """
+    if window is None:
+        return False
+    model = vllm_config.model_config
+    positions = getattr(model.hf_text_config, "max_position_embeddings", 0)
+    return bool(window < max(model.max_model_len, positions))
+
+
 def check_engine(vllm_config: VllmConfig) -> None:
     """Refuses, at start-up, what the plugin cannot serve correctly.
 

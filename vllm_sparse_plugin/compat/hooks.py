@@ -13,6 +13,7 @@ from vllm_sparse_plugin.compat.engine import (
     current_vllm_config,
     serving_config,
 )
+from vllm_sparse_plugin.paged.break_even import break_even_of
 from vllm_sparse_plugin.prefix_cache import sparse_hash_keys
 from vllm_sparse_plugin.request_parameters import RequestParameters, resolve_request
 from vllm_sparse_plugin.serving_config import ServingConfig
@@ -97,19 +98,11 @@ def _break_even(vllm_config: VllmConfig, config: ServingConfig) -> int:
     is_paged = config.fast_path and current_platform.is_cpu() and not config.attention.is_dense
     if config.min_sparse_keys != "auto" or not is_paged:
         return 0
-    from vllm_sparse_plugin.paged.break_even import break_even_of
-    from vllm_sparse_plugin.paged.layout import BlockShape
-
-    heads = attention_shape(vllm_config)
     return break_even_of(
         config.attention,
-        BlockShape(
-            vllm_config.cache_config.block_size,
-            heads.num_heads,
-            heads.num_kv_heads,
-            heads.head_size,
-            vllm_config.model_config.dtype,
-        ),
+        attention_shape(vllm_config),
+        vllm_config.cache_config.block_size,
+        vllm_config.model_config.dtype,
     )
 
 

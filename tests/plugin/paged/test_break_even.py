@@ -1,15 +1,19 @@
 """From how many keys on maskers run: measured, kept, and counted where it keeps a query dense."""
 
+import json
+
 import pytest
+import torch
 
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict
-from tests.plugin.paged.paged_rows import SINK_LOCAL, shape_of
+from tests.plugin.paged.paged_rows import SINK_LOCAL
 from vllm_sparse_plugin.paged import break_even
-from vllm_sparse_plugin.paged.break_even import break_even_of, crossing
+from vllm_sparse_plugin.paged.measure_break_even import NEVER, crossing
 from vllm_sparse_plugin.request_parameters import RequestParameters, resolve_request
 from vllm_sparse_plugin.row_parameters import Row
 from vllm_sparse_plugin.serving_config import ServingConfig
 from vllm_sparse_plugin.step_plan import split_rows
+from vllm_sparse_plugin.trial import AttentionShape
 
 
 @pytest.mark.parametrize(
@@ -19,7 +23,7 @@ from vllm_sparse_plugin.step_plan import split_rows
         ((1.0, 16.0), (1.0, 2.0), 512),
         ((1.0, 16.0), (0.5, 1.0), 248),
         ((16.0, 16.0 * 16), (0.1, 0.2), 2),
-        ((1.0, 2.0), (1.5, 3.0), break_even._NEVER),
+        ((1.0, 2.0), (1.5, 3.0), NEVER),
         ((1.0, 2.0), (0.5, 3.0), 0),
     ],
 )
@@ -27,21 +31,25 @@ def test_where_costs_cross(dense, sparse, expected) -> None:
     assert crossing(dense, sparse) == pytest.approx(expected, abs=1)
 
 
-def test_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def break_even_of(maskers: list[dict]) -> int:
+    shape = AttentionShape(num_layers=2, num_heads=8, num_kv_heads=2, head_size=32)
+    config = config_from_dict({"maskers": maskers})
+    return break_even.break_even_of(config, shape, 32, torch.float32)
+
+
+def test_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path, caplog) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    config, shape = config_from_dict({"maskers": SINK_LOCAL}), shape_of()
-    keys = break_even_of(config, shape)
-    assert 0 <= keys <= break_even._NEVER
-    monkeypatch.setattr(break_even, "_measured", lambda *arguments: pytest.fail("measured again"))
-    assert break_even_of(config, shape) == keys
-    monkeypatch.setattr(break_even, "_measured", lambda *arguments: 77)
-    other = config_from_dict({"maskers": SINK_LOCAL[:1]})
-    assert break_even_of(other, shape) == 77
-
-
-def test_the_general_path_has_none() -> None:
+    keys = break_even_of(SINK_LOCAL)
+    assert 0 <= keys <= NEVER
+    (kept,) = (tmp_path / "vllm_sparse_plugin").iterdir()
+    assert json.loads(kept.read_text())["keys"] == keys
+    # The general path has none.
     pq = {"type": "pq_cache", "heavy_size": 8, "pq_sub_dim": 8, "pq_bits": 3}
-    assert break_even_of(config_from_dict({"maskers": [pq]}), shape_of()) == 0
+    assert break_even_of([pq]) == 0
+    monkeypatch.setattr(break_even.sys, "executable", "/bin/false")
+    assert break_even_of(SINK_LOCAL) == keys  # not measured again
+    assert break_even_of(SINK_LOCAL[:1]) == 0
+    assert "break-even not measured" in caplog.text
 
 
 OWN = '{"maskers": [{"type": "sink", "sink_size": 2}]}'

@@ -12,3 +12,7 @@ Shapes and names that all of them share (`layout.py` has the bytes):
 - `flags` `[num_queries * num_units, capacity]`, uint8: 0 = not selected, 1 = selected for certain,
   2 = sampled with the unit's `probability`. Written up to the query's length.
 """
+
+from vllm_sparse_plugin.compat.llvmlite_names import hide_special_names
+
+hide_special_names()
