@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
+from vllm_sparse_plugin.paged.kernels.prefetch import prefetch
 from vllm_sparse_plugin.paged.kernels.rounding import round_to_kind
 from vllm_sparse_plugin.paged.kernels.rows import load_row
 
@@ -219,6 +220,9 @@ def score_labels(
         if count <= 0:
             continue
         block = np.int64(block_table[rows[index], chunk])
+        if first + block_size < lengths[index]:
+            ahead = np.int64(block_table[rows[index], chunk + 1])
+            prefetch(records, ahead, kv_head, offset, row_bytes)  # processors guess the rest
         labels = np.empty((channels, block_size), np.float32)
         for row in range(rows_per_head):
             start = offset + row * row_bytes

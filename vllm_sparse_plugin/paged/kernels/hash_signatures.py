@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit, prange
 
 from vllm_sparse_plugin.paged.kernels.bits import count_bits
+from vllm_sparse_plugin.paged.kernels.prefetch import prefetch
 from vllm_sparse_plugin.paged.kernels.rows import load_row
 
 _TOKENS = 16
@@ -173,6 +174,9 @@ def score_signatures(
         if count <= 0:
             continue
         block = np.int64(block_table[rows[index], chunk])
+        if first + block_size < lengths[index]:
+            ahead = np.int64(block_table[rows[index], chunk + 1])
+            prefetch(records, ahead, kv_head, offset, 4 * size)
         stored = records[block, kv_head, offset : offset + 4 * size].view(np.uint32)
         for head in range(kv_head * heads, (kv_head + 1) * heads):
             row = (head - kv_head * heads) // by_row
