@@ -37,6 +37,7 @@ from sparse_attention_hub.sparse_attention.serialization import config_from_dict
 from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.masked_attention import attend_row, attention_of
 from vllm_sparse_plugin.paged.attention import PagedAttention, QueryBatch, attend_dense
+from vllm_sparse_plugin.paged.huge_pages import prefer_huge_pages
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape, LayerCache
 from vllm_sparse_plugin.paged.prefill import read_blocks
 
@@ -132,6 +133,7 @@ def filled_caches(layout: BlockLayout, num_keys: int, table: np.ndarray) -> list
     slots = torch.from_numpy(table).long()[place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE
     for layer in tqdm(range(LAYERS), desc=f"filling layers of {num_keys} keys", leave=False):
         kv_cache = torch.zeros(len(table), KV_HEADS, BLOCK_SIZE, width)
+        prefer_huge_pages(kv_cache)  # as the backend does; stock vLLM runs on the same memory
         cache = LayerCache.of(kv_cache, layout, layer)
         for start in range(0, num_keys, 8192):
             count = min(8192, num_keys - start)

@@ -21,6 +21,7 @@ from vllm_sparse_plugin.backend import (
 from vllm_sparse_plugin.masked_attention import attend_row, attention_of
 from vllm_sparse_plugin.paged import threads
 from vllm_sparse_plugin.paged.attention import attend_dense
+from vllm_sparse_plugin.paged.huge_pages import prefer_huge_pages
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape, LayerCache
 from vllm_sparse_plugin.paged.prefill import attend_prefills, read_blocks
 from vllm_sparse_plugin.paged.served import indices_of, is_dense_layer, paged_attention_of
@@ -260,6 +261,7 @@ class PagedAttentionImpl(SparseAttentionImpl):
                 kv_cache, block_layout(self._config, shape), extract_layer_index(layer.layer_name)
             )
             self._views = (kv_cache.data_ptr(), cache)
+            prefer_huge_pages(kv_cache)
         return self._views[1]
 
 

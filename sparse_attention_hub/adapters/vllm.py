@@ -129,7 +129,11 @@ class ModelAdapterVLLM(ModelAdapter):
             raise TokenizerCreationError(model_name, error) from error
         if base_url is None:
             settings = {
-                "sparse_attention": {**own_config, "sparse_by_default": False},
+                "sparse_attention": {
+                    **own_config,
+                    "sparse_by_default": False,
+                    "min_sparse_keys": 0,  # as the reference, which knows no such bound
+                },
                 "api_key": api_key,
                 **(server_kwargs or {}),
             }
@@ -321,6 +325,7 @@ class ModelAdapterVLLM(ModelAdapter):
             "sparse_attention": "on",
             "sparse_attention_config": self._config_json,
             "sparse_attention_dense_prefix": dense_prefix,
+            "sparse_attention_min_keys": 0,
             "sparse_attention_tag": tag,
         }
 

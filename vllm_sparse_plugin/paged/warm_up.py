@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterable
@@ -25,7 +26,7 @@ def warm_up(configs: Iterable[ResearchAttentionConfig], layout: BlockLayout) -> 
     """Runs every kernel that some configurations need on a few random keys.
 
     numba compiles a kernel when it is first called, some seconds for each, and keeps the result
-    beside the source, or in the user's cache folder, for the next process.
+    in the user's cache folder for the next process.
 
     Args:
         configs: Of the server.
@@ -53,7 +54,10 @@ def warm_up(configs: Iterable[ResearchAttentionConfig], layout: BlockLayout) -> 
     lists = [
         (layer, maskers)
         for config in configs
-        for layer, maskers in ((0, config.masker_configs), *config.layer_masker_configs.items())
+        for layer, maskers in (
+            (_first_layer(config), config.masker_configs),
+            *config.layer_masker_configs.items(),
+        )
     ]
     for layer, maskers in tqdm(lists, desc="sparse attention: compiling kernels", disable=None):
         cache = LayerCache.of(kv_cache, layout, layer)
@@ -68,3 +72,9 @@ def warm_up(configs: Iterable[ResearchAttentionConfig], layout: BlockLayout) -> 
         logger.info(
             "sparse attention: compiled kernels in %.0f s; next time they are kept", seconds
         )
+
+
+def _first_layer(config: ResearchAttentionConfig) -> int:
+    """The first layer that has the maskers of most layers: files may know no others."""
+    special = {*config.dense_layers, *config.layer_masker_configs}
+    return next(layer for layer in itertools.count() if layer not in special)

@@ -13,6 +13,30 @@ Shapes and names that all of them share (`layout.py` has the bytes):
   2 = sampled with the unit's `probability`. Written up to the query's length.
 """
 
+import hashlib
+import os
+from pathlib import Path
+
+import numba
+
 from vllm_sparse_plugin.compat.llvmlite_names import hide_special_names
 
+
+def _keep_compiled_kernels() -> None:
+    """Where numba keeps what it has compiled, unless its own variable says where.
+
+    numba looks at the age of a kernel's own file alone, and would go on using a kernel with an old
+    version of another file's function in it. So the folder's name comes from all files' contents.
+    """
+    if numba.config.CACHE_DIR:
+        return
+    contents = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        contents.update(file.read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = f"kernels-{contents.hexdigest()[:16]}"
+    numba.config.CACHE_DIR = str(cache / "vllm_sparse_plugin" / folder)
+
+
 hide_special_names()
+_keep_compiled_kernels()
