@@ -201,7 +201,8 @@ class ModelAdapterHF(ModelAdapter):
                         return_logits=options.return_logits,
                         on_token=progress.add,
                     )
-                progress.end_of_answer(detail.new_tokens)
+                rows = [detail.token_ids, *(item.token_ids for item in detail.alternatives)]
+                progress.end_of_answer(max(map(len, rows)))
                 details.append(detail)
                 texts.append(self.tokenizer.decode(detail.token_ids, skip_special_tokens=True))
                 started = time.perf_counter()

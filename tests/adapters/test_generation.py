@@ -43,6 +43,15 @@ def test_greedy_and_fifty_tokens_by_default(make_tiny) -> None:
     assert detail.finish_reason == "length"
 
 
+def test_greedy_also_where_the_model_says_otherwise(make_tiny, monkeypatch) -> None:
+    adapter = make_tiny()
+    greedy = first(adapter, {"max_new_tokens": 6}).token_ids
+    monkeypatch.setattr(adapter.model.generation_config, "do_sample", True)
+    monkeypatch.setattr(adapter.model.generation_config, "temperature", 5.0)
+    assert first(adapter, {"max_new_tokens": 6}).token_ids == greedy
+    assert first(adapter, {"max_new_tokens": 6, "do_sample": True, "seed": 1}).token_ids != greedy
+
+
 def test_sampling_is_that_of_transformers_with_the_same_seed(make_tiny) -> None:
     adapter = make_tiny()
     state = torch.random.get_rng_state()

@@ -125,6 +125,16 @@ def test_an_answer_that_ends_early_shortens_the_bar(make_tiny, bars: list) -> No
     assert (bars[-1][0].n, bars[-1][0].total) == (expected, expected)
 
 
+def test_the_longest_of_several_sequences_counts(make_tiny, bars: list) -> None:
+    arguments = {"max_new_tokens": 9, "do_sample": True, "num_return_sequences": 4, "seed": 1}
+    adapter = make_tiny()
+    end = adapter.process_request(REQUEST, arguments).details[0].token_ids[2]
+    arguments["eos_token_id"] = end
+    response = adapter.process_request(REQUEST, arguments, {"show_progress": True})
+    assert response.details[0].new_tokens == 3
+    assert (bars[-1][0].n, bars[-1][0].total) == (18, 18)
+
+
 def test_no_bar_unless_asked_or_long(make_tiny, bars: list, monkeypatch) -> None:
     adapter = make_tiny()
     for options in ({}, {"show_progress": False}):
