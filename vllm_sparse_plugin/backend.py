@@ -123,6 +123,9 @@ class SparseAttentionMetadataBuilder(_DenseBuilder):  # type: ignore[misc, valid
             )
         self._has_dense_layers = bool(dense_only)
         self._has_sparse_layers = len(dense_only) < len(layers)
+        self._name = layer_names[0]
+        if self._has_sparse_layers and self._table.counter is None:
+            self._table.counter = self._name
 
     def build(
         self,
@@ -182,6 +185,8 @@ class SparseAttentionMetadataBuilder(_DenseBuilder):  # type: ignore[misc, valid
     def _count_queries(
         self, rows: Mapping[int, Row], dense: list[DenseRow], sparse: list[SparseRow]
     ) -> None:
+        if self._table.counter != self._name:
+            return
         for part in dense:
             row = rows.get(part.row)
             if row is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,10 @@ from vllm_sparse_plugin.paged.huge_pages import prefer_huge_pages
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape, LayerCache
 from vllm_sparse_plugin.paged.prefill import attend_prefills, read_blocks
 from vllm_sparse_plugin.paged.served import indices_of, is_dense_layer, paged_attention_of
-from vllm_sparse_plugin.paged.step import PagedStep, SparseGroup, paged_step
+from vllm_sparse_plugin.paged.step import PagedStep, QueryGroup, SparseGroup, paged_step
 from vllm_sparse_plugin.paged.warm_up import warm_up
 from vllm_sparse_plugin.serving_config import ServingConfig
-from vllm_sparse_plugin.step_plan import split_rows
+from vllm_sparse_plugin.step_plan import DenseRow, SparseRow, split_rows
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 @functools.lru_cache(maxsize=64)
 def block_layout(config: ServingConfig, shape: BlockShape) -> BlockLayout:
     """The blocks of a server: keys, values, and what its maskers need besides."""
-    layout = BlockLayout(shape, tuple(indices_of((config.attention, config.index), shape)))
+    layout = BlockLayout(shape, tuple(indices_of(config.indexed(), shape)))
     extra, own = layout.index_bytes_per_token, shape.key_value_bytes
     logger.info(
         "sparse attention: index of %d bytes per token and KV head beside %d of keys and values "
@@ -94,7 +95,7 @@ class PagedMetadataBuilder(SparseAttentionMetadataBuilder):
         assert config is not None  # else this backend would not have been chosen
         if self._has_sparse_layers:
             layout = block_layout(config, _block_shape(kv_cache_spec, vllm_config))
-            warm_up((config.attention, config.index), layout)
+            warm_up(config.indexed(), layout)
 
     def build(
         self,
@@ -109,7 +110,8 @@ class PagedMetadataBuilder(SparseAttentionMetadataBuilder):
             whole = super(SparseAttentionMetadataBuilder, self).build(
                 common_prefix_len, common_attn_metadata, fast_build
             )
-        self._table.statistics.settle()
+        # Its own former step alone: another group's layers have not run yet in this one.
+        self._table.statistics.settle(id(self))
         if not self._has_sparse_layers:
             return whole
         rows = self._rows_of_batch(common_attn_metadata)
@@ -120,7 +122,7 @@ class PagedMetadataBuilder(SparseAttentionMetadataBuilder):
         )
         self._count_queries(rows, dense, sparse)
         step = paged_step(dense, sparse, common_attn_metadata.block_table_tensor, whole)
-        self._table.statistics.pending.extend(group.counts for group in step.sparse)
+        self._table.statistics.pending[id(self)] = [group.counts for group in step.sparse]
         return step
 
 
@@ -175,40 +177,48 @@ class PagedAttentionImpl(SparseAttentionImpl):
             return result
         step: PagedStep = attn_metadata
         cache = self._cache(layer, kv_cache)
-        if step.prefills:
-            attend_prefills(
-                step.prefills,
-                query,
-                cache,
-                kv_cache,
-                step.block_table,
-                self.scale,
-                layer.isa,
-                output,
-            )
-        if step.decodes is not None:
-            batch = step.decodes.batch
-            step.decodes.put(
-                attend_dense(step.decodes.take(query), cache, batch, self.scale), output
-            )
+        tensors = (layer, query, kv_cache, cache, step, output)
+        self._attend_densely(step.decodes, step.prefills, *tensors)
         for group in step.sparse:
-            self._attend_group(group, cache, kv_cache, query, output, step)
+            self._attend_group(group, *tensors)
         return output
+
+    def _attend_densely(
+        self,
+        decodes: QueryGroup | None,
+        prefills: Sequence[DenseRow | SparseRow],
+        layer: Any,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        cache: LayerCache,
+        step: PagedStep,
+        output: torch.Tensor,
+    ) -> None:
+        """Writes the output of queries that read every key that they see."""
+        if prefills:
+            attend_prefills(
+                prefills, query, cache, kv_cache, step.block_table, self.scale, layer.isa, output
+            )
+        if decodes is not None:
+            result = attend_dense(decodes.take(query), cache, decodes.batch, self.scale)
+            decodes.put(result, output)
 
     def _attend_group(
         self,
         group: SparseGroup,
-        cache: LayerCache,
-        kv_cache: torch.Tensor,
+        layer: Any,
         query: torch.Tensor,
-        output: torch.Tensor,
+        kv_cache: torch.Tensor,
+        cache: LayerCache,
         step: PagedStep,
+        output: torch.Tensor,
     ) -> None:
         """Writes the output of the queries of one configuration, and counts what they read."""
         queries, counts = group.queries, group.counts
         if is_dense_layer(group.config_json, cache.layer_index):
-            result = attend_dense(queries.take(query), cache, queries.batch, self.scale)
-            queries.put(result, output)
+            self._attend_densely(
+                group.decodes, group.prefills, layer, query, kv_cache, cache, step, output
+            )
             counts.add_dense(cache.layout.shape)
             return
         fast = None
@@ -219,16 +229,16 @@ class PagedAttentionImpl(SparseAttentionImpl):
             queries.put(result, output)
             counts.add(read, cache.layout.shape)
             return
-        self._attend_generally(group, cache, kv_cache, query, output, step)
+        self._attend_generally(group, query, kv_cache, cache, step, output)
 
     def _attend_generally(
         self,
         group: SparseGroup,
-        cache: LayerCache,
-        kv_cache: torch.Tensor,
         query: torch.Tensor,
-        output: torch.Tensor,
+        kv_cache: torch.Tensor,
+        cache: LayerCache,
         step: PagedStep,
+        output: torch.Tensor,
     ) -> None:
         shape = cache.layout.shape
         for place, row in enumerate(group.queries.rows):

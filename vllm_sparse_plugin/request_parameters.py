@@ -200,7 +200,10 @@ def _check_files(text: str, server: ServingConfig) -> None:
     """
     allowed = {
         value
-        for config in server.attention.all_masker_configs()
+        for config in (
+            *server.attention.all_masker_configs(),
+            *server.index.all_masker_configs(),
+        )
         for name, value in vars(config).items()
         if name.endswith("_file")
     }
@@ -208,7 +211,8 @@ def _check_files(text: str, server: ServingConfig) -> None:
 
     def check(members: list[tuple[str, Any]]) -> dict[str, Any]:
         for name, value in members:
-            if name.endswith("_file") and value is not None and value not in allowed:
+            is_file = name.endswith("_file") and value is not None
+            if is_file and not (isinstance(value, str) and value in allowed):
                 raise ValueError(
                     f"vllm_xargs.{CONFIG}: {name} must be a file that the server's own "
                     f"configuration names, got {value!r}"

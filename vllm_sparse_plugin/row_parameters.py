@@ -45,10 +45,13 @@ class RowTable:
     Attributes:
         rows: By batch row (runner V1) or request slot (runner V2).
         statistics: What the rows' attention has read so far.
+        counter: First layer of the KV cache group whose plans count queries: each is counted once,
+            however many groups there are.
     """
 
     rows: dict[int, Row] = field(default_factory=dict)
     statistics: Statistics = field(default_factory=Statistics)
+    counter: str | None = None
 
 
 _TABLES: dict[int, RowTable] = {}

@@ -131,6 +131,11 @@ class ServingConfig:
         plain = {name: value[name] for name in options - set(read) if name in value}
         return cls(attention=attention, **read, **plain)
 
+    def indexed(self) -> list[ResearchAttentionConfig]:
+        """What blocks hold an index for: `attention`, and each masker of `index` by itself."""
+        alone = [ResearchAttentionConfig([masker]) for masker in self.index.masker_configs]
+        return [self.attention, *alone]
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, which `parse` reads back to an equal object."""
         return {

@@ -54,18 +54,25 @@ class Statistics:
 
     totals: ReadCount = field(default_factory=ReadCount)
     tagged: OrderedDict[str, ReadCount] = field(default_factory=OrderedDict)
-    pending: list[PendingCounts] = field(default_factory=list)
+    pending: dict[int, list[PendingCounts]] = field(default_factory=dict)
 
-    def settle(self) -> None:
-        """Takes in what steps have counted by themselves; no step may be running."""
-        pending, self.pending = self.pending, []
-        for counts in pending:
-            counts.settle(self)
+    def settle(self, owner: int | None = None) -> None:
+        """Takes in what steps have counted by themselves.
+
+        Args:
+            owner: Who planned those steps, each for its own layers; None = everyone. None of their
+                steps may be running.
+        """
+        for key in list(self.pending) if owner is None else [owner]:
+            for counts in self.pending.pop(key, []):
+                counts.settle(self)
 
     def _counts(self, tag: str | None) -> list[ReadCount]:
         if tag is None:
             return [self.totals]
-        if tag not in self.tagged:
+        if tag in self.tagged:
+            self.tagged.move_to_end(tag)
+        else:
             self.tagged[tag] = ReadCount()
             if len(self.tagged) > MAX_TAGS:
                 self.tagged.popitem(last=False)

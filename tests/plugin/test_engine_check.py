@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from vllm_sparse_plugin import compat
 
@@ -20,12 +21,20 @@ def engine(**changes: Any) -> Any:
     return SimpleNamespace(
         speculative_config=options.get("speculative_config"),
         kv_transfer_config=options.get("kv_transfer_config"),
-        cache_config=SimpleNamespace(cache_dtype=options["cache_dtype"]),
+        cache_config=SimpleNamespace(
+            cache_dtype=options["cache_dtype"],
+            kv_sharing_fast_prefill=options.get("kv_sharing_fast_prefill", False),
+        ),
+        model_config=SimpleNamespace(
+            dtype=torch.bfloat16,
+            attention_chunk_size=options.get("attention_chunk_size"),
+            enable_prompt_embeds=options.get("enable_prompt_embeds", False),
+        ),
         parallel_config=SimpleNamespace(**{name: options[name] for name in PARALLEL}),
     )
 
 
-@pytest.mark.parametrize("cache_dtype", compat.SUPPORTED_CACHE_DTYPES)
+@pytest.mark.parametrize("cache_dtype", ["auto", "bfloat16"])
 def test_a_plain_engine_passes(cache_dtype: str) -> None:
     compat.check_engine(engine(cache_dtype=cache_dtype))
 
@@ -38,7 +47,11 @@ def test_a_plain_engine_passes(cache_dtype: str) -> None:
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"decode_context_parallel_size": 2}, "decode context parallelism"),
         ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
-        ({"cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2 .allowed: auto, float16"),
+        ({"cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2 .allowed: auto, or the model's"),
+        ({"cache_dtype": "float16"}, "--kv-cache-dtype float16 .allowed: auto, or the model's"),
+        ({"attention_chunk_size": 8192}, "chunked local attention"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+        ({"enable_prompt_embeds": True}, "prompt embeddings"),
     ],
 )
 def test_refused_with_the_reason(changes: dict[str, Any], message: str) -> None:

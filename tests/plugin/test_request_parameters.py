@@ -93,6 +93,10 @@ def test_record_survives_the_ways_between_processes() -> None:
         ({"sparse_attention": [1]}, ["sparse_attention", "[1]"]),
         ({"sparse_attention_config": '{"preset": "quest", "sets": {}}'}, ["'sets'", "set"]),
         ({"sparse_attention_config": '{"preset": "qest"}'}, ["qest", "quest"]),
+        (
+            {"sparse_attention_config": '{"maskers": [{"type": "x", "hat_weight_file": ["a"]}]}'},
+            ["hat_weight_file must be a file", "['a']"],
+        ),
         ({"sparse_attention_dense_prefix": -1}, ["sparse_attention_dense_prefix", "-1", ">= 0"]),
         ({"sparse_attention_dense_prefix": 1.5}, ["sparse_attention_dense_prefix", "1.5"]),
         ({"sparse_attention_dense_prefix": "7"}, ["sparse_attention_dense_prefix", "'7'"]),
@@ -138,3 +142,16 @@ def test_a_request_names_no_file_that_the_server_does_not(tmp_path) -> None:
         {"maskers": [masker]},
     ):
         assert resolve_request(given, ServingConfig.parse(server)) is not None
+
+
+def test_a_request_may_name_files_of_the_index(tmp_path) -> None:
+    channels = tmp_path / "channels.json"
+    channels.write_text("{}")
+    masker = {
+        "type": "double_sparsity_top_k",
+        "heavy_size": 4,
+        "sorted_channel_file": str(channels),
+    }
+    server = ServingConfig.parse({"maskers": [{"type": "sink", "sink_size": 4}], "index": [masker]})
+    given = {"sparse_attention_config": json.dumps({"maskers": [masker]})}
+    assert resolve_request(given, server) is not None

@@ -62,3 +62,23 @@ def test_workers_hold_different_heads_of_the_same_queries() -> None:
         "density": 0.5,
     }
     assert merge_reports([one.report("a"), None]) is None
+
+
+def test_groups_settle_their_own_steps() -> None:
+    """One group's plan is made while another's layers have not run yet."""
+
+    class Step:
+        read = 0
+
+        def settle(self, statistics: Statistics) -> None:
+            statistics.add_keys(None, self.read, 10)
+
+    counts, first, second = Statistics(), Step(), Step()
+    counts.pending[1] = [first]
+    counts.settle(2)
+    counts.pending[2] = [second]
+    first.read, second.read = 3, 4  # the layers run
+    counts.settle(1)
+    assert counts.totals.read_keys == 3
+    assert counts.report()["read_keys"] == 7
+    assert counts.report()["read_keys"] == 7

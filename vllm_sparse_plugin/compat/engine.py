@@ -66,7 +66,8 @@ def check_engine(vllm_config: VllmConfig) -> None:
     Raises:
         ValueError: Lists every reason.
     """
-    parallel = vllm_config.parallel_config
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    cache = vllm_config.cache_config
     reasons = [
         reason
         for refused, reason in (
@@ -83,9 +84,21 @@ def check_engine(vllm_config: VllmConfig) -> None:
                 "pipeline parallelism: only the last stage learns the request's parameters",
             ),
             (
-                vllm_config.cache_config.cache_dtype not in SUPPORTED_CACHE_DTYPES,
-                f"--kv-cache-dtype {vllm_config.cache_config.cache_dtype} (allowed: "
-                f"{', '.join(SUPPORTED_CACHE_DTYPES)})",
+                # Kernels do not convert between the two: keys are stored as they come.
+                cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
+                f"--kv-cache-dtype {cache.cache_dtype} (allowed: auto, or the model's own type)",
+            ),
+            (
+                model.attention_chunk_size is not None,
+                "chunked local attention: its batches are not the engine's",
+            ),
+            (
+                cache.kv_sharing_fast_prefill,
+                "--kv-sharing-fast-prefill: its batches are not the engine's",
+            ),
+            (
+                model.enable_prompt_embeds,
+                "prompt embeddings: the worker does not learn how long such a prompt is",
             ),
             (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
             (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),

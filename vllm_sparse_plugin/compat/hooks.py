@@ -103,6 +103,7 @@ def _break_even(vllm_config: VllmConfig, config: ServingConfig) -> int:
         attention_shape(vllm_config),
         vllm_config.cache_config.block_size,
         vllm_config.model_config.dtype,
+        config.imports,
     )
 
 

@@ -22,7 +22,8 @@ from vllm_sparse_plugin.paged.scratch import scratch
 from vllm_sparse_plugin.paged.token_lists import TokenLists
 
 MAX_ENTRIES = 1 << 24
-"""Keys times units that are planned at once (about 200 MB); more queries go in slices."""
+"""Scores that are held at once (64 MiB, and flags and lists beside them); more queries go in
+slices."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class PagedAttention:
         num_queries = len(batch.lengths)
         keys, loaded = np.empty(num_queries, np.int64), np.empty(num_queries, np.int64)
         capacity = -(-int(batch.lengths.max()) // 8) * 8
-        size = max(1, MAX_ENTRIES // (capacity * self._num_units))
+        size = max(1, MAX_ENTRIES // (capacity * self.shape.num_heads))
         for start in range(0, num_queries, size):
             part = slice(start, start + size)
             self._attend_slice(

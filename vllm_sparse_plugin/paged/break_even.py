@@ -13,6 +13,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,12 +24,18 @@ from vllm_sparse_plugin.trial import AttentionShape
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1
+NEVER = 1 << 30
+"""More keys than any model takes: maskers never pay."""
+_VERSION = 2
 """Of the kernels: raised when what was measured before no longer holds."""
 
 
 def break_even_of(
-    config: ResearchAttentionConfig, shape: AttentionShape, block_size: int, dtype: torch.dtype
+    config: ResearchAttentionConfig,
+    shape: AttentionShape,
+    block_size: int,
+    dtype: torch.dtype,
+    imports: Sequence[str] = (),
 ) -> int:
     """Keys that a query must see for maskers to cost less than dense attention.
 
@@ -37,6 +44,7 @@ def break_even_of(
         shape: Of the model's attention.
         block_size: Tokens of a block.
         dtype: Of the cache.
+        imports: Modules that register the maskers, see `ServingConfig.imports`.
 
     Returns:
         0 when the general path serves them (whoever asks for such maskers wants to see them run),
@@ -49,10 +57,12 @@ def break_even_of(
         "head_size": shape.head_size,
         "block_size": block_size,
         "dtype": str(dtype).removeprefix("torch."),
+        "imports": list(imports),
     }
     file = _cache_file(measured)
     if file.exists():
         known: int = json.loads(file.read_text())["keys"]
+        _say(known)
         return known
     logger.info("sparse attention: measuring from how many keys on maskers pay (once per machine)")
     process = subprocess.run(
@@ -65,7 +75,7 @@ def break_even_of(
         logger.warning("sparse attention: break-even not measured: %s", process.stderr[-2000:])
         return 0
     keys = int(process.stdout.splitlines()[-1])
-    logger.info("sparse attention: from %d keys on, maskers cost less than dense attention", keys)
+    _say(keys)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(f".{os.getpid()}")
@@ -74,6 +84,17 @@ def break_even_of(
     except OSError as error:
         logger.warning("sparse attention: cannot keep the measured break-even: %s", error)
     return keys
+
+
+def _say(keys: int) -> None:
+    if keys >= NEVER:
+        logger.warning(
+            "sparse attention: on this machine the server's maskers never cost less than dense "
+            "attention: every query of requests without maskers of their own is dense (see "
+            "min_sparse_keys)"
+        )
+    else:
+        logger.info("sparse attention: queries that see fewer than %d keys are dense", keys)
 
 
 def _cache_file(measured: dict[str, object]) -> Path:

@@ -165,7 +165,7 @@ class LayerCache:
             value: See `key`.
             slots: `[num_tokens]`, int64; negative = padding.
         """
-        places = slots.numpy()
+        places = slots[: key.shape[0]].numpy()
         write_rows(
             as_elements(key.contiguous()),
             as_elements(value.contiguous()),

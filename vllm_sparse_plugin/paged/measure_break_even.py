@@ -6,6 +6,7 @@ other way round. Both lines are laid through two measured lengths; where they cr
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import statistics
@@ -18,12 +19,12 @@ import torch
 
 from sparse_attention_hub.sparse_attention.serialization import config_from_json
 from vllm_sparse_plugin.paged.attention import PagedAttention, QueryBatch, attend_dense
+from vllm_sparse_plugin.paged.break_even import NEVER
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape, LayerCache
 from vllm_sparse_plugin.paged.maskers.base import Unsupported
+from vllm_sparse_plugin.paged.warm_up import first_layer
 
 LENGTHS = (512, 8192)
-NEVER = 1 << 30
-"""More keys than any model takes."""
 _REPETITIONS = 7
 
 
@@ -46,12 +47,13 @@ def crossing(dense: tuple[float, float], sparse: tuple[float, float]) -> int:
     return max(0, math.ceil(LENGTHS[0] + ahead / gain))
 
 
-def measured(attention: PagedAttention, shape: BlockShape) -> int:
+def measured(attention: PagedAttention, shape: BlockShape, layer: int) -> int:
     """The break-even of some maskers.
 
     Args:
         attention: The maskers.
         shape: Of a layer's cache.
+        layer: One that has these maskers.
     """
     indices = tuple(dict.fromkeys(i for masker in attention.maskers for i in masker.indices))
     layout = BlockLayout(shape, indices)
@@ -64,7 +66,7 @@ def measured(attention: PagedAttention, shape: BlockShape) -> int:
         kv_cache = torch.zeros(
             num_blocks, shape.num_kv_heads, shape.block_size, width, dtype=shape.dtype
         )
-        cache = LayerCache.of(kv_cache, layout, 0)
+        cache = LayerCache.of(kv_cache, layout, layer)
         key = torch.randn(length, shape.num_kv_heads, shape.head_size, generator=generator)
         cache.write(key.to(shape.dtype), key.to(shape.dtype), torch.arange(length))
         batch = QueryBatch(
@@ -98,12 +100,15 @@ def main() -> None:
         given["head_size"],
         getattr(torch, given["dtype"]),
     )
+    for name in given["imports"]:  # maskers of the server's own
+        importlib.import_module(name)
+    config = config_from_json(given["config"])
     try:
-        attention = PagedAttention(config_from_json(given["config"]).masker_configs, shape)
+        attention = PagedAttention(config.masker_configs, shape)
     except Unsupported:
         keys = 0
     else:
-        keys = measured(attention, shape)
+        keys = measured(attention, shape, first_layer(config))
     sys.stdout.write(f"{keys}\n")
 
 

@@ -13,14 +13,14 @@ import torch
 
 from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.paged.layout import LayerCache
-from vllm_sparse_plugin.step_plan import DenseRow
+from vllm_sparse_plugin.step_plan import DenseRow, SparseRow
 
 MAX_SCRATCH_BYTES = 1 << 27
 """Of rewritten keys and values; longer rows are worked off by some KV heads at a time."""
 
 
 def attend_prefills(
-    rows: Sequence[DenseRow],
+    rows: Sequence[DenseRow | SparseRow],
     query: torch.Tensor,
     cache: LayerCache,
     kv_cache: torch.Tensor,

@@ -72,9 +72,12 @@ def indices_of(configs: Iterable[ResearchAttentionConfig], shape: BlockShape) ->
     found: dict[BlockIndex, None] = {}
     for config in configs:
         for maskers in (config.masker_configs, *config.layer_masker_configs.values()):
+            if not maskers:
+                continue
             try:
                 attention = PagedAttention(maskers, shape)
-            except Unsupported:
+            except Unsupported as reason:
+                logger.warning("sparse attention: no index for %s: %s", maskers, reason)
                 continue
             for masker in attention.maskers:
                 found.update(dict.fromkeys(masker.indices))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ import torch
 from vllm_sparse_plugin.paged.attention import QueryBatch
 from vllm_sparse_plugin.paged.group_counts import GroupCounts
 from vllm_sparse_plugin.step_plan import DenseRow, SparseRow
+
+AnyRow = TypeVar("AnyRow", DenseRow, SparseRow)
 
 MAX_DECODE_QUERIES = 4
 """A dense row with more queries is a prefill: its keys are then worth putting into the order that
@@ -54,11 +56,15 @@ class SparseGroup:
     Attributes:
         config_json: The maskers.
         queries: The queries; their rows are `SparseRow`s.
+        decodes: Rows of few queries, for layers that stay dense; None when there are none.
+        prefills: Rows of many queries, likewise.
         counts: What they read, as layers add to it.
     """
 
     config_json: str
     queries: QueryGroup
+    decodes: QueryGroup | None
+    prefills: tuple[SparseRow, ...]
     counts: GroupCounts
 
 
@@ -96,21 +102,32 @@ def paged_step(
         whole: See `PagedStep`.
     """
     table = block_table.numpy()
-    decodes = [row for row in dense if row.query_end - row.query_start <= MAX_DECODE_QUERIES]
+    decodes, prefills = _split_dense(dense, table)
     by_config: dict[str, list[SparseRow]] = {}
     for row in sparse:
         assert row.parameters.config_json is not None
         by_config.setdefault(row.parameters.config_json, []).append(row)
     return PagedStep(
-        decodes=_group(decodes, table) if decodes else None,
-        prefills=tuple(row for row in dense if row not in decodes),
+        decodes=decodes,
+        prefills=prefills,
         sparse=tuple(
-            SparseGroup(config_json, _group(rows, table), GroupCounts.of(rows))
+            SparseGroup(
+                config_json, _group(rows, table), *_split_dense(rows, table), GroupCounts.of(rows)
+            )
             for config_json, rows in by_config.items()
         ),
         block_table=block_table,
         whole=whole,
     )
+
+
+def _split_dense(
+    rows: Sequence[AnyRow], table: np.ndarray
+) -> tuple[QueryGroup | None, tuple[AnyRow, ...]]:
+    """Rows that decode, and rows that prefill, where all of them are dense."""
+    few = [row for row in rows if row.query_end - row.query_start <= MAX_DECODE_QUERIES]
+    many = [row for row in rows if row.query_end - row.query_start > MAX_DECODE_QUERIES]
+    return (_group(few, table) if few else None), tuple(many)
 
 
 def _group(rows: Sequence[DenseRow | SparseRow], table: np.ndarray) -> QueryGroup:

@@ -57,9 +57,7 @@ class TokenLists:
             list_group_tokens(flags, probability, lengths, tokens, log_weights, counts, selected)
         else:
             log_weights = np.empty((num_lists, 0, group), np.float32)
-            list_tokens(
-                flags, probability, lengths, tokens, np.empty((num_lists, 0), np.float32), counts
-            )
+            list_tokens(flags, lengths, tokens, counts)
             selected = counts * group
         keys_read = selected.reshape(num_queries, -1).sum(axis=1, dtype=np.int64)
         return cls(tokens, log_weights, counts, keys_read)

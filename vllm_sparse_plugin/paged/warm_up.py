@@ -55,7 +55,7 @@ def warm_up(configs: Iterable[ResearchAttentionConfig], layout: BlockLayout) -> 
         (layer, maskers)
         for config in configs
         for layer, maskers in (
-            (_first_layer(config), config.masker_configs),
+            (first_layer(config), config.masker_configs),
             *config.layer_masker_configs.items(),
         )
     ]
@@ -67,6 +67,8 @@ def warm_up(configs: Iterable[ResearchAttentionConfig], layout: BlockLayout) -> 
             PagedAttention(maskers, shape).attend(query, cache, batch, 1.0)
         except Unsupported:
             continue  # the general path, which is not compiled
+        except ValueError as error:  # a file that knows other layers than this one
+            logger.warning("sparse attention: kernels of %s not compiled yet: %s", maskers, error)
     seconds = time.monotonic() - started
     if seconds > _SLOW_S:
         logger.info(
@@ -74,7 +76,7 @@ def warm_up(configs: Iterable[ResearchAttentionConfig], layout: BlockLayout) -> 
         )
 
 
-def _first_layer(config: ResearchAttentionConfig) -> int:
+def first_layer(config: ResearchAttentionConfig) -> int:
     """The first layer that has the maskers of most layers: files may know no others."""
     special = {*config.dense_layers, *config.layer_masker_configs}
     return next(layer for layer in itertools.count() if layer not in special)

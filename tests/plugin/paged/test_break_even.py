@@ -9,7 +9,8 @@ import torch
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict
 from tests.plugin.paged.paged_rows import SINK_LOCAL
 from vllm_sparse_plugin.paged import break_even
-from vllm_sparse_plugin.paged.measure_break_even import NEVER, crossing
+from vllm_sparse_plugin.paged.break_even import NEVER
+from vllm_sparse_plugin.paged.measure_break_even import crossing
 from vllm_sparse_plugin.request_parameters import RequestParameters, resolve_request
 from vllm_sparse_plugin.row_parameters import Row
 from vllm_sparse_plugin.serving_config import ServingConfig

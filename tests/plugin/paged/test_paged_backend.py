@@ -37,12 +37,13 @@ ROWS = [
     ("pq, general path", PQ, 90, 1, 0),
     ("quest without an index, general path", OTHER_PAGES, 90, 3, 0),
     ("dense last layer", QUEST, 50, 1, 0),
+    ("dense last layer, chunk", QUEST, 20, 30, 0),
 ]
 LAYER, LAYERS = 3, 4
 
 
 def config_of(name: str, maskers: list[dict] | None) -> dict:
-    dense = {"dense_layers": [LAYER]} if name == "dense last layer" else {}
+    dense = {"dense_layers": [LAYER]} if name.startswith("dense last layer") else {}
     return {"maskers": maskers or [], **dense}
 
 
@@ -106,7 +107,9 @@ def expected(name, maskers, query, key, value, before: int, prefix: int):
     return torch.cat([result.output for result in outputs]), outputs[-1]
 
 
-@pytest.mark.parametrize("order", [list(range(len(ROWS))), [8, 3, 1, 5, 0, 7, 2, 6, 4], [1], [3]])
+@pytest.mark.parametrize(
+    "order", [list(range(len(ROWS))), [8, 3, 1, 5, 0, 7, 9, 2, 6, 4], [1], [3]]
+)
 def test_mixed_batch(impl, order: list[int]) -> None:
     generator = torch.Generator().manual_seed(len(order))
     layer = SimpleNamespace(layer_name=f"model.layers.{LAYER}.self_attn.attn", isa="vec")
@@ -152,7 +155,7 @@ def test_mixed_batch(impl, order: list[int]) -> None:
     query = torch.cat(queries)
     output = torch.full((len(query), 6 * 64), torch.nan)
     impl.forward(layer, query, query, query, kv_cache, step, output)
-    statistics = Statistics(pending=[group.counts for group in step.sparse])
+    statistics = Statistics(pending={1: [group.counts for group in step.sparse]})
     for place, index in enumerate(order):
         name, maskers, *_ = ROWS[index]
         output_of_row, last = wanted[place]
@@ -179,6 +182,17 @@ def test_the_log_says_what_held_the_fast_path_back(impl, caplog) -> None:
         said = [record.getMessage() for record in caplog.records if reason in record.getMessage()]
         assert len(said) == 1
         assert json.dumps(json.loads(config)["maskers"][0]["type"]) in said[0]
+
+
+def test_one_masker_without_an_index_takes_none_from_the_others(caplog) -> None:
+    from vllm_sparse_plugin.paged_backend import block_layout
+
+    index = [PQ[-1], OTHER_PAGES[0], {**OTHER_PAGES[0], "page_size": 24}]
+    config = ServingConfig.parse({"maskers": QUEST, "index": index})
+    layout = block_layout(config, shape_of(head_size=40))
+    assert [bounds.page_size for bounds in layout.indices] == [8, 16]
+    for reason in ("pq_cache has no paged counterpart", "page_size 24 does not divide"):
+        assert reason in caplog.text
 
 
 def test_room_is_made_in_vllms_own_accounting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,7 @@ def test_counts_reach_each_request() -> None:
     shape = shape_of()  # 8 heads, 2 KV heads, 256 bytes of key and value
     group.counts.add_dense(shape)
     group.counts.add_general(1, read=5, visible=8 * (18 + 19 + 20), shape=shape)
-    statistics = Statistics(pending=[group.counts])
+    statistics = Statistics(pending={1: [group.counts]})
     assert statistics.report("x")["visible_keys"] == 8 * 60
     y = statistics.report("y")
     assert y["read_keys"] == 8 * 57 + 5

@@ -13,11 +13,13 @@ Shapes and names that all of them share (`layout.py` has the bytes):
   2 = sampled with the unit's `probability`. Written up to the query's length.
 """
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
 
 import numba
+import torch
 
 from vllm_sparse_plugin.compat.llvmlite_names import hide_special_names
 
@@ -38,5 +40,22 @@ def _keep_compiled_kernels() -> None:
     numba.config.CACHE_DIR = str(cache / "vllm_sparse_plugin" / folder)
 
 
+def _allow_all_threads() -> None:
+    """Lets numba have as many threads as torch; `threads.start` says how many it uses.
+
+    numba looks at the cores that the importing thread may run on. vLLM may have tied that thread to
+    one of them before.
+    """
+    if "NUMBA_NUM_THREADS" in os.environ:
+        return
+    count = max(torch.get_num_threads(), len(os.sched_getaffinity(0)))
+    if count > numba.config.NUMBA_NUM_THREADS:
+        os.environ["NUMBA_NUM_THREADS"] = str(count)
+        # If numba's threads run already, it keeps their number, and `threads.start` warns.
+        with contextlib.suppress(RuntimeError):
+            numba.config.reload_config()
+
+
 hide_special_names()
+_allow_all_threads()
 _keep_compiled_kernels()

@@ -73,10 +73,7 @@ def attend_lists(
         q = query[index, kv_head * heads : (kv_head + 1) * heads]
         count = counts[unit]
         begin, end = split * PART, min(count, (split + 1) * PART)
-        if begin >= end:
-            top[unit, split] = _NOTHING
-            mass[unit, split] = np.float32(0.0)
-            sums[unit, split] = np.float32(0.0)
+        if begin >= end:  # a shorter list than the longest; nobody reads this part
             continue
         places = np.empty((2, TILE), np.int64)  # of this tile's tokens, and of the next one's
         starts = np.empty((2, TILE), np.int64)
@@ -157,14 +154,15 @@ def attend_lists(
         sums[unit, split] = total
     for unit in prange(counts.shape[0]):
         index, kv_head = unit // num_kv_heads, unit % num_kv_heads
+        parts = (counts[unit] + PART - 1) // PART
         for h in range(heads):
             peak = _NOTHING
-            for split in range(splits):
+            for split in range(parts):
                 peak = max(peak, top[unit, split, h])
             result = output[index, kv_head * heads + h]
             result[:] = np.float32(0.0)
             weight_sum = np.float32(0.0)
-            for split in range(splits):
+            for split in range(parts):
                 factor = np.float32(math.exp(top[unit, split, h] - peak))
                 weight_sum += factor * mass[unit, split, h]
                 for d in range(head_size):

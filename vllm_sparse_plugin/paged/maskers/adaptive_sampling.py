@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from statistics import NormalDist
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -21,8 +21,6 @@ from vllm_sparse_plugin.paged.token_lists import TokenLists
 @counterpart_of(AdaptiveSamplingMaskerConfig)
 class PagedAdaptiveSamplingMasker(PagedMasker):
     """See `AdaptiveSamplingMasker`."""
-
-    samples: ClassVar[bool] = True
 
     def __init__(self, config: Any, shape: BlockShape) -> None:
         """Looks up the quantile."""

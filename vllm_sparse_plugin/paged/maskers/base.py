@@ -82,11 +82,9 @@ class PagedMasker(ABC):
     """Selects keys as its masker of the hub does, from what blocks hold.
 
     Attributes:
-        samples: Whether it selects keys with probabilities below 1.
         reads_every_key: Whether it looks at all keys in order to select.
     """
 
-    samples: ClassVar[bool] = False
     reads_every_key: ClassVar[bool] = False
 
     def __init__(self, config: Any, shape: BlockShape) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling import (
     RandomSamplingMaskerConfig,
 )
@@ -14,8 +12,6 @@ from vllm_sparse_plugin.paged.maskers.base import PagedMasker, PagedQueries, cou
 @counterpart_of(RandomSamplingMaskerConfig)
 class PagedRandomSamplingMasker(PagedMasker):
     """See `RandomSamplingMasker`."""
-
-    samples: ClassVar[bool] = True
 
     @property
     def needs_query_heads(self) -> bool:
