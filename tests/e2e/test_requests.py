@@ -90,8 +90,12 @@ def test_statistics_route(sparse) -> None:
     assert set(report["totals"]) == {
         "sparse_queries",
         "dense_queries",
+        "automatic_dense_queries",
         "read_keys",
         "visible_keys",
+        "read_bytes",
+        "visible_bytes",
+        "general_rows",
         "density",
     }
 

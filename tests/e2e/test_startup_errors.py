@@ -16,7 +16,7 @@ SINK = {"maskers": [{"type": "sink", "sink_size": 4}]}
         (
             SINK,
             ["--kv-cache-dtype", "fp8"],
-            "--kv-cache-dtype fp8 (allowed: auto, float16, bfloat16)",
+            "--kv-cache-dtype fp8 (allowed: auto, or the model's own type)",
         ),
     ],
 )
