@@ -66,6 +66,7 @@ class Cell:
 CELLS = {
     "dense": Cell(2000, 1, 64, False, (0.95, 1.0)),
     "short": Cell(500, 8, 64, True, (0.95, 0.97)),
+    "medium": Cell(4000, 4, 64, True, (0.95, 1.0)),
     "long": Cell(7500, 8, 64, True, (0.95, 2.5)),
 }
 
