@@ -6,6 +6,7 @@ other way round. Both lines are laid through two measured lengths; where they cr
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import math
@@ -14,14 +15,14 @@ import sys
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from sparse_attention_hub.sparse_attention.serialization import config_from_json
-from vllm_sparse_plugin.paged.attention import PagedAttention, QueryBatch, attend_dense
+from vllm_sparse_plugin.paged.attention import PagedAttention, attend_dense
 from vllm_sparse_plugin.paged.break_even import NEVER
-from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape, LayerCache
+from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape
 from vllm_sparse_plugin.paged.maskers.base import Unsupported
+from vllm_sparse_plugin.paged.random_row import random_row
 from vllm_sparse_plugin.paged.warm_up import first_layer
 
 LENGTHS = (512, 8192)
@@ -57,25 +58,12 @@ def measured(attention: PagedAttention, shape: BlockShape, layer: int) -> int:
     """
     indices = tuple(dict.fromkeys(i for masker in attention.maskers for i in masker.indices))
     layout = BlockLayout(shape, indices)
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(1, shape.num_heads, shape.head_size, generator=generator).numpy()
     dense, sparse = [], []
     for length in LENGTHS:
-        num_blocks = -(-length // shape.block_size)
-        width = layout.bytes_per_token // shape.dtype.itemsize
-        kv_cache = torch.zeros(
-            num_blocks, shape.num_kv_heads, shape.block_size, width, dtype=shape.dtype
-        )
-        cache = LayerCache.of(kv_cache, layout, layer)
-        key = torch.randn(length, shape.num_kv_heads, shape.head_size, generator=generator)
-        cache.write(key.to(shape.dtype), key.to(shape.dtype), torch.arange(length))
-        batch = QueryBatch(
-            np.arange(num_blocks, dtype=np.int32)[None],
-            np.zeros(1, np.int32),
-            np.full(1, length, np.int32),
-        )
-        dense.append(_seconds(lambda: attend_dense(query, cache, batch, 0.1)))  # noqa: B023
-        sparse.append(_seconds(lambda: attention.attend(query, cache, batch, 0.1)))  # noqa: B023
+        row = random_row(layout, length, layer)
+        inputs = (row.query, row.cache, row.batch, 0.1)
+        dense.append(_seconds(functools.partial(attend_dense, *inputs)))
+        sparse.append(_seconds(functools.partial(attention.attend, *inputs)))
     return crossing((dense[0], dense[1]), (sparse[0], sparse[1]))
 
 

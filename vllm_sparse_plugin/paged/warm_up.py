@@ -7,14 +7,13 @@ import logging
 import time
 from collections.abc import Iterable
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
 from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
-from vllm_sparse_plugin.paged.attention import PagedAttention, QueryBatch, attend_dense
-from vllm_sparse_plugin.paged.layout import BlockLayout, LayerCache
+from vllm_sparse_plugin.paged.attention import PagedAttention, attend_dense
+from vllm_sparse_plugin.paged.layout import BlockLayout
 from vllm_sparse_plugin.paged.maskers.base import Unsupported
+from vllm_sparse_plugin.paged.random_row import random_row
 
 logger = logging.getLogger(__name__)
 
@@ -32,25 +31,7 @@ def warm_up(configs: Iterable[ResearchAttentionConfig], layout: BlockLayout) -> 
         configs: Of the server.
         layout: Of its blocks.
     """
-    shape = layout.shape
     started = time.monotonic()
-    width = layout.bytes_per_token // shape.dtype.itemsize
-    num_blocks = -(-_NUM_KEYS // shape.block_size)
-    kv_cache = torch.zeros(
-        num_blocks, shape.num_kv_heads, shape.block_size, width, dtype=shape.dtype
-    )
-    generator = torch.Generator().manual_seed(0)
-
-    def numbers(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator)
-
-    key = numbers(_NUM_KEYS, shape.num_kv_heads, shape.head_size).to(shape.dtype)
-    query = numbers(1, shape.num_heads, shape.head_size).numpy()
-    batch = QueryBatch(
-        np.arange(num_blocks, dtype=np.int32)[None],
-        np.zeros(1, np.int32),
-        np.full(1, _NUM_KEYS, np.int32),
-    )
     lists = [
         (layer, maskers)
         for config in configs
@@ -60,11 +41,11 @@ def warm_up(configs: Iterable[ResearchAttentionConfig], layout: BlockLayout) -> 
         )
     ]
     for layer, maskers in tqdm(lists, desc="sparse attention: compiling kernels", disable=None):
-        cache = LayerCache.of(kv_cache, layout, layer)
-        cache.write(key, key, torch.arange(_NUM_KEYS))
-        attend_dense(query, cache, batch, 1.0)
+        row = random_row(layout, _NUM_KEYS, layer)
+        attend_dense(row.query, row.cache, row.batch, 1.0)
         try:
-            PagedAttention(maskers, shape).attend(query, cache, batch, 1.0)
+            attention = PagedAttention(maskers, layout.shape)
+            attention.attend(row.query, row.cache, row.batch, 1.0)
         except Unsupported:
             continue  # the general path, which is not compiled
         except ValueError as error:  # a file that knows other layers than this one
