@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -126,19 +127,20 @@ class PagedAttention:
         _attend_lists(query, cache, batch, scaling, lists, output)
         read.keys[:] = lists.keys_read
         loaded = lists.counts.reshape(len(query), -1).sum(axis=1, dtype=np.int64)
-        read.loaded_bytes[:] = loaded * self.shape.key_value_bytes + self._scanned_bytes(
-            batch.lengths
+        scanned = batch.lengths.astype(np.int64) * self._scanned_bytes_per_block
+        read.loaded_bytes[:] = (
+            loaded * self.shape.key_value_bytes + scanned // self.shape.block_size
         )
 
-    def _scanned_bytes(self, lengths: np.ndarray) -> np.ndarray:
-        """Bytes that maskers read to select, `[num_queries]`, int64: indices, or every key."""
+    @cached_property
+    def _scanned_bytes_per_block(self) -> int:
+        """Bytes that maskers read to select: indices, or every key."""
         shape = self.shape
         indices = {index for masker in self.maskers for index in masker.indices}
         per_block = sum(index.bytes_per_block(shape) for index in indices)
         if any(masker.reads_every_key for masker in self.maskers):
             per_block += shape.block_size * shape.key_value_bytes // 2
-        scanned: np.ndarray = lengths.astype(np.int64) * (per_block * shape.num_kv_heads)
-        return scanned // shape.block_size
+        return per_block * shape.num_kv_heads
 
     def _select(
         self, query: np.ndarray, cache: LayerCache, batch: QueryBatch, scaling: float
