@@ -20,7 +20,7 @@ from vllm_sparse_plugin.paged.maskers.base import (
     paged_masker,
 )
 from vllm_sparse_plugin.paged.scratch import scratch
-from vllm_sparse_plugin.paged.token_lists import TokenLists
+from vllm_sparse_plugin.paged.token_lists import NO_KEY_PROBABILITY, TokenLists
 
 MAX_ENTRIES = 1 << 24
 """Scores that are held at once (64 MiB, and flags and lists beside them); more queries go in
@@ -120,9 +120,14 @@ class PagedAttention:
         output: np.ndarray,
         read: ReadCounts,
     ) -> None:
-        flags, probability = self._select(query, cache, batch, scaling)
+        queries = self._select(query, cache, batch, scaling)
         lists = TokenLists.of(
-            flags, probability, batch.lengths, self.shape.num_heads, self.shape.num_kv_heads
+            queries.flags,
+            queries.probability,
+            batch.lengths,
+            self.shape.num_heads,
+            self.shape.num_kv_heads,
+            queries.key_probability,
         )
         _attend_lists(query, cache, batch, scaling, lists, output)
         read.keys[:] = lists.keys_read
@@ -144,10 +149,14 @@ class PagedAttention:
 
     def _select(
         self, query: np.ndarray, cache: LayerCache, batch: QueryBatch, scaling: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Flags and probabilities of what the maskers select; see `PagedQueries`."""
+    ) -> PagedQueries:
+        """The queries with what the maskers select."""
         num_queries, num_heads, _ = query.shape
         capacity = -(-int(batch.lengths.max()) // 8) * 8
+        units = num_queries * self._num_units
+        key_probability = NO_KEY_PROBABILITY
+        if any(masker.has_key_probabilities for masker in self.maskers):
+            key_probability = scratch("key_probability", (units, capacity), np.float32)
         queries = PagedQueries(
             query=query,
             cache=cache,
@@ -155,14 +164,15 @@ class PagedAttention:
             rows=batch.rows,
             lengths=batch.lengths,
             scaling=scaling,
-            flags=scratch("flags", (num_queries * self._num_units, capacity), np.uint8),
-            probability=np.zeros(num_queries * self._num_units, np.float32),
+            flags=scratch("flags", (units, capacity), np.uint8),
+            probability=np.zeros(units, np.float32),
             scores=scratch("scores", (num_queries, num_heads, capacity), np.float32),
+            key_probability=key_probability,
         )
         clear_flags(queries.flags, batch.lengths)
         for masker in self.maskers:
             masker.select(queries)
-        return queries.flags, queries.probability
+        return queries
 
 
 def attend_dense(

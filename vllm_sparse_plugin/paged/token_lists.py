@@ -10,6 +10,9 @@ from vllm_sparse_plugin.paged.kernels.group_lists import list_group_tokens
 from vllm_sparse_plugin.paged.kernels.lists import list_tokens
 from vllm_sparse_plugin.paged.scratch import scratch
 
+NO_KEY_PROBABILITY = np.empty((0, 0), np.float32)
+"""Where no key is sampled with a probability of its own."""
+
 
 @dataclass(frozen=True)
 class TokenLists:
@@ -37,6 +40,7 @@ class TokenLists:
         lengths: np.ndarray,
         num_heads: int,
         num_kv_heads: int,
+        key_probability: np.ndarray = NO_KEY_PROBABILITY,
     ) -> TokenLists:
         """Lists what units have selected.
 
@@ -46,6 +50,7 @@ class TokenLists:
             lengths: `[num_queries]`, int32.
             num_heads: Query heads.
             num_kv_heads: KV heads.
+            key_probability: See `kernels`.
         """
         num_queries, capacity = len(lengths), flags.shape[1]
         num_lists, group = num_queries * num_kv_heads, num_heads // num_kv_heads
@@ -54,7 +59,9 @@ class TokenLists:
         if len(flags) == num_queries * num_heads:
             log_weights = scratch("log_weights", (num_lists, capacity, group), np.float32)
             selected = np.empty(len(flags), np.int32)
-            list_group_tokens(flags, probability, lengths, tokens, log_weights, counts, selected)
+            list_group_tokens(
+                flags, probability, lengths, tokens, log_weights, counts, selected, key_probability
+            )
         else:
             log_weights = np.empty((num_lists, 0, group), np.float32)
             list_tokens(flags, lengths, tokens, counts)

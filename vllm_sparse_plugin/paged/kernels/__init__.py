@@ -10,7 +10,10 @@ Shapes and names that all of them share (`layout.py` has the bytes):
 - a *unit* selects: a query head, or the query heads of a KV head together. Units of one query are
   side by side: unit `u` of query `i` is row `i * num_units + u`.
 - `flags` `[num_queries * num_units, capacity]`, uint8: 0 = not selected, 1 = selected for certain,
-  2 = sampled with the unit's `probability`. Written up to the query's length.
+  2 = sampled with the unit's `probability`, 3 = sampled with a probability of its own, of
+  `key_probability`. Written up to the query's length.
+- `key_probability` `[num_queries * num_units, capacity]`, float32, of keys with flag 3; `[0, 0]`
+  where no masker gives such flags.
 """
 
 import contextlib

@@ -23,6 +23,7 @@ def list_group_tokens(
     log_weights: np.ndarray,
     counts: np.ndarray,
     selected: np.ndarray,
+    key_probability: np.ndarray,
 ) -> None:
     """The positions that at least one query head of a group selects, ascending.
 
@@ -36,6 +37,7 @@ def list_group_tokens(
             token; written.
         counts: `[num_queries * num_kv_heads]`, int32, of each list; written.
         selected: `[num_queries * num_heads]`, int32, keys that each query head selects; written.
+        key_probability: See the package.
     """
     words = flags.view(np.uint64)
     num_lists = tokens.shape[0]
@@ -57,7 +59,8 @@ def list_group_tokens(
                 positions[count] = word * 8 + byte
                 count += (union >> np.uint64(8 * byte)) & np.uint64(0xFF) != 0
         counts[item] = count
-        weight_of_flag = np.array([NOT_SELECTED, np.float32(0.0), np.float32(0.0)], np.float32)
+        weight_of_flag = np.zeros(4, np.float32)
+        weight_of_flag[0] = NOT_SELECTED
         for h in range(group):
             row = flags[first + h]
             if probability[first + h] > 0:
@@ -67,4 +70,9 @@ def list_group_tokens(
                 flag = row[positions[i]]
                 number += flag != 0
                 log_weights[item, i, h] = weight_of_flag[flag]
+            if key_probability.shape[0]:
+                own = key_probability[first + h]
+                for i in range(count):
+                    if row[positions[i]] == 3:
+                        log_weights[item, i, h] = -math.log(own[positions[i]])
             selected[first + h] = number

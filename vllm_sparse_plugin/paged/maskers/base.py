@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes impo
 )
 from vllm_sparse_plugin.paged.kernels.selection import flag_largest, flag_range
 from vllm_sparse_plugin.paged.layout import BlockIndex, BlockShape, LayerCache
+from vllm_sparse_plugin.paged.token_lists import NO_KEY_PROBABILITY
 
 
 @dataclass
@@ -35,6 +36,8 @@ class PagedQueries:
             `kernels`. Maskers write it.
         probability: `[num_queries * num_units]`, float32, of sampled keys. Samplers write it.
         scores: `[num_queries, num_heads, capacity]`, float32 scratch.
+        key_probability: `[num_queries * num_units, capacity]`, float32, of keys that are sampled
+            with a probability of their own; see `PagedMasker.has_key_probabilities`.
     """
 
     query: np.ndarray
@@ -46,6 +49,7 @@ class PagedQueries:
     flags: np.ndarray
     probability: np.ndarray
     scores: np.ndarray
+    key_probability: np.ndarray = field(default_factory=lambda: NO_KEY_PROBABILITY)
 
     def sizes(self, size: Size) -> np.ndarray:
         """A masker's size in keys, for each query: `[num_queries]`, int64; see `resolve_size`.
@@ -87,9 +91,11 @@ class PagedMasker(ABC):
 
     Attributes:
         reads_every_key: Whether it looks at all keys in order to select.
+        has_key_probabilities: Whether it samples keys with a probability of their own (flag 3).
     """
 
     reads_every_key: ClassVar[bool] = False
+    has_key_probabilities: ClassVar[bool] = False
 
     def __init__(self, config: Any, shape: BlockShape) -> None:
         """Keeps the configuration.

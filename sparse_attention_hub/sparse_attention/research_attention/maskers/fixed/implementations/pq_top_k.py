@@ -77,6 +77,7 @@ class PQCache(TopKMasker):
         paper="PQCache, Zhang et al. 2024",
         state="codebook and codes",
         index_bytes="head size / pq_sub_dim · pq_bits / 8",
+        is_paged=True,
     )
 
     def __init__(self, config: PQCacheConfig) -> None:

@@ -108,6 +108,7 @@ class MagicPig(SamplingMasker):
         state="signatures and the mean",
         index_bytes="lsh_l · lsh_k / 8",
         is_by_index=False,
+        is_paged=True,
     )
 
     def __init__(self, config: MagicPigConfig) -> None:
@@ -158,8 +159,7 @@ class MagicPig(SamplingMasker):
         """What is subtracted from keys, float32 `(B, G, 1, D)`."""
         if not self.center:
             return torch.zeros(*keys.shape[:2], 1, keys.shape[3], device=keys.device)
-        prefix = first_visible_keys(keys, attention_mask, size)
-        return prefix.double().mean(dim=2, keepdim=True).float()
+        return prefix_mean(first_visible_keys(keys, attention_mask, size))
 
     def _collisions(
         self,
@@ -219,3 +219,8 @@ class MagicPig(SamplingMasker):
     def create_from_config(cls, config: MaskerConfig) -> MagicPig:
         """See `ResearchMasker.create_from_config`."""
         return cls(require_config(config, MagicPigConfig))
+
+
+def prefix_mean(prefix: torch.Tensor) -> torch.Tensor:
+    """The mean of keys `(B, G, n, D)`, float32 `(B, G, 1, D)`."""
+    return prefix.double().mean(dim=2, keepdim=True).float()

@@ -1,0 +1,119 @@
+"""The index of PQCache: of each key's sub-vectors, the nearest centroids of a learned codebook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.pq_top_k import (  # noqa: E501
+    learned_codebook,
+)
+from vllm_sparse_plugin.paged.kernels.centroid_codes import encode_keys
+from vllm_sparse_plugin.paged.layout import BlockShape, LayerCache
+from vllm_sparse_plugin.paged.learned_index import LearnedIndex, ShortBlocks
+
+_DISTANCES_AT_ONCE = 1 << 24
+"""Of keys to centroids, while a codebook is learned (64 MiB): more sub-spaces take turns."""
+
+
+@dataclass(frozen=True)
+class CentroidCodes(LearnedIndex):
+    """Codes of all keys.
+
+    Attributes:
+        sub_dim: Channels of a sub-vector.
+        bits: Of a code: there are 2**bits centroids.
+        iterations: Of k-means.
+    """
+
+    sub_dim: int
+    bits: int
+    iterations: int
+
+    def reason_against(self, shape: BlockShape) -> str | None:
+        """Why blocks of this shape cannot hold it; None when they can."""
+        if shape.head_size % self.sub_dim:
+            return f"pq_sub_dim {self.sub_dim} does not divide the head size {shape.head_size}"
+        return None
+
+    @property
+    def stored_bits(self) -> int:
+        """Of a code in a block: a divisor of a byte."""
+        return next(width for width in (1, 2, 4, 8) if width >= self.bits)
+
+    @property
+    def num_centroids(self) -> int:
+        """Of a sub-space, C; fewer keys than that make fewer centroids."""
+        return 1 << self.bits
+
+    def num_parts(self, shape: BlockShape) -> int:
+        """Sub-vectors of a key, M."""
+        return shape.head_size // self.sub_dim
+
+    def code_bytes(self, shape: BlockShape) -> int:
+        """See `LearnedIndex.code_bytes`."""
+        return shape.block_size * -(-self.num_parts(shape) * self.stored_bits // 8)
+
+    def state_width(self, shape: BlockShape) -> int:
+        """See `LearnedIndex.state_width`; `kernels.centroid_codes` has the form."""
+        parts = shape.num_kv_heads * self.num_parts(shape)
+        return parts * (self.sub_dim + 1) * self.num_centroids
+
+    def learn(self, keys: torch.Tensor) -> np.ndarray:
+        """See `LearnedIndex.learn`: the reference's codebook, bit for bit."""
+        num_kv_heads, count = keys.shape[1], keys.shape[2]
+        # Sub-spaces know nothing of each other: as heads of their own, some of them at once.
+        parts = keys.view(num_kv_heads, count, -1, self.sub_dim).transpose(1, 2)
+        parts = parts.reshape(1, -1, count, self.sub_dim)
+        at_once = max(1, _DISTANCES_AT_ONCE // (count * self.num_centroids))
+        books = torch.cat(
+            [
+                learned_codebook(some, self.sub_dim, self.bits, self.iterations)
+                for some in torch.split(parts, at_once, dim=1)
+            ],
+            dim=1,
+        )[0, :, 0]  # (heads * M, C, sub_dim)
+        state = torch.zeros(len(books), self.sub_dim + 1, self.num_centroids)
+        found = books.shape[1]
+        state[:, :-1, :found] = books.transpose(1, 2)
+        state[:, -1, :found] = books.square().sum(-1)
+        state[:, -1, found:] = torch.inf
+        return state.numpy()
+
+    def encode(self, cache: LayerCache, short: ShortBlocks, states: np.ndarray) -> None:
+        """See `LearnedIndex.encode`."""
+        shape = cache.layout.shape
+        encode_keys(
+            cache.elements,
+            shape.kind,
+            cache.records,
+            cache.layout.offsets[self],
+            self.header_words(shape),
+            self.codes_at(shape),
+            self.stored_bits,
+            shape.block_size,
+            self.sub_dim,
+            self.num_centroids,
+            short.blocks,
+            short.wanted,
+            short.tags,
+            short.places,
+            states,
+            shape.head_size,
+        )
+
+
+def stored_codes(index: CentroidCodes, cache: LayerCache) -> torch.Tensor:
+    """What is stored (for tests and for whoever looks into a cache); see the headers for how many.
+
+    Returns:
+        `[num_blocks, num_kv_heads, block_size, M]`, int64.
+    """
+    shape = cache.layout.shape
+    start = cache.layout.offsets[index] + index.codes_at(shape)
+    records = torch.from_numpy(cache.records)[..., start : start + index.code_bytes(shape)]
+    packed = records.reshape(*records.shape[:2], shape.block_size, -1, 1).long()
+    codes = packed >> torch.arange(0, 8, index.stored_bits) & ((1 << index.stored_bits) - 1)
+    return codes.flatten(start_dim=-2)[..., : index.num_parts(shape)]

@@ -1,0 +1,245 @@
+"""Signatures of keys and queries (MagicPIG): in each of L hash tables, the number of a bucket.
+
+A bucket is the signs of K projections, the first one highest; 0 counts as positive. The signatures
+of a block and KV head are kept table by table, `[L, block_size]`, in the smallest unsigned integers
+that hold K bits, so that neighbouring tokens are compared together.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+
+from vllm_sparse_plugin.paged.kernels.learned_blocks import COUNT, TAG, header_of
+from vllm_sparse_plugin.paged.kernels.prefetch import prefetch
+from vllm_sparse_plugin.paged.kernels.rows import load_row
+
+_COLUMNS = 512
+"""Projections that are worked on at once, about: those of all channels stay in the cache."""
+_TINY = np.finfo(np.float32).tiny
+_SMALLEST = 1e-12
+"""Of probabilities, as in the reference."""
+
+
+@njit(fastmath={"contract"}, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _project(vector: np.ndarray, matrix: np.ndarray, first: int, sums: np.ndarray) -> None:
+    """The vector times columns of a matrix from `first` on, term by term."""
+    sums[:] = np.float32(0.0)
+    for k in range(vector.shape[0]):
+        number, row = vector[k], matrix[k, first : first + sums.shape[0]]
+        for j in range(sums.shape[0]):
+            sums[j] += number * row[j]
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _buckets(projected: np.ndarray, bits: int, buckets: np.ndarray) -> None:
+    """The bucket of each table: the signs of its projections."""
+    for table in range(buckets.shape[0]):
+        code = np.uint64(0)
+        for bit in range(bits):
+            code = (code << np.uint64(1)) | np.uint64(projected[table * bits + bit] >= 0)
+        buckets[table] = code
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def sign_queries(
+    query: np.ndarray, projections: np.ndarray, bits: int, signatures: np.ndarray
+) -> None:
+    """The queries' signatures.
+
+    Args:
+        query: `[num_queries, num_heads, head_size]`, float32.
+        projections: `[num_kv_heads, head_size, L * bits]`, float32.
+        bits: Of a table.
+        signatures: `[num_queries, num_heads, L]`, unsigned; written.
+    """
+    num_queries, num_heads, _ = query.shape
+    group = num_heads // projections.shape[0]
+    for item in prange(num_queries * num_heads):
+        index, head = item // num_heads, item % num_heads
+        sums = np.empty(projections.shape[2], np.float32)
+        _project(query[index, head], projections[head // group], 0, sums)
+        _buckets(sums, bits, signatures[index, head])
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def sign_keys(
+    elements: np.ndarray,
+    kind: int,
+    records: np.ndarray,
+    offset: int,
+    words: int,
+    codes_at: int,
+    block_size: int,
+    projections: np.ndarray,
+    bits: int,
+    unsigned: np.ndarray,
+    blocks: np.ndarray,
+    wanted: np.ndarray,
+    tags: np.ndarray,
+    places: np.ndarray,
+    means: np.ndarray,
+) -> None:
+    """Makes the signatures that blocks lack.
+
+    Args:
+        elements: See the package.
+        kind: Of the elements.
+        records: The same memory as uint8, `[num_blocks, num_kv_heads, bytes]`.
+        offset: Of the index in a block and head, bytes.
+        words: Of its header.
+        codes_at: From there to the signatures.
+        block_size: Tokens of a block.
+        projections: `[num_kv_heads, head_size, L * bits]`, float32.
+        bits: Of a table.
+        unsigned: Of the type of a stored bucket.
+        blocks: `[n]`, int64, each once.
+        wanted: `[n]`, int64: tokens that need signatures.
+        tags: `[n]`, int64: of the mean.
+        places: `[n]`, int64: of the mean in `means`.
+        means: `[places, num_kv_heads * head_size]`, float32, subtracted from keys.
+    """
+    num_kv_heads, head_size, columns = projections.shape
+    tables = columns // bits
+    at_once = min(tables, max(1, _COLUMNS // bits))
+    size = tables * block_size * unsigned.itemsize
+    for item in prange(blocks.shape[0] * num_kv_heads):
+        task, head = item // num_kv_heads, item % num_kv_heads
+        block = blocks[task]
+        header = header_of(records, offset, words, block, head)
+        first = header[COUNT] if header[TAG] == tags[task] else 0
+        mean = means[places[task], head * head_size : (head + 1) * head_size]
+        start = offset + codes_at
+        stored = records[block, head, start : start + size].view(unsigned.dtype)
+        buffer = np.empty(head_size, np.float32)
+        centred = np.empty(head_size, np.float32)
+        sums = np.empty(at_once * bits, np.float32)
+        buckets = np.empty(at_once, unsigned.dtype)
+        for table in range(0, tables, at_once):
+            count = min(at_once, tables - table)
+            for token in range(first, wanted[task]):
+                key = load_row(elements, block, head, token * head_size, buffer, kind)
+                for d in range(head_size):
+                    centred[d] = key[d] - mean[d]
+                _project(centred, projections[head], table * bits, sums[: count * bits])
+                _buckets(sums, bits, buckets[:count])
+                for t in range(count):
+                    stored[(table + t) * block_size + token] = buckets[t]
+        header[TAG] = tags[task]
+        header[COUNT] = max(first, wanted[task])
+
+
+@njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _cosine(query: np.ndarray, key: np.ndarray, mean: np.ndarray) -> Any:
+    """Of a query with a centred key; 0 where one of them is."""
+    product, own, other = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+    for d in range(query.shape[0]):
+        centred = key[d] - mean[d]
+        product += query[d] * centred
+        own += query[d] * query[d]
+        other += centred * centred
+    return product / max(np.sqrt(own) * np.sqrt(other), _TINY)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def sampling_probability(cosine: float, tables: int, bits: int) -> float:
+    """Of a key to share two buckets or more with a query: `MagicPig.sampling_probability`."""
+    agree = 1 - math.acos(min(max(np.float64(cosine), -1.0), 1.0)) / math.pi
+    hit = agree**bits
+    miss = 1 - hit
+    chance = 1 - miss**tables - tables * hit * miss ** (tables - 1)
+    return min(max(chance, _SMALLEST), 1.0)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _collide_twice(
+    own: np.ndarray, stored: np.ndarray, block_size: int, once: np.ndarray, twice: np.ndarray
+) -> None:
+    """Which tokens share a query's bucket in two tables or more: `twice` `[tokens]`, uint8."""
+    once[:], twice[:] = 0, 0
+    for table in range(own.shape[0]):
+        keys = stored[table * block_size : table * block_size + once.shape[0]]
+        bucket = own[table]
+        for t in range(once.shape[0]):
+            same = np.uint8(keys[t] == bucket)
+            twice[t] |= once[t] & same
+            once[t] |= same
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def sample_collisions(
+    query: np.ndarray,
+    elements: np.ndarray,
+    kind: int,
+    records: np.ndarray,
+    offset: int,
+    block_size: int,
+    block_table: np.ndarray,
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    queries: np.ndarray,
+    own: np.ndarray,
+    bits: int,
+    places: np.ndarray,
+    means: np.ndarray,
+    flags: np.ndarray,
+    key_probability: np.ndarray,
+) -> None:
+    """Samples the unselected keys that share two buckets or more with a query.
+
+    Args:
+        query: `[num_queries, num_heads, head_size]`, float32.
+        elements: See the package.
+        kind: Of the elements.
+        records: See `sign_keys`.
+        offset: Of the signatures in a block and head, bytes.
+        block_size: Tokens of a block.
+        block_table: See the package; so `rows` and `lengths`.
+        rows: Of all queries.
+        lengths: Of all queries.
+        queries: `[n]`, int64: which of them.
+        own: `[num_queries, num_heads, L]`, unsigned: their signatures.
+        bits: Of a table.
+        places: `[num_queries]`, int64: of their means.
+        means: See `sign_keys`.
+        flags: See the package; units are query heads; written.
+        key_probability: `[num_queries * num_heads, capacity]`, float32; written where sampled.
+    """
+    _, num_heads, head_size = query.shape
+    num_kv_heads, tables = records.shape[1], own.shape[2]
+    group = num_heads // num_kv_heads
+    size = tables * block_size * own.itemsize
+    longest = 0
+    for place in range(queries.shape[0]):
+        longest = max(longest, lengths[queries[place]])
+    chunks = (longest + block_size - 1) // block_size
+    for item in prange(queries.shape[0] * num_kv_heads * chunks):
+        place, rest = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
+        kv_head, chunk = rest // chunks, rest % chunks
+        index = queries[place]
+        first = chunk * block_size
+        count = min(block_size, lengths[index] - first)
+        if count <= 0:
+            continue
+        block = np.int64(block_table[rows[index], chunk])
+        if first + block_size < lengths[index]:
+            ahead = np.int64(block_table[rows[index], chunk + 1])
+            prefetch(records, ahead, kv_head, offset, size)
+        stored = records[block, kv_head, offset : offset + size].view(own.dtype)
+        mean = means[places[index], kv_head * head_size : (kv_head + 1) * head_size]
+        once, twice = np.empty(count, np.uint8), np.empty(count, np.uint8)
+        buffer = np.empty(head_size, np.float32)
+        for head in range(kv_head * group, (kv_head + 1) * group):
+            _collide_twice(own[index, head], stored, block_size, once, twice)
+            unit = index * num_heads + head
+            selected = flags[unit, first : first + count]
+            vector = query[index, head]
+            for t in range(count):
+                if twice[t] and selected[t] == 0:
+                    key = load_row(elements, block, kv_head, t * head_size, buffer, kind)
+                    cosine = _cosine(vector, key, mean)
+                    selected[t] = 3
+                    key_probability[unit, first + t] = sampling_probability(cosine, tables, bits)

@@ -1,0 +1,249 @@
+"""Codes of keys by a product quantiser (PQCache): made from keys, and looked up in tables.
+
+A codebook is `[num_kv_heads, M, sub_dim + 1, C]`, float32: of each sub-space, the channels of its C
+centroids side by side, and then their squared lengths, which are infinite where there is no
+centroid. The codes of a token are side by side, `per_byte` of them in each byte, the first one
+lowest.
+
+All sums go through their terms one by one, as those of a matrix product of few terms do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, prange
+
+from vllm_sparse_plugin.paged.kernels.learned_blocks import COUNT, TAG, header_of
+from vllm_sparse_plugin.paged.kernels.prefetch import prefetch
+from vllm_sparse_plugin.paged.kernels.rows import load_row
+
+
+@njit(fastmath={"contract"}, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _products(vector: np.ndarray, factor: float, book: np.ndarray, sums: np.ndarray) -> None:
+    """Dot products of `factor` times a sub-vector with each centroid of its sub-space."""
+    sums[:] = np.float32(0.0)
+    for k in range(vector.shape[0]):
+        number, channel = np.float32(factor) * vector[k], book[k]
+        for c in range(sums.shape[0]):
+            sums[c] += number * channel[c]
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _nearest(vector: np.ndarray, book: np.ndarray, sums: np.ndarray) -> int:
+    """The centroid with the least `|c|^2 - 2 x c`; the lower one wins ties."""
+    _products(vector, 2.0, book, sums)
+    lengths = book[vector.shape[0]]
+    best, least = 0, np.float32(np.inf)
+    for c in range(sums.shape[0]):
+        distance = lengths[c] - sums[c]
+        if distance < least:
+            best, least = c, distance
+    return best
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def encode_keys(
+    elements: np.ndarray,
+    kind: int,
+    records: np.ndarray,
+    offset: int,
+    words: int,
+    codes_at: int,
+    stored_bits: int,
+    block_size: int,
+    sub_dim: int,
+    num_centroids: int,
+    blocks: np.ndarray,
+    wanted: np.ndarray,
+    tags: np.ndarray,
+    places: np.ndarray,
+    states: np.ndarray,
+    head_size: int,
+) -> None:
+    """Makes the codes that blocks lack.
+
+    Args:
+        elements: See the package.
+        kind: Of the elements.
+        records: The same memory as uint8, `[num_blocks, num_kv_heads, bytes]`.
+        offset: Of the index in a block and head, bytes.
+        words: Of its header.
+        codes_at: From there to the codes.
+        stored_bits: Of a code: 1, 2, 4 or 8.
+        block_size: Tokens of a block.
+        sub_dim: Channels of a sub-vector.
+        num_centroids: C.
+        blocks: `[n]`, int64, each once.
+        wanted: `[n]`, int64: tokens that need codes.
+        tags: `[n]`, int64: of the codebook.
+        places: `[n]`, int64: of the codebook in `states`.
+        states: `[places, width]`, float32.
+        head_size: Channels of a key.
+    """
+    num_kv_heads = records.shape[1]
+    num_parts = head_size // sub_dim
+    per_byte = 8 // stored_bits
+    row_bytes = (num_parts + per_byte - 1) // per_byte
+    book_size = num_parts * (sub_dim + 1) * num_centroids
+    for item in prange(blocks.shape[0] * num_kv_heads):
+        task, head = item // num_kv_heads, item % num_kv_heads
+        block = blocks[task]
+        header = header_of(records, offset, words, block, head)
+        first = header[COUNT] if header[TAG] == tags[task] else 0
+        books = states[places[task], head * book_size : (head + 1) * book_size]
+        book = books.reshape(num_parts, sub_dim + 1, num_centroids)
+        start = offset + codes_at
+        codes = records[block, head, start : start + block_size * row_bytes]
+        buffer = np.empty(head_size, np.float32)
+        sums = np.empty(num_centroids, np.float32)
+        for token in range(first, wanted[task]):
+            key = load_row(elements, block, head, token * head_size, buffer, kind)
+            for byte in range(row_bytes):
+                packed = 0
+                for part in range(per_byte):
+                    m = byte * per_byte + part
+                    if m < num_parts:
+                        code = _nearest(key[m * sub_dim : (m + 1) * sub_dim], book[m], sums)
+                        packed |= code << (part * stored_bits)
+                codes[token * row_bytes + byte] = packed
+        header[TAG] = tags[task]
+        header[COUNT] = max(first, wanted[task])
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def fill_tables(
+    query: np.ndarray,
+    queries: np.ndarray,
+    places: np.ndarray,
+    states: np.ndarray,
+    num_kv_heads: int,
+    sub_dim: int,
+    tables: np.ndarray,
+) -> None:
+    """Dot products of the queries' sub-vectors with all centroids.
+
+    Args:
+        query: `[num_queries, num_heads, head_size]`, float32.
+        queries: `[n]`, int64: which of them.
+        places: `[num_queries]`, int64: of their codebooks.
+        states: `[places, width]`, float32.
+        num_kv_heads: KV heads.
+        sub_dim: Channels of a sub-vector.
+        tables: `[n, num_kv_heads, M, C, heads of a group]`, float32; written.
+    """
+    num_parts, num_centroids, group = tables.shape[2], tables.shape[3], tables.shape[4]
+    part_size = (sub_dim + 1) * num_centroids
+    for item in prange(queries.shape[0] * num_kv_heads * num_parts):
+        place, rest = item // (num_kv_heads * num_parts), item % (num_kv_heads * num_parts)
+        kv_head, m = rest // num_parts, rest % num_parts
+        index = queries[place]
+        start = (kv_head * num_parts + m) * part_size
+        book = states[places[index], start : start + part_size].reshape(sub_dim + 1, num_centroids)
+        sums = np.empty(num_centroids, np.float32)
+        for h in range(group):
+            vector = query[index, kv_head * group + h, m * sub_dim : (m + 1) * sub_dim]
+            _products(vector, 1.0, book, sums)
+            for c in range(num_centroids):
+                tables[place, kv_head, m, c, h] = sums[c]
+
+
+@njit(inline="always", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _code(codes: np.ndarray, row: int, stored_bits: int, m: int) -> Any:
+    """The m-th code of the token whose codes begin at byte `row`."""
+    bit = m * stored_bits
+    return (np.int64(codes[row + (bit >> 3)]) >> (bit & 7)) & ((1 << stored_bits) - 1)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _score_four(
+    table: np.ndarray, codes: np.ndarray, stored_bits: int, row_bytes: int, h: int, sums: np.ndarray
+) -> None:
+    """Sums of table entries of four query heads, from `h` on: `sums` `[4, tokens]`."""
+    num_parts, num_centroids, group = table.shape
+    flat = table.reshape(-1)
+    for t in range(sums.shape[1]):
+        a, b, c, d = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+        start = h
+        for m in range(num_parts):
+            at = start + _code(codes, t * row_bytes, stored_bits, m) * group
+            a += flat[at]
+            b += flat[at + 1]
+            c += flat[at + 2]
+            d += flat[at + 3]
+            start += num_centroids * group
+        sums[0, t], sums[1, t], sums[2, t], sums[3, t] = a, b, c, d
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _score_one(
+    table: np.ndarray, codes: np.ndarray, stored_bits: int, row_bytes: int, h: int, sums: np.ndarray
+) -> None:
+    """Sums of table entries of query head `h`: `sums` `[tokens]`."""
+    num_parts, num_centroids, group = table.shape
+    flat = table.reshape(-1)
+    for t in range(sums.shape[0]):
+        total, start = np.float32(0.0), h
+        for m in range(num_parts):
+            total += flat[start + _code(codes, t * row_bytes, stored_bits, m) * group]
+            start += num_centroids * group
+        sums[t] = total
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def score_codes(
+    tables: np.ndarray,
+    queries: np.ndarray,
+    records: np.ndarray,
+    offset: int,
+    stored_bits: int,
+    block_size: int,
+    block_table: np.ndarray,
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    scores: np.ndarray,
+) -> None:
+    """Sums of the table entries of each key's codes, for every key that a query sees.
+
+    Args:
+        tables: See `fill_tables`.
+        queries: `[n]`, int64: whose they are.
+        records: See `encode_keys`.
+        offset: Of the codes in a block and head, bytes.
+        stored_bits: Of a code.
+        block_size: Tokens of a block.
+        block_table: See the package; so `rows` and `lengths`.
+        rows: Of all queries.
+        lengths: Of all queries.
+        scores: `[num_queries, num_heads, capacity]`, float32; written for these queries.
+    """
+    _, num_kv_heads, num_parts, _, group = tables.shape
+    row_bytes = (num_parts * stored_bits + 7) // 8
+    size = block_size * row_bytes
+    longest = 0
+    for place in range(queries.shape[0]):
+        longest = max(longest, lengths[queries[place]])
+    chunks = (longest + block_size - 1) // block_size
+    for item in prange(queries.shape[0] * num_kv_heads * chunks):
+        place, rest = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
+        kv_head, chunk = rest // chunks, rest % chunks
+        index = queries[place]
+        first = chunk * block_size
+        count = min(block_size, lengths[index] - first)
+        if count <= 0:
+            continue
+        block = np.int64(block_table[rows[index], chunk])
+        if first + block_size < lengths[index]:
+            ahead = np.int64(block_table[rows[index], chunk + 1])
+            prefetch(records, ahead, kv_head, offset, size)
+        codes = records[block, kv_head, offset : offset + size]
+        table = tables[place, kv_head]
+        target = scores[index, kv_head * group : (kv_head + 1) * group, first : first + count]
+        h = 0
+        while h + 4 <= group:
+            _score_four(table, codes, stored_bits, row_bytes, h, target[h : h + 4])
+            h += 4
+        while h < group:
+            _score_one(table, codes, stored_bits, row_bytes, h, target[h])
+            h += 1

@@ -1,0 +1,169 @@
+"""Headers of blocks whose codes are made with something learned, and which blocks lack codes.
+
+The header of a block and KV head, int64: how many of its tokens have codes, the *tag* of the
+learned state that these codes are of, and *stamps*: numbers that name the first keys of the block,
+one for each of some `sizes`, the largest of which is the block's. The stamps are those of KV head
+0; the others' are not used. `learned_index` says what all of this is for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+COUNT, TAG, STAMPS = 0, 1, 2
+"""Places in a header."""
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def header_of(records: np.ndarray, offset: int, words: int, block: int, head: int) -> np.ndarray:
+    """The header of a block and KV head, int64, as a view.
+
+    Args:
+        records: The cache as uint8, `[num_blocks, num_kv_heads, bytes]`.
+        offset: Of the index in a block and head, bytes.
+        words: Of the header.
+        block: Of the cache.
+        head: KV head.
+    """
+    header: np.ndarray = records[block, head, offset : offset + 8 * words].view(np.int64)
+    return header
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def note_writes(
+    records: np.ndarray,
+    offset: int,
+    block_size: int,
+    sizes: np.ndarray,
+    first_stamp: int,
+    slots: np.ndarray,
+) -> None:
+    """Takes the codes of written places back, and gives what they are among another stamp.
+
+    Args:
+        records: See `header_of`.
+        offset: See `header_of`.
+        block_size: Tokens of a block.
+        sizes: int64, ascending: of what stamps name.
+        first_stamp: Of as many new numbers as there are slots.
+        slots: Where keys were written; negative = padding.
+    """
+    words = STAMPS + sizes.shape[0]
+    for i in range(slots.shape[0]):
+        if slots[i] < 0:
+            continue
+        block, place = slots[i] // block_size, slots[i] % block_size
+        for head in range(records.shape[1]):
+            header = header_of(records, offset, words, block, head)
+            # Before its first key is written, a block holds anything.
+            header[COUNT] = 0 if place == 0 else min(header[COUNT], place)
+        header = header_of(records, offset, words, block, 0)
+        for k in range(sizes.shape[0]):
+            if place < sizes[k]:
+                header[STAMPS + k] = first_stamp + i
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def name_prefixes(
+    records: np.ndarray,
+    offset: int,
+    block_size: int,
+    sizes: np.ndarray,
+    block_table: np.ndarray,
+    rows: np.ndarray,
+    prefixes: np.ndarray,
+    names: np.ndarray,
+) -> None:
+    """The stamps that together name the first keys of some sequences.
+
+    Args:
+        records: See `note_writes`; so the next three.
+        offset: Of the index.
+        block_size: Tokens of a block.
+        sizes: Of what stamps name.
+        block_table: See the package.
+        rows: `[n]`, of the block table.
+        prefixes: `[n]`, int64: how many keys.
+        names: `[n, >= blocks of the longest]`, int64; written, one per block.
+    """
+    words = STAMPS + sizes.shape[0]
+    for item in prange(rows.shape[0]):
+        blocks = block_table[rows[item]]
+        whole, rest = prefixes[item] // block_size, prefixes[item] % block_size
+        for i in range(whole):
+            header = header_of(records, offset, words, np.int64(blocks[i]), 0)
+            names[item, i] = header[words - 1]
+        if rest > 0:
+            k = 0
+            while sizes[k] < rest:
+                k += 1
+            header = header_of(records, offset, words, np.int64(blocks[whole]), 0)
+            names[item, whole] = header[STAMPS + k]
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def list_short_blocks(
+    records: np.ndarray,
+    offset: int,
+    words: int,
+    block_size: int,
+    block_table: np.ndarray,
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    tags: np.ndarray,
+    span: tuple[int, int],
+    owners: np.ndarray,
+    blocks: np.ndarray,
+    wanted: np.ndarray,
+    groups: np.ndarray,
+) -> tuple[int, int]:
+    """Which blocks lack codes, of as many sequences as want the same codes where they share blocks.
+
+    Args:
+        records: See `header_of`; so the next two.
+        offset: Of the index.
+        words: Of the header.
+        block_size: Tokens of a block.
+        block_table: See the package.
+        rows: `[groups]`, of the block table.
+        lengths: `[groups]`, int64: keys that need codes.
+        tags: `[groups]`, int64: of which state.
+        span: The first group, and the one after the last that may be taken.
+        owners: `[num_blocks]`, int32; overwritten.
+        blocks: `[>= blocks of all groups]`, int64: blocks that lack codes; written.
+        wanted: int64, as long: how many of their tokens need codes; written.
+        groups: int64, as long: a group that wants them; written.
+
+    Returns:
+        The group after the last one taken, at least one, and how many blocks are listed.
+    """
+    owners[:] = 0
+    listed = 0
+    group = span[0]
+    while group < span[1]:
+        table = block_table[rows[group]]
+        count = (lengths[group] + block_size - 1) // block_size
+        fits = True
+        for i in range(count):
+            owner = owners[table[i]]
+            fits = fits and (owner == 0 or tags[groups[owner - 1]] == tags[group])
+        if not fits:
+            break
+        for i in range(count):
+            need = min(block_size, lengths[group] - i * block_size)
+            owner = owners[table[i]]
+            if owner:
+                wanted[owner - 1] = max(wanted[owner - 1], need)
+            else:
+                blocks[listed], wanted[listed], groups[listed] = table[i], need, group
+                listed += 1
+                owners[table[i]] = listed
+        group += 1
+    kept = 0
+    for i in range(listed):
+        header = header_of(records, offset, words, blocks[i], 0)
+        if header[TAG] != tags[groups[i]] or header[COUNT] < wanted[i]:
+            blocks[kept], wanted[kept], groups[kept] = blocks[i], wanted[i], groups[i]
+            kept += 1
+    return group, kept
