@@ -14,9 +14,6 @@ from vllm_sparse_plugin.paged.kernels.centroid_codes import encode_keys
 from vllm_sparse_plugin.paged.layout import BlockShape, LayerCache
 from vllm_sparse_plugin.paged.learned_index import LearnedIndex, ShortBlocks
 
-_DISTANCES_AT_ONCE = 1 << 24
-"""Of keys to centroids, while a codebook is learned (64 MiB): more sub-spaces take turns."""
-
 
 @dataclass(frozen=True)
 class CentroidCodes(LearnedIndex):
@@ -63,23 +60,12 @@ class CentroidCodes(LearnedIndex):
 
     def learn(self, keys: torch.Tensor) -> np.ndarray:
         """See `LearnedIndex.learn`: the reference's codebook, bit for bit."""
-        num_kv_heads, count = keys.shape[1], keys.shape[2]
-        # Sub-spaces know nothing of each other: as heads of their own, some of them at once.
-        parts = keys.view(num_kv_heads, count, -1, self.sub_dim).transpose(1, 2)
-        parts = parts.reshape(1, -1, count, self.sub_dim)
-        at_once = max(1, _DISTANCES_AT_ONCE // (count * self.num_centroids))
-        books = torch.cat(
-            [
-                learned_codebook(some, self.sub_dim, self.bits, self.iterations)
-                for some in torch.split(parts, at_once, dim=1)
-            ],
-            dim=1,
-        )[0, :, 0]  # (heads * M, C, sub_dim)
-        state = torch.zeros(len(books), self.sub_dim + 1, self.num_centroids)
-        found = books.shape[1]
-        state[:, :-1, :found] = books.transpose(1, 2)
-        state[:, -1, :found] = books.square().sum(-1)
-        state[:, -1, found:] = torch.inf
+        books = learned_codebook(keys, self.sub_dim, self.bits, self.iterations)[0]
+        heads, parts, found, _ = books.shape  # fewer centroids than C where there are fewer keys
+        state = torch.zeros(heads, parts, self.sub_dim + 1, self.num_centroids)
+        state[..., :-1, :found] = books.transpose(-1, -2)
+        state[..., -1, :found] = books.square().sum(-1)
+        state[..., -1, found:] = torch.inf
         return state.numpy()
 
     def encode(self, cache: LayerCache, short: ShortBlocks, states: np.ndarray) -> None:
