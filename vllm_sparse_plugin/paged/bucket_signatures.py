@@ -81,7 +81,7 @@ class BucketSignatures(LearnedIndex):
             shape.block_size,
             self.projections(cache.layer_index, shape),
             self.bits,
-            np.empty(0, self.unsigned),
+            self.unsigned.itemsize,
             short.blocks,
             short.wanted,
             short.tags,

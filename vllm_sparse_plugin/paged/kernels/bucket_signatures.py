@@ -76,7 +76,7 @@ def sign_keys(
     block_size: int,
     projections: np.ndarray,
     bits: int,
-    unsigned: np.ndarray,
+    width: int,
     blocks: np.ndarray,
     wanted: np.ndarray,
     tags: np.ndarray,
@@ -95,7 +95,7 @@ def sign_keys(
         block_size: Tokens of a block.
         projections: `[num_kv_heads, head_size, L * bits]`, float32.
         bits: Of a table.
-        unsigned: Of the type of a stored bucket.
+        width: Bytes of a stored bucket.
         blocks: `[n]`, int64, each once.
         wanted: `[n]`, int64: tokens that need signatures.
         tags: `[n]`, int64: of the mean.
@@ -105,7 +105,7 @@ def sign_keys(
     num_kv_heads, head_size, columns = projections.shape
     tables = columns // bits
     at_once = min(tables, max(1, _COLUMNS // bits))
-    size = tables * block_size * unsigned.itemsize
+    size = tables * block_size * width
     for item in prange(blocks.shape[0] * num_kv_heads):
         task, head = item // num_kv_heads, item % num_kv_heads
         block = blocks[task]
@@ -113,11 +113,11 @@ def sign_keys(
         first = header[COUNT] if header[TAG] == tags[task] else 0
         mean = means[places[task], head * head_size : (head + 1) * head_size]
         start = offset + codes_at
-        stored = records[block, head, start : start + size].view(unsigned.dtype)
+        stored = records[block, head, start : start + size]
         buffer = np.empty(head_size, np.float32)
         centred = np.empty(head_size, np.float32)
         sums = np.empty(at_once * bits, np.float32)
-        buckets = np.empty(at_once, unsigned.dtype)
+        buckets = np.empty(at_once, np.uint64)
         for table in range(0, tables, at_once):
             count = min(at_once, tables - table)
             for token in range(first, wanted[task]):
@@ -127,7 +127,10 @@ def sign_keys(
                 _project(centred, projections[head], table * bits, sums[: count * bits])
                 _buckets(sums, bits, buckets[:count])
                 for t in range(count):
-                    stored[(table + t) * block_size + token] = buckets[t]
+                    # Byte by byte, the lowest first: the kernel is the same for all widths.
+                    place = ((table + t) * block_size + token) * width
+                    for byte in range(width):
+                        stored[place + byte] = (buckets[t] >> np.uint64(8 * byte)) & np.uint64(255)
         header[TAG] = tags[task]
         header[COUNT] = max(first, wanted[task])
 
@@ -170,10 +173,8 @@ def _collide_twice(
 
 
 @njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def sample_collisions(
-    query: np.ndarray,
-    elements: np.ndarray,
-    kind: int,
+def flag_collisions(
+    own: np.ndarray,
     records: np.ndarray,
     offset: int,
     block_size: int,
@@ -181,19 +182,12 @@ def sample_collisions(
     rows: np.ndarray,
     lengths: np.ndarray,
     queries: np.ndarray,
-    own: np.ndarray,
-    bits: int,
-    places: np.ndarray,
-    means: np.ndarray,
     flags: np.ndarray,
-    key_probability: np.ndarray,
 ) -> None:
     """Samples the unselected keys that share two buckets or more with a query.
 
     Args:
-        query: `[num_queries, num_heads, head_size]`, float32.
-        elements: See the package.
-        kind: Of the elements.
+        own: `[num_queries, num_heads, L]`, unsigned, of the stored type: the queries' signatures.
         records: See `sign_keys`.
         offset: Of the signatures in a block and head, bytes.
         block_size: Tokens of a block.
@@ -201,21 +195,12 @@ def sample_collisions(
         rows: Of all queries.
         lengths: Of all queries.
         queries: `[n]`, int64: which of them.
-        own: `[num_queries, num_heads, L]`, unsigned: their signatures.
-        bits: Of a table.
-        places: `[num_queries]`, int64: of their means.
-        means: See `sign_keys`.
         flags: See the package; units are query heads; written.
-        key_probability: `[num_queries * num_heads, capacity]`, float32; written where sampled.
     """
-    _, num_heads, head_size = query.shape
-    num_kv_heads, tables = records.shape[1], own.shape[2]
+    num_heads, num_kv_heads = own.shape[1], records.shape[1]
     group = num_heads // num_kv_heads
-    size = tables * block_size * own.itemsize
-    longest = 0
-    for place in range(queries.shape[0]):
-        longest = max(longest, lengths[queries[place]])
-    chunks = (longest + block_size - 1) // block_size
+    size = own.shape[2] * block_size * own.itemsize
+    chunks = _chunks_of(queries, lengths, block_size)
     for item in prange(queries.shape[0] * num_kv_heads * chunks):
         place, rest = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
         kv_head, chunk = rest // chunks, rest % chunks
@@ -229,17 +214,75 @@ def sample_collisions(
             ahead = np.int64(block_table[rows[index], chunk + 1])
             prefetch(records, ahead, kv_head, offset, size)
         stored = records[block, kv_head, offset : offset + size].view(own.dtype)
-        mean = means[places[index], kv_head * head_size : (kv_head + 1) * head_size]
         once, twice = np.empty(count, np.uint8), np.empty(count, np.uint8)
-        buffer = np.empty(head_size, np.float32)
         for head in range(kv_head * group, (kv_head + 1) * group):
             _collide_twice(own[index, head], stored, block_size, once, twice)
-            unit = index * num_heads + head
-            selected = flags[unit, first : first + count]
-            vector = query[index, head]
+            selected = flags[index * num_heads + head, first : first + count]
             for t in range(count):
-                if twice[t] and selected[t] == 0:
-                    key = load_row(elements, block, kv_head, t * head_size, buffer, kind)
-                    cosine = _cosine(vector, key, mean)
-                    selected[t] = 3
-                    key_probability[unit, first + t] = sampling_probability(cosine, tables, bits)
+                selected[t] = np.uint8(3) if twice[t] and selected[t] == 0 else selected[t]
+
+
+@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def weigh_collisions(
+    query: np.ndarray,
+    elements: np.ndarray,
+    kind: int,
+    block_size: int,
+    block_table: np.ndarray,
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    queries: np.ndarray,
+    tables: int,
+    bits: int,
+    places: np.ndarray,
+    means: np.ndarray,
+    flags: np.ndarray,
+    key_probability: np.ndarray,
+) -> None:
+    """The probabilities of sampled keys.
+
+    Args:
+        query: `[num_queries, num_heads, head_size]`, float32.
+        elements: See the package; so the next five.
+        kind: Of the elements.
+        block_size: Tokens of a block.
+        block_table: Of the batch.
+        rows: Of all queries.
+        lengths: Of all queries.
+        queries: `[n]`, int64: which of them.
+        tables: L.
+        bits: Of a table.
+        places: `[num_queries]`, int64: of their means.
+        means: See `sign_keys`.
+        flags: See the package; units are query heads.
+        key_probability: `[num_queries * num_heads, capacity]`, float32; written for flag 3.
+    """
+    _, num_heads, head_size = query.shape
+    group = num_heads // elements.shape[1]
+    chunks = _chunks_of(queries, lengths, block_size)
+    for item in prange(queries.shape[0] * num_heads * chunks):
+        place, rest = item // (num_heads * chunks), item % (num_heads * chunks)
+        head, chunk = rest // chunks, rest % chunks
+        index, kv_head = queries[place], head // group
+        first = chunk * block_size
+        count = min(block_size, lengths[index] - first)
+        if count <= 0:
+            continue
+        block = np.int64(block_table[rows[index], chunk])
+        mean = means[places[index], kv_head * head_size : (kv_head + 1) * head_size]
+        unit = index * num_heads + head
+        buffer = np.empty(head_size, np.float32)
+        for t in range(count):
+            if flags[unit, first + t] == 3:
+                key = load_row(elements, block, kv_head, t * head_size, buffer, kind)
+                cosine = _cosine(query[index, head], key, mean)
+                key_probability[unit, first + t] = sampling_probability(cosine, tables, bits)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _chunks_of(queries: np.ndarray, lengths: np.ndarray, block_size: int) -> int:
+    """Blocks of the longest of some queries."""
+    longest = 0
+    for place in range(queries.shape[0]):
+        longest = max(longest, lengths[queries[place]])
+    return (longest + block_size - 1) // block_size

@@ -8,7 +8,11 @@ import numpy as np
 
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling import MagicPigConfig
 from vllm_sparse_plugin.paged.bucket_signatures import BucketSignatures
-from vllm_sparse_plugin.paged.kernels.bucket_signatures import sample_collisions, sign_queries
+from vllm_sparse_plugin.paged.kernels.bucket_signatures import (
+    flag_collisions,
+    sign_queries,
+    weigh_collisions,
+)
 from vllm_sparse_plugin.paged.layout import BlockIndex, BlockShape
 from vllm_sparse_plugin.paged.maskers.base import PagedMasker, PagedQueries, counterpart_of
 
@@ -42,10 +46,8 @@ class PagedMagicPig(PagedMasker):
         sign_queries(queries.query, projections, index.bits, own)
         turns = index.turns(cache, queries.block_table, queries.rows, queries.lengths)
         for turn in turns:
-            sample_collisions(
-                queries.query,
-                cache.elements,
-                shape.kind,
+            flag_collisions(
+                own,
                 cache.records,
                 cache.layout.offsets[index] + index.codes_at(shape),
                 shape.block_size,
@@ -53,7 +55,18 @@ class PagedMagicPig(PagedMasker):
                 queries.rows,
                 queries.lengths,
                 turn.queries,
-                own,
+                queries.flags,
+            )
+            weigh_collisions(
+                queries.query,
+                cache.elements,
+                shape.kind,
+                shape.block_size,
+                queries.block_table,
+                queries.rows,
+                queries.lengths,
+                turn.queries,
+                index.tables,
                 index.bits,
                 turn.places,
                 turn.states,
