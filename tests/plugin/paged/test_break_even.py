@@ -48,8 +48,8 @@ def test_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path, caplo
     (kept,) = (tmp_path / "vllm_sparse_plugin").glob("break_even_*.json")
     assert json.loads(kept.read_text())["keys"] == keys
     # The general path has none.
-    pq = {"type": "pq_cache", "heavy_size": 8, "pq_sub_dim": 8, "pq_bits": 3}
-    assert break_even_of([pq]) == 0
+    socket = {"type": "socket", "heavy_size": 8, "K": 3, "L": 10}
+    assert break_even_of([socket]) == 0
     monkeypatch.setattr(break_even.sys, "executable", "/bin/false")
     assert break_even_of(SINK_LOCAL) == keys  # not measured again
     assert break_even_of(SINK_LOCAL[:1]) == 0

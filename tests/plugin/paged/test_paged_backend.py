@@ -24,6 +24,8 @@ current_platform.import_kernels()
 QUEST = [*SINK_LOCAL, {"type": "quest_top_k", "heavy_size": 0.2, "page_size": 8}]
 ORACLE = [*SINK_LOCAL, {"type": "oracle_top_k", "heavy_size": 0.1}]
 PQ = [*SINK_LOCAL, {"type": "pq_cache", "heavy_size": 8, "pq_sub_dim": 8, "pq_bits": 3}]
+PIG = [*SINK_LOCAL, {"type": "magic_pig", "lsh_l": 30, "lsh_k": 5}]
+SOCKET = [*SINK_LOCAL, {"type": "socket", "heavy_size": 8, "K": 3, "L": 10}]
 OTHER_PAGES = [{"type": "quest_top_k", "heavy_size": 0.2, "page_size": 16}]
 SHAPE = shape_of(heads=6, kv_heads=2, head_size=64)
 # Name, maskers (None = dense), keys before the step, queries, dense prefix.
@@ -34,10 +36,14 @@ ROWS = [
     ("dense prefill", None, 30, 50, 0),
     ("oracle chunk after a dense prefix", ORACLE, 40, 30, 60),
     ("quest chunk", QUEST, 61, 7, 0),
-    ("pq, general path", PQ, 90, 1, 0),
+    ("socket, general path", SOCKET, 90, 1, 0),
     ("quest without an index, general path", OTHER_PAGES, 90, 3, 0),
     ("dense last layer", QUEST, 50, 1, 0),
     ("dense last layer, chunk", QUEST, 20, 30, 0),
+    ("pq decode", PQ, 140, 1, 0),
+    ("pq chunk", PQ, 120, 20, 125),
+    ("magic pig decode", PIG, 99, 1, 0),
+    ("magic pig chunk", PIG, 0, 35, 0),
 ]
 LAYER, LAYERS = 3, 4
 
@@ -49,7 +55,7 @@ def config_of(name: str, maskers: list[dict] | None) -> dict:
 
 @pytest.fixture
 def impl(monkeypatch: pytest.MonkeyPatch):
-    """A layer as an engine makes it, whose server is configured for Quest on pages of 8."""
+    """A layer as an engine makes it: Quest on pages of 8, and for requests, two maskers more."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.v1.attention.backends import cpu_attn
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -60,7 +66,7 @@ def impl(monkeypatch: pytest.MonkeyPatch):
     config = VllmConfig()
     monkeypatch.setattr(config, "model_config", SimpleNamespace(dtype=torch.float32))
     config.attention_config.backend = AttentionBackendEnum.CUSTOM
-    config.additional_config = {"sparse_attention": {"maskers": QUEST}}
+    config.additional_config = {"sparse_attention": {"maskers": QUEST, "index": [PQ[-1], PIG[-1]]}}
     with set_current_vllm_config(config):
         yield PagedAttentionImpl(
             num_heads=6,
@@ -108,7 +114,8 @@ def expected(name, maskers, query, key, value, before: int, prefix: int):
 
 
 @pytest.mark.parametrize(
-    "order", [list(range(len(ROWS))), [8, 3, 1, 5, 0, 7, 9, 2, 6, 4], [1], [3]]
+    "order",
+    [list(range(len(ROWS))), [8, 13, 3, 1, 5, 10, 0, 12, 7, 9, 2, 11, 6, 4], [1], [3], [11], [13]],
 )
 def test_mixed_batch(impl, order: list[int]) -> None:
     generator = torch.Generator().manual_seed(len(order))
@@ -116,8 +123,8 @@ def test_mixed_batch(impl, order: list[int]) -> None:
     from vllm_sparse_plugin.paged_backend import block_layout
 
     width = block_layout(impl._config, SHAPE).bytes_per_token // 4
-    kv_cache = torch.full((60, 2, 32, width), torch.nan)
-    blocks = torch.randperm(60, generator=generator).tolist()
+    kv_cache = torch.full((90, 2, 32, width), torch.nan)
+    blocks = torch.randperm(90, generator=generator).tolist()
     table = torch.full((len(order), 8), 10_000, dtype=torch.int32)
     starts, seq_lens, rows, wanted = [0], [], {}, []
     queries, slots, new_keys, new_values = [], [], [], []
@@ -174,7 +181,7 @@ def test_the_log_says_what_held_the_fast_path_back(impl, caplog) -> None:
     from vllm_sparse_plugin.paged_backend import block_layout
 
     layout = block_layout(impl._config, SHAPE)
-    for maskers, reason in ((PQ, "pq_cache has no paged counterpart"), (OTHER_PAGES, "hold no")):
+    for maskers, reason in ((SOCKET, "socket has no paged counterpart"), (OTHER_PAGES, "hold no")):
         config = config_to_json(config_from_dict({"maskers": [*maskers, SINK_LOCAL[0]]}))
         served._say_once.cache_clear()
         for layer in range(3):
@@ -187,11 +194,11 @@ def test_the_log_says_what_held_the_fast_path_back(impl, caplog) -> None:
 def test_one_masker_without_an_index_takes_none_from_the_others(caplog) -> None:
     from vllm_sparse_plugin.paged_backend import block_layout
 
-    index = [PQ[-1], OTHER_PAGES[0], {**OTHER_PAGES[0], "page_size": 24}]
+    index = [SOCKET[-1], OTHER_PAGES[0], {**OTHER_PAGES[0], "page_size": 24}]
     config = ServingConfig.parse({"maskers": QUEST, "index": index})
     layout = block_layout(config, shape_of(head_size=40))
     assert [bounds.page_size for bounds in layout.indices] == [8, 16]
-    for reason in ("pq_cache has no paged counterpart", "page_size 24 does not divide"):
+    for reason in ("socket has no paged counterpart", "page_size 24 does not divide"):
         assert reason in caplog.text
 
 
