@@ -119,31 +119,34 @@ class PagedAttention:
         output: np.ndarray,
         read: ReadCounts,
     ) -> None:
-        flags, probability = self._select(query, cache, batch, scaling)
+        queries = self._select(query, cache, batch, scaling)
         lists = TokenLists.of(
-            flags, probability, batch.lengths, self.shape.num_heads, self.shape.num_kv_heads
+            queries.flags,
+            queries.probability,
+            batch.lengths,
+            self.shape.num_heads,
+            self.shape.num_kv_heads,
         )
         _attend_lists(query, cache, batch, scaling, lists, output)
         read.keys[:] = lists.keys_read
         loaded = lists.counts.reshape(len(query), -1).sum(axis=1, dtype=np.int64)
-        read.loaded_bytes[:] = loaded * self.shape.key_value_bytes + self._scanned_bytes(
-            batch.lengths
-        )
+        read.loaded_bytes[:] = loaded * self.shape.key_value_bytes + self._scanned_bytes(queries)
 
-    def _scanned_bytes(self, lengths: np.ndarray) -> np.ndarray:
-        """Bytes that maskers read to select, `[num_queries]`, int64: indices, or every key."""
+    def _scanned_bytes(self, queries: PagedQueries) -> np.ndarray:
+        """Bytes that maskers read to select, `[num_queries]`, int64: indices, or keys."""
         shape = self.shape
         indices = {index for masker in self.maskers for index in masker.indices}
         per_block = sum(index.bytes_per_block(shape) for index in indices)
         if any(masker.reads_every_key for masker in self.maskers):
             per_block += shape.block_size * shape.key_value_bytes // 2
-        scanned: np.ndarray = lengths.astype(np.int64) * (per_block * shape.num_kv_heads)
-        return scanned // shape.block_size
+        scanned: np.ndarray = queries.lengths.astype(np.int64) * (per_block * shape.num_kv_heads)
+        keys: np.ndarray = queries.keys_scored * (shape.key_value_bytes // 2)
+        return scanned // shape.block_size + keys
 
     def _select(
         self, query: np.ndarray, cache: LayerCache, batch: QueryBatch, scaling: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Flags and probabilities of what the maskers select; see `PagedQueries`."""
+    ) -> PagedQueries:
+        """The queries with what the maskers select."""
         num_queries, num_heads, _ = query.shape
         capacity = -(-int(batch.lengths.max()) // 8) * 8
         queries = PagedQueries(
@@ -156,11 +159,12 @@ class PagedAttention:
             flags=scratch("flags", (num_queries * self._num_units, capacity), np.uint8),
             probability=np.zeros(num_queries * self._num_units, np.float32),
             scores=scratch("scores", (num_queries, num_heads, capacity), np.float32),
+            keys_scored=np.zeros(num_queries, np.int64),
         )
         clear_flags(queries.flags, batch.lengths)
         for masker in self.maskers:
             masker.select(queries)
-        return queries.flags, queries.probability
+        return queries
 
 
 def attend_dense(

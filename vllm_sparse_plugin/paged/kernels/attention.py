@@ -112,7 +112,7 @@ def attend_lists(
                 for h in range(heads):
                     log_weight = np.float32(0.0)
                     if is_weighted:
-                        log_weight = log_weights[unit, tile + i, h]
+                        log_weight = log_weights[unit, tile + i, min(h, log_weights.shape[2] - 1)]
                         if log_weight == NOT_SELECTED:
                             continue
                     score = np.float32(0.0)
@@ -142,7 +142,11 @@ def attend_lists(
                     prefetch(elements, next_place[i], kv_head, next_start[i], head_size)
                 value = load_row(elements, place[i], kv_head, value_start + start[i], buffer, kind)
                 for h in range(heads):
-                    if is_weighted and log_weights[unit, tile + i, h] == NOT_SELECTED:
+                    if (
+                        is_weighted
+                        and log_weights[unit, tile + i, min(h, log_weights.shape[2] - 1)]
+                        == NOT_SELECTED
+                    ):
                         continue
                     factor = scores[h, read[h]]
                     read[h] += 1

@@ -1,4 +1,7 @@
-"""The samples of the sampling maskers, marked in the flags of query heads."""
+"""The samples of the sampling maskers, marked in the flags of query heads or of KV heads.
+
+Units that are KV heads have the numbers of their first query heads.
+"""
 
 from __future__ import annotations
 
@@ -25,29 +28,32 @@ def sample_share(
     share: float,
     seed: int,
     layer: int,
+    num_heads: int,
     lengths: np.ndarray,
     flags: np.ndarray,
     probability: np.ndarray,
 ) -> None:
-    """Samples a share of each query head's unselected keys, at least one.
+    """Samples a share of each unit's unselected keys, at least one.
 
     Args:
         share: In (0, 1].
         seed: Of the numbers.
         layer: Index of the attention layer.
+        num_heads: Query heads.
         lengths: `[num_queries]`.
-        flags: See the package; units are query heads; written.
-        probability: `[num_queries * num_heads]`, float32; written.
+        flags: See the package; written.
+        probability: `[num_queries * num_units]`, float32; written.
     """
-    num_heads = flags.shape[0] // lengths.shape[0]
+    num_units = flags.shape[0] // lengths.shape[0]
     for unit in prange(flags.shape[0]):
-        length, row = np.int64(lengths[unit // num_heads]), flags[unit]
+        length, row = np.int64(lengths[unit // num_units]), flags[unit]
         unselected = count_unselected(row, length)
         if unselected == 0:
             continue
         wanted = min(unselected, max(1, int(unselected * share)))
         keys, numbers = np.empty(length, np.int32), np.empty(length, np.uint64)
-        stream = stream_of(seed, layer, unit % num_heads, length - 1)
+        head = unit % num_units * (num_heads // num_units)
+        stream = stream_of(seed, layer, head, length - 1)
         drawn = draw(row, length, stream, unselected, wanted, keys, numbers)
         chosen = np.empty(drawn, np.bool_)
         smallest(numbers, drawn, wanted, chosen)
@@ -70,8 +76,8 @@ def _scores_of_keys(
     scaling: float,
     scores: np.ndarray,
 ) -> None:
-    """Scaled scores of the first `count` listed keys for one query head, float32."""
-    head_size = query.shape[0]
+    """Scaled scores `[heads, count]` of the first `count` listed keys for some query heads."""
+    heads, head_size = query.shape
     buffer = np.empty(head_size, np.float32)
     for i in range(-_AHEAD, count):
         if i + _AHEAD < count:
@@ -85,10 +91,11 @@ def _scores_of_keys(
         key = load_row(
             elements, np.int64(blocks[token // block_size]), kv_head, start, buffer, kind
         )
-        score = np.float32(0.0)
-        for d in range(head_size):
-            score += query[d] * key[d]
-        scores[i] = score * np.float32(scaling)
+        for h in range(heads):
+            score = np.float32(0.0)
+            for d in range(head_size):
+                score += query[h, d] * key[d]
+            scores[h, i] = score * np.float32(scaling)
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -142,8 +149,9 @@ def sample_adaptively(
     mass: np.ndarray,
     flags: np.ndarray,
     probability: np.ndarray,
+    base_sizes: np.ndarray,
 ) -> None:
-    """Selects a base sample for each query head, and samples as many keys as it asks for.
+    """Selects a base sample for each unit, and samples as many keys as its query heads ask for.
 
     Args:
         query: `[num_queries, num_heads, head_size]`, float32.
@@ -160,21 +168,26 @@ def sample_adaptively(
         quantile: Of the normal distribution, for the probability of a larger one.
         seed: Of the numbers.
         layer: Index of the attention layer.
-        top: What is selected, see `sum_selected_mass`; so `mass`.
+        top: What query heads have selected, see `sum_selected_mass`; so `mass`.
         mass: See `top`.
-        flags: See the package; units are query heads; written.
-        probability: `[num_queries * num_heads]`, float32; written.
+        flags: See the package; written.
+        probability: `[num_queries * num_units]`, float32; written.
+        base_sizes: `[num_queries * num_units]`, int64: keys of each base sample; written where
+            there are any.
     """
-    num_heads = query.shape[1]
-    group = num_heads // elements.shape[1]
+    num_queries, num_heads, _ = query.shape
+    num_units = flags.shape[0] // num_queries
+    heads = num_heads // num_units
     for unit in prange(flags.shape[0]):
-        index, head = unit // num_heads, unit % num_heads
+        index, head = unit // num_units, unit % num_units * heads
+        first = index * num_heads + head
         length, row = np.int64(lengths[index]), flags[unit]
         unselected = count_unselected(row, length)
         if unselected == 0:
             continue
         base_size = base_keys if base_keys > 0 else max(2, int(unselected * base_share))
         base_size = min(base_size, unselected)
+        base_sizes[unit] = base_size
         keys, numbers = np.empty(length, np.int32), np.empty(length, np.uint64)
         stream = stream_of(seed, layer, head, length - 1)
         wanted = min(_FIRST_DRAW * base_size, unselected)
@@ -187,19 +200,22 @@ def sample_adaptively(
                 base[found] = keys[i]
                 found += 1
 
-        terms = np.empty(base_size, np.float32)
+        terms = np.empty((heads, base_size), np.float32)
         blocks = block_table[rows[index]]
-        q, kv_head = query[index, head], head // group
+        q, kv_head = query[index, head : head + heads], head * elements.shape[1] // num_heads
         _scores_of_keys(
             q, elements, kind, block_size, blocks, kv_head, base, base_size, scaling, terms
         )
-        peak = max(terms.max(), top[unit].max())
-        static = 0.0
-        for part in range(top.shape[1]):
-            static += mass[unit, part] * math.exp(top[unit, part] - peak)
-        terms -= peak
-        exp_in_place(terms, np.empty(base_size, np.int32), base_size)
-        budget = budget_of(terms, static, unselected, epsilon, quantile)
+        budget = 0
+        for h in range(heads):
+            own, own_top, own_mass = terms[h], top[first + h], mass[first + h]
+            peak = max(own.max(), own_top.max())
+            static = 0.0
+            for part in range(own_top.shape[0]):
+                static += own_mass[part] * math.exp(own_top[part] - peak)
+            own -= peak
+            exp_in_place(own, np.empty(base_size, np.int32), base_size)
+            budget = max(budget, budget_of(own, static, unselected, epsilon, quantile))
 
         if base_size + budget > drawn:
             wanted = base_size + budget

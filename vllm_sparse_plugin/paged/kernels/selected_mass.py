@@ -40,7 +40,8 @@ def sum_selected_mass(
         rows: Of the queries.
         tokens: `[num_queries * num_kv_heads, capacity]`, int32 positions.
         log_weights: `[num_queries * num_kv_heads, capacity, heads of a group]`, float32, see
-            `group_lists`.
+            `group_lists`; or `[..., 1]`, one weight for all of them; with capacity 0, every query
+            head of a group has selected all tokens of its KV head's list, for certain.
         counts: `[num_queries * num_kv_heads]`, tokens of each list.
         scaling: Of the scores.
         top: `[num_queries * num_heads, parts]`, float32, largest log term of a part of `PART`
@@ -51,6 +52,7 @@ def sum_selected_mass(
     num_kv_heads = elements.shape[1]
     heads = num_heads // num_kv_heads
     parts = top.shape[1]
+    is_weighted = log_weights.shape[1] > 0
     for item in prange(counts.shape[0] * parts):
         unit, part = item // parts, item % parts
         index, kv_head = unit // num_kv_heads, unit % num_kv_heads
@@ -90,9 +92,11 @@ def sum_selected_mass(
                     prefetch(elements, next_place[i], kv_head, next_start[i], head_size)
                 key = load_row(elements, place[i], kv_head, start[i], buffer, kind)
                 for h in range(heads):
-                    log_weight = log_weights[unit, tile + i, h]
-                    if log_weight == NOT_SELECTED:
-                        continue
+                    log_weight = np.float32(0.0)
+                    if is_weighted:
+                        log_weight = log_weights[unit, tile + i, min(h, log_weights.shape[2] - 1)]
+                        if log_weight == NOT_SELECTED:
+                            continue
                     score = np.float32(0.0)
                     for d in range(head_size):
                         score += q[h, d] * key[d]
