@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -130,18 +131,22 @@ class PagedAttention:
         _attend_lists(query, cache, batch, scaling, lists, output)
         read.keys[:] = lists.keys_read
         loaded = lists.counts.reshape(len(query), -1).sum(axis=1, dtype=np.int64)
-        read.loaded_bytes[:] = loaded * self.shape.key_value_bytes + self._scanned_bytes(queries)
+        scanned = batch.lengths.astype(np.int64) * self._scanned_bytes_per_block
+        read.loaded_bytes[:] = (
+            loaded * self.shape.key_value_bytes
+            + scanned // self.shape.block_size
+            + queries.keys_scored * (self.shape.key_value_bytes // 2)
+        )
 
-    def _scanned_bytes(self, queries: PagedQueries) -> np.ndarray:
-        """Bytes that maskers read to select, `[num_queries]`, int64: indices, or keys."""
+    @cached_property
+    def _scanned_bytes_per_block(self) -> int:
+        """Bytes that maskers read of every block to select: indices, or keys."""
         shape = self.shape
         indices = {index for masker in self.maskers for index in masker.indices}
         per_block = sum(index.bytes_per_block(shape) for index in indices)
         if any(masker.reads_every_key for masker in self.maskers):
             per_block += shape.block_size * shape.key_value_bytes // 2
-        scanned: np.ndarray = queries.lengths.astype(np.int64) * (per_block * shape.num_kv_heads)
-        keys: np.ndarray = queries.keys_scored * (shape.key_value_bytes // 2)
-        return scanned // shape.block_size + keys
+        return per_block * shape.num_kv_heads
 
     def _select(
         self, query: np.ndarray, cache: LayerCache, batch: QueryBatch, scaling: float

@@ -14,9 +14,13 @@ from numba import njit, prange
 
 from vllm_sparse_plugin.paged.kernels.exponential import exp_in_place
 from vllm_sparse_plugin.paged.kernels.group_lists import NOT_SELECTED
-from vllm_sparse_plugin.paged.kernels.prefetch import prefetch
-from vllm_sparse_plugin.paged.kernels.rows import load_row
-from vllm_sparse_plugin.paged.kernels.tiles import PART, TILE, locate
+from vllm_sparse_plugin.paged.kernels.tile_products import (
+    add_values,
+    pad_queries,
+    padded,
+    score_tile,
+)
+from vllm_sparse_plugin.paged.kernels.tiles import PART, TILE, fetch_rows, locate
 
 _NOTHING = np.float32(-1e30)
 
@@ -47,8 +51,8 @@ def attend_lists(
         tokens: `[num_queries * num_kv_heads, capacity]`, int32 positions; with capacity 0, every
             KV head reads the positions before its count.
         log_weights: `[num_queries * num_kv_heads, capacity, heads of a group]`, float32, see
-            `group_lists`; with capacity 0, every query head of a group reads all tokens of its KV
-            head's list, with weight 1.
+            `group_lists`, or `[..., 1]` for all heads of the group; with capacity 0, every query
+            head of a group reads all tokens of its KV head's list, with weight 1.
         counts: `[num_queries * num_kv_heads]`, tokens of each list.
         scaling: Of the scores.
         output: `[num_queries, num_heads, head_size]`, float32; zeros for an empty selection.
@@ -70,92 +74,73 @@ def attend_lists(
         unit, split = item // splits, item % splits
         index, kv_head = unit // num_kv_heads, unit % num_kv_heads
         blocks = block_table[rows[index]]
-        q = query[index, kv_head * heads : (kv_head + 1) * heads]
         count = counts[unit]
         begin, end = split * PART, min(count, (split + 1) * PART)
         if begin >= end:  # a shorter list than the longest; nobody reads this part
             continue
-        places = np.empty((2, TILE), np.int64)  # of this tile's tokens, and of the next one's
-        starts = np.empty((2, TILE), np.int64)
-        scores = np.empty((heads, TILE), np.float32)  # of the tokens that a head reads
-        read = np.empty(heads, np.int64)
+        q = np.empty((heads, padded(head_size)), np.float32)
+        pad_queries(query[index], kv_head * heads, q)
+        keys = np.empty((2, TILE), np.int64)  # of this tile, and of the next one
+        values = np.empty(TILE, np.int64)
+        scores = np.empty((heads, TILE), np.float32)
         powers = np.empty(TILE, np.int32)
-        buffer = np.empty(head_size, np.float32)
-        total = np.zeros((heads, head_size), np.float32)
+        total = np.zeros((heads, q.shape[1]), np.float32)
         largest = np.full(heads, _NOTHING, np.float32)
         weight = np.zeros(heads, np.float32)
         filled = locate(
-            tokens, unit, begin, end, blocks, block_size, head_size, places[0], starts[0]
+            tokens, unit, begin, end, elements, blocks, kv_head, block_size, head_size, keys[0]
         )
-        for i in range(filled):
-            prefetch(elements, places[0, i], kv_head, starts[0, i], head_size)
+        fetch_rows(elements, keys[0], filled, head_size)
         side = 0
         for tile in range(begin, end, TILE):
-            place, start = places[side], starts[side]
+            own, following = keys[side], keys[1 - side]
             side = 1 - side
-            next_place, next_start = places[side], starts[side]
+            for i in range(filled):
+                values[i] = own[i] + value_start
+            score_tile(q, elements, kind, own, filled, head_size, scores, 0, values)
             ahead = locate(
                 tokens,
                 unit,
                 tile + TILE,
                 end,
+                elements,
                 blocks,
+                kv_head,
                 block_size,
                 head_size,
-                next_place,
-                next_start,
+                following,
             )
-            read[:] = 0
-            for i in range(filled):
-                prefetch(elements, place[i], kv_head, value_start + start[i], head_size)
-                key = load_row(elements, place[i], kv_head, start[i], buffer, kind)
-                for h in range(heads):
-                    log_weight = np.float32(0.0)
-                    if is_weighted:
-                        log_weight = log_weights[unit, tile + i, min(h, log_weights.shape[2] - 1)]
-                        if log_weight == NOT_SELECTED:
-                            continue
-                    score = np.float32(0.0)
-                    for d in range(head_size):
-                        score += q[h, d] * key[d]
-                    scores[h, read[h]] = score * scale + log_weight
-                    read[h] += 1
             for h in range(heads):
                 row = scores[h]
+                own_weight = min(h, log_weights.shape[2] - 1)
                 peak = largest[h]
-                for i in range(read[h]):
+                for i in range(filled):
+                    row[i] *= scale
+                if is_weighted:
+                    for i in range(filled):
+                        row[i] += log_weights[unit, tile + i, own_weight]
+                for i in range(filled):
                     peak = max(peak, row[i])
                 if peak > largest[h]:
                     shrink = np.float32(math.exp(largest[h] - peak))
                     largest[h] = peak
                     weight[h] *= shrink
-                    for d in range(head_size):
+                    for d in range(total.shape[1]):
                         total[h, d] *= shrink
-                for i in range(read[h]):
+                for i in range(filled):
                     row[i] -= peak
-                exp_in_place(row, powers, read[h])
-                for i in range(read[h]):
+                exp_in_place(row, powers, filled)
+                if is_weighted:
+                    for i in range(filled):
+                        if log_weights[unit, tile + i, own_weight] == NOT_SELECTED:
+                            row[i] = np.float32(0.0)
+                for i in range(filled):
                     weight[h] += row[i]
-            read[:] = 0
-            for i in range(filled):
-                if i < ahead:  # the memory is busy while this tile is worked on
-                    prefetch(elements, next_place[i], kv_head, next_start[i], head_size)
-                value = load_row(elements, place[i], kv_head, value_start + start[i], buffer, kind)
-                for h in range(heads):
-                    if (
-                        is_weighted
-                        and log_weights[unit, tile + i, min(h, log_weights.shape[2] - 1)]
-                        == NOT_SELECTED
-                    ):
-                        continue
-                    factor = scores[h, read[h]]
-                    read[h] += 1
-                    for d in range(head_size):
-                        total[h, d] += factor * value[d]
+            add_values(scores, elements, kind, values, filled, head_size, total, following)
             filled = ahead
         top[unit, split] = largest
         mass[unit, split] = weight
-        sums[unit, split] = total
+        sums[unit, split] = total[:, :head_size]
     for unit in prange(counts.shape[0]):
         index, kv_head = unit // num_kv_heads, unit % num_kv_heads
         parts = (counts[unit] + PART - 1) // PART

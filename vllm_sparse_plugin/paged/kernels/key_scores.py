@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from vllm_sparse_plugin.paged.kernels.prefetch import prefetch
-from vllm_sparse_plugin.paged.kernels.rows import load_row
+from vllm_sparse_plugin.paged.kernels.tile_products import pad_queries, padded, score_tile
 
 _AHEAD = 8
 """Keys that are asked for before their turn."""
@@ -36,7 +35,7 @@ def score_keys(
         scores: `[num_queries, num_heads, capacity]`, float32; written.
     """
     num_queries, num_heads, head_size = query.shape
-    num_kv_heads = elements.shape[1]
+    num_kv_heads, width = elements.shape[1], elements.shape[2]
     heads = num_heads // num_kv_heads
     longest = 0
     for index in range(num_queries):
@@ -50,14 +49,10 @@ def score_keys(
         if count <= 0:
             continue
         block = np.int64(block_table[rows[index], chunk])
-        q = query[index, kv_head * heads : (kv_head + 1) * heads]
-        buffer = np.empty(head_size, np.float32)
-        for place in range(count):
-            if place + _AHEAD < count:
-                prefetch(elements, block, kv_head, (place + _AHEAD) * head_size, head_size)
-            key = load_row(elements, block, kv_head, place * head_size, buffer, kind)
-            for h in range(heads):
-                score = np.float32(0.0)
-                for d in range(head_size):
-                    score += q[h, d] * key[d]
-                scores[index, kv_head * heads + h, first + place] = score
+        q = np.empty((heads, padded(head_size)), np.float32)
+        pad_queries(query[index], kv_head * heads, q)
+        keys = np.empty(count + _AHEAD, np.int64)
+        for place in range(count + _AHEAD):
+            keys[place] = (block * num_kv_heads + kv_head) * width + place * head_size
+        target = scores[index, kv_head * heads : (kv_head + 1) * heads]
+        score_tile(q, elements, kind, keys[:count], count, head_size, target, first, keys[_AHEAD:])

@@ -12,11 +12,11 @@ from numba import njit, prange
 
 from vllm_sparse_plugin.paged.kernels.counter_random import stream_of
 from vllm_sparse_plugin.paged.kernels.exponential import exp_in_place
-from vllm_sparse_plugin.paged.kernels.prefetch import prefetch
 from vllm_sparse_plugin.paged.kernels.random_order import count_unselected, draw, smallest
-from vllm_sparse_plugin.paged.kernels.rows import load_row
+from vllm_sparse_plugin.paged.kernels.tile_products import pad_queries, padded, score_tile
+from vllm_sparse_plugin.paged.kernels.tiles import TILE, fetch_rows, locate
 
-_AHEAD = 8
+_AHEAD = 16
 """Keys that are asked for before their turn."""
 _FIRST_DRAW = 4
 """Keys drawn at first, in base samples: most often the whole sample is among them."""
@@ -63,39 +63,47 @@ def sample_share(
         probability[unit] = wanted / unselected
 
 
-@njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _scores_of_keys(
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _score_keys(
     query: np.ndarray,
+    first: int,
     elements: np.ndarray,
     kind: int,
     block_size: int,
     blocks: np.ndarray,
     kv_head: int,
-    keys: np.ndarray,
-    count: int,
+    tokens: np.ndarray,
     scaling: float,
     scores: np.ndarray,
 ) -> None:
-    """Scaled scores `[heads, count]` of the first `count` listed keys for some query heads."""
-    heads, head_size = query.shape
-    buffer = np.empty(head_size, np.float32)
-    for i in range(-_AHEAD, count):
-        if i + _AHEAD < count:
-            later = np.int64(keys[i + _AHEAD])
-            start = later % block_size * head_size
-            prefetch(elements, np.int64(blocks[later // block_size]), kv_head, start, head_size)
-        if i < 0:
-            continue
-        token = np.int64(keys[i])
-        start = token % block_size * head_size
-        key = load_row(
-            elements, np.int64(blocks[token // block_size]), kv_head, start, buffer, kind
-        )
-        for h in range(heads):
-            score = np.float32(0.0)
-            for d in range(head_size):
-                score += query[h, d] * key[d]
-            scores[h, i] = score * np.float32(scaling)
+    """Scaled scores of some keys for query heads of one group; each key is loaded once.
+
+    Args:
+        query: `[num_heads, head_size]`, float32.
+        first: Query head.
+        elements: See the package.
+        kind: Of the elements.
+        block_size: Tokens of a block.
+        blocks: Of the sequence.
+        kv_head: Whose keys.
+        tokens: `[1, count]`, int32 positions; at least one.
+        scaling: Of the scores.
+        scores: `[heads, count]`, float32; written.
+    """
+    heads, count = scores.shape
+    head_size = query.shape[1]
+    q = np.empty((heads, padded(head_size)), np.float32)
+    pad_queries(query, first, q)
+    rows = np.empty(count + _AHEAD, np.int64)
+    for begin in range(0, count, TILE):
+        own = rows[begin:]
+        locate(tokens, 0, begin, count, elements, blocks, kv_head, block_size, head_size, own)
+    rows[count:] = rows[count - 1]
+    fetch_rows(elements, rows, _AHEAD, head_size)
+    score_tile(q, elements, kind, rows, count, head_size, scores, 0, rows[_AHEAD:])
+    for h in range(heads):
+        for i in range(count):
+            scores[h, i] *= np.float32(scaling)
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -202,9 +210,18 @@ def sample_adaptively(
 
         terms = np.empty((heads, base_size), np.float32)
         blocks = block_table[rows[index]]
-        q, kv_head = query[index, head : head + heads], head * elements.shape[1] // num_heads
-        _scores_of_keys(
-            q, elements, kind, block_size, blocks, kv_head, base, base_size, scaling, terms
+        kv_head = head * elements.shape[1] // num_heads
+        _score_keys(
+            query[index],
+            head,
+            elements,
+            kind,
+            block_size,
+            blocks,
+            kv_head,
+            base.reshape(1, -1),
+            scaling,
+            terms,
         )
         budget = 0
         for h in range(heads):

@@ -9,9 +9,8 @@ from numba import njit, prange
 
 from vllm_sparse_plugin.paged.kernels.exponential import exp_in_place
 from vllm_sparse_plugin.paged.kernels.group_lists import NOT_SELECTED
-from vllm_sparse_plugin.paged.kernels.prefetch import prefetch
-from vllm_sparse_plugin.paged.kernels.rows import load_row
-from vllm_sparse_plugin.paged.kernels.tiles import PART, TILE, locate
+from vllm_sparse_plugin.paged.kernels.tile_products import pad_queries, padded, score_tile
+from vllm_sparse_plugin.paged.kernels.tiles import PART, TILE, fetch_rows, locate
 
 
 @njit(parallel=True, fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -40,7 +39,7 @@ def sum_selected_mass(
         rows: Of the queries.
         tokens: `[num_queries * num_kv_heads, capacity]`, int32 positions.
         log_weights: `[num_queries * num_kv_heads, capacity, heads of a group]`, float32, see
-            `group_lists`; or `[..., 1]`, one weight for all of them; with capacity 0, every query
+            `group_lists`, or `[..., 1]` for all heads of the group; with capacity 0, every query
             head of a group has selected all tokens of its KV head's list, for certain.
         counts: `[num_queries * num_kv_heads]`, tokens of each list.
         scaling: Of the scores.
@@ -53,66 +52,61 @@ def sum_selected_mass(
     heads = num_heads // num_kv_heads
     parts = top.shape[1]
     is_weighted = log_weights.shape[1] > 0
+    scale = np.float32(scaling)
     for item in prange(counts.shape[0] * parts):
         unit, part = item // parts, item % parts
         index, kv_head = unit // num_kv_heads, unit % num_kv_heads
         blocks = block_table[rows[index]]
-        q = query[index, kv_head * heads : (kv_head + 1) * heads]
+        q = np.empty((heads, padded(head_size)), np.float32)
+        pad_queries(query[index], kv_head * heads, q)
         begin, end = part * PART, min(counts[unit], (part + 1) * PART)
-        places = np.empty((2, TILE), np.int64)  # of this tile's tokens, and of the next one's
-        starts = np.empty((2, TILE), np.int64)
-        terms = np.empty((heads, TILE), np.float32)  # of the tokens that a head selects
-        read = np.empty(heads, np.int64)
+        keys = np.empty((2, TILE), np.int64)  # of this tile, and of the next one
+        terms = np.empty((heads, TILE), np.float32)
         powers = np.empty(TILE, np.int32)
-        buffer = np.empty(head_size, np.float32)
         largest = np.full(heads, NOT_SELECTED, np.float32)
         total = np.zeros(heads, np.float64)
         filled = locate(
-            tokens, unit, begin, end, blocks, block_size, head_size, places[0], starts[0]
+            tokens, unit, begin, end, elements, blocks, kv_head, block_size, head_size, keys[0]
         )
+        fetch_rows(elements, keys[0], filled, head_size)
         side = 0
         for tile in range(begin, end, TILE):
-            place, start = places[side], starts[side]
+            own, following = keys[side], keys[1 - side]
             side = 1 - side
-            next_place, next_start = places[side], starts[side]
             ahead = locate(
                 tokens,
                 unit,
                 tile + TILE,
                 end,
+                elements,
                 blocks,
+                kv_head,
                 block_size,
                 head_size,
-                next_place,
-                next_start,
+                following,
             )
-            read[:] = 0
-            for i in range(filled):
-                if i < ahead:
-                    prefetch(elements, next_place[i], kv_head, next_start[i], head_size)
-                key = load_row(elements, place[i], kv_head, start[i], buffer, kind)
-                for h in range(heads):
-                    log_weight = np.float32(0.0)
-                    if is_weighted:
-                        log_weight = log_weights[unit, tile + i, min(h, log_weights.shape[2] - 1)]
-                        if log_weight == NOT_SELECTED:
-                            continue
-                    score = np.float32(0.0)
-                    for d in range(head_size):
-                        score += q[h, d] * key[d]
-                    terms[h, read[h]] = score * np.float32(scaling) + log_weight
-                    read[h] += 1
+            score_tile(q, elements, kind, own, filled, head_size, terms, 0, following)
             for h in range(heads):
                 row = terms[h]
+                own_weight = min(h, log_weights.shape[2] - 1)
                 peak = largest[h]
-                for i in range(read[h]):
+                for i in range(filled):
+                    row[i] *= scale
+                if is_weighted:
+                    for i in range(filled):
+                        row[i] += log_weights[unit, tile + i, own_weight]
+                for i in range(filled):
                     peak = max(peak, row[i])
                 total[h] *= math.exp(largest[h] - peak)
                 largest[h] = peak
-                for i in range(read[h]):
+                for i in range(filled):
                     row[i] -= peak
-                exp_in_place(row, powers, read[h])
-                for i in range(read[h]):
+                exp_in_place(row, powers, filled)
+                if is_weighted:
+                    for i in range(filled):
+                        if log_weights[unit, tile + i, own_weight] == NOT_SELECTED:
+                            row[i] = np.float32(0.0)
+                for i in range(filled):
                     total[h] += row[i]
             filled = ahead
         first = index * num_heads + kv_head * heads

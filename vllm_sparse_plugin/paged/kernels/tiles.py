@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from vllm_sparse_plugin.paged.kernels.vectors import LANES, fetch
+
 TILE = 32
 """Tokens that are worked on at once: their rows stay in the first-level cache."""
 PART = 512
@@ -18,32 +20,53 @@ def locate(
     unit: int,
     begin: int,
     end: int,
+    elements: np.ndarray,
     blocks: np.ndarray,
+    kv_head: int,
     block_size: int,
     head_size: int,
-    places: np.ndarray,
-    starts: np.ndarray,
+    keys: np.ndarray,
 ) -> int:
-    """Where the rows of a tile are.
+    """Where the keys of a tile are.
 
     Args:
         tokens: `[units, capacity]`, int32 positions; capacity 0: position i is at i.
         unit: Whose list.
         begin: Of the tile in the list; may be past the end.
         end: Of the list.
+        elements: See the package.
         blocks: Of the sequence.
+        kv_head: Whose keys.
         block_size: Tokens of a block.
         head_size: Elements of a row.
-        places: `[TILE]`, int64: blocks; written.
-        starts: `[TILE]`, int64: first elements of keys in their blocks; written.
+        keys: `[TILE]`, int64: first elements of keys, from the cache's start; written.
 
     Returns:
         How many tokens the tile has.
     """
     count = max(0, min(TILE, end - begin))
     is_range = tokens.shape[1] == 0
+    first, start = np.int64(-block_size), np.int64(0)  # of the block of the token before
     for i in range(count):
-        token = begin + i if is_range else np.int64(tokens[unit, begin + i])
-        places[i] = blocks[token // block_size]
-        starts[i] = token % block_size * head_size
+        token = np.int64(begin + i) if is_range else np.int64(tokens[unit, begin + i])
+        if token - first >= block_size or token < first:  # divisions are slow
+            number = token // block_size
+            first = number * block_size
+            start = (np.int64(blocks[number]) * elements.shape[1] + kv_head) * elements.shape[2]
+        keys[i] = start + (token - first) * head_size
     return count
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def fetch_rows(elements: np.ndarray, rows: np.ndarray, count: int, head_size: int) -> None:
+    """Asks for rows before their turn.
+
+    Args:
+        elements: See the package.
+        rows: int64: first elements, see `locate`.
+        count: How many.
+        head_size: Elements of a row.
+    """
+    for i in range(count):
+        for d in range(0, head_size, LANES):
+            fetch(elements, rows[i] + d)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-import torch
 
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import (
     MaskerConfig,
@@ -17,7 +16,6 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import (
     Size,
-    resolve_size,
 )
 from vllm_sparse_plugin.paged.kernels.group_flags import pool_flags, spread_flags
 from vllm_sparse_plugin.paged.kernels.selection import flag_largest, flag_range
@@ -56,8 +54,14 @@ class PagedQueries:
     keys_scored: np.ndarray
 
     def sizes(self, size: Size) -> np.ndarray:
-        """A masker's size in keys, for each query: `[num_queries]`, int64."""
-        return resolve_size(size, torch.from_numpy(self.lengths).long()).numpy()
+        """A masker's size in keys, for each query: `[num_queries]`, int64; see `resolve_size`.
+
+        Not `resolve_size` itself: in each layer, torch took as long for it as a kernel.
+        """
+        lengths = self.lengths.astype(np.int64)
+        if isinstance(size, float):
+            return (lengths * size).astype(np.int64)
+        return np.minimum(lengths, np.int64(size))
 
     def add_range(self, begins: np.ndarray, ends: np.ndarray) -> None:
         """Selects keys at positions [begin, end) of each query; both int64 `[num_queries]`."""

@@ -10,7 +10,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.impl
     MIN_PAGES,
     QuestTopKMaskerConfig,
 )
-from vllm_sparse_plugin.paged.kernels.page_bounds import score_pages
+from vllm_sparse_plugin.paged.kernels.page_scores import score_pages
 from vllm_sparse_plugin.paged.layout import BlockIndex, BlockShape
 from vllm_sparse_plugin.paged.maskers.base import (
     PagedMasker,
