@@ -110,6 +110,7 @@ def configurations(num_keys: int, folder: Path) -> dict[str, list[dict[str, Any]
         "delta": 0.1,
         "init_offset": 0,
         "local_offset": 0,
+        "head_granularity": "kv_head",
     }
     return {
         "sink + local, 384 keys": sink_local,
@@ -122,6 +123,10 @@ def configurations(num_keys: int, folder: Path) -> dict[str, list[dict[str, Any]
         ),
         "oracle top-k, 10 %": heavy("oracle_top_k", 0.1),
         "vAttention over Quest": [*heavy("quest_top_k", 0.05, **pages), adaptive],
+        "vAttention over Quest, a sample per query head": [
+            *heavy("quest_top_k", 0.05, **pages),
+            adaptive | {"head_granularity": "query_head"},
+        ],
     }
 
 
