@@ -57,10 +57,32 @@ def sample_share(
         drawn = draw(row, length, stream, unselected, wanted, keys, numbers)
         chosen = np.empty(drawn, np.bool_)
         smallest(numbers, drawn, wanted, chosen)
-        for i in range(drawn):
-            if chosen[i]:
-                row[keys[i]] = 2
+        _flag_chosen(keys, chosen, drawn, row)
         probability[unit] = wanted / unselected
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _flag_chosen(keys: np.ndarray, chosen: np.ndarray, count: int, flags: np.ndarray) -> None:
+    """Flags the chosen ones of the first `count` keys, none of which is selected yet."""
+    for i in range(count):
+        # Written always: no branch that the processor could guess wrong.
+        flags[keys[i]] = np.uint8(2) * chosen[i]
+
+
+@njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _sum(values: np.ndarray) -> float:
+    total = 0.0
+    for i in range(values.shape[0]):
+        total += np.float64(values[i])
+    return total
+
+
+@njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _sum_of_squares(values: np.ndarray, mean: float) -> float:
+    total = 0.0
+    for i in range(values.shape[0]):
+        total += (np.float64(values[i]) - mean) ** 2
+    return total
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -121,14 +143,8 @@ def budget_of(
     """
     size = base_mass.shape[0]
     rest = unselected - size
-    total = 0.0
-    for i in range(size):
-        total += np.float64(base_mass[i])
-    mean = total / max(1, size)
-    squares = 0.0
-    for i in range(size):
-        squares += (np.float64(base_mass[i]) - mean) ** 2
-    deviation = math.sqrt(squares / max(1, size - 1))
+    mean = _sum(base_mass) / max(1, size)
+    deviation = math.sqrt(_sum_of_squares(base_mass, mean) / max(1, size - 1))
     tolerated = max(epsilon * (static + mean * unselected), _TINY)
     wanted = (quantile * deviation * rest / tolerated) ** 2
     # Without replacement: the variance falls to 0 as the sample takes everything.
@@ -202,11 +218,11 @@ def sample_adaptively(
         drawn = draw(row, length, stream, unselected, wanted, keys, numbers)
         chosen = np.empty(length, np.bool_)
         smallest(numbers, drawn, base_size, chosen)
-        base, found = np.empty(base_size, np.int32), 0
-        for i in range(drawn):
-            if chosen[i]:
-                base[found] = keys[i]
-                found += 1
+        base, found = np.empty(base_size + 1, np.int32), 0
+        for i in range(drawn):  # written always, kept if chosen: see `_flag_chosen`
+            base[found] = keys[i]
+            found += chosen[i]
+        base = base[:base_size]
 
         terms = np.empty((heads, base_size), np.float32)
         blocks = block_table[rows[index]]
@@ -238,9 +254,7 @@ def sample_adaptively(
             wanted = base_size + budget
             drawn = draw(row, length, stream, unselected, wanted, keys, numbers)
         smallest(numbers, drawn, base_size + budget, chosen)
-        for i in range(drawn):
-            if chosen[i]:
-                row[keys[i]] = 2
+        _flag_chosen(keys, chosen, drawn, row)
         for i in range(base_size):
             row[base[i]] = 1
         probability[unit] = budget / max(1, unselected - base_size)
