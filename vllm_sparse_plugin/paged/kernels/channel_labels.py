@@ -5,7 +5,7 @@ channel by channel, so that neighbouring tokens are worked on together. With `bi
 `[channels, block_size]` of the cache's own elements. With less it is, of each token, the smallest
 of its values and the step between codes, `[2, block_size]` float32, and then codes,
 `[bytes of a token, block_size]`: byte j of a token holds channels j, j + width, ... of `width`
-bytes.
+bytes. `label_scores` reads them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from vllm_sparse_plugin.paged.kernels.prefetch import prefetch
 from vllm_sparse_plugin.paged.kernels.rounding import round_to_kind
 from vllm_sparse_plugin.paged.kernels.rows import load_row
 
@@ -130,114 +129,3 @@ def write_labels(
                         code = _code_of(key[channels[row, c]], low, step, levels)
                         packed |= int(code) << (part * bits)
                 records[block, head, codes + byte * block_size] = packed
-
-
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _decode(
-    record: np.ndarray, bits: int, kind: int, block_size: int, count: int, labels: np.ndarray
-) -> None:
-    """Values of one row of labels: the first `count` columns of `[C, block_size]`, float32.
-
-    Multiplied and added in two steps, as `pseudo_quantize` does: no fastmath here.
-    """
-    channels = labels.shape[0]
-    per_byte = 8 // bits
-    width = (channels + per_byte - 1) // per_byte
-    scales = record[: 8 * block_size].view(np.float32)
-    low, step = scales[:block_size], scales[block_size:]
-    mask = np.uint8((1 << bits) - 1)
-    for c in range(channels):
-        shift = np.uint8(c // width * bits)
-        start = 8 * block_size + c % width * block_size
-        codes = record[start : start + count]
-        values = labels[c]
-        for t in range(count):
-            values[t] = np.float32((codes[t] >> shift) & mask) * step[t] + low[t]
-        round_to_kind(values[:count], kind)
-
-
-@njit(fastmath={"contract"}, nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _add_products(query: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> None:
-    channels = labels.shape[0]
-    whole = channels // 4 * 4
-    for first in range(0, whole, 4):  # four at a time: fewer loads and stores of the scores
-        a, b, c, d = labels[first], labels[first + 1], labels[first + 2], labels[first + 3]
-        qa, qb, qc, qd = query[first], query[first + 1], query[first + 2], query[first + 3]
-        for t in range(scores.shape[0]):
-            scores[t] += qa * a[t] + qb * b[t] + qc * c[t] + qd * d[t]
-    for channel in range(whole, channels):
-        a, qa = labels[channel], query[channel]
-        for t in range(scores.shape[0]):
-            scores[t] += qa * a[t]
-
-
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def score_labels(
-    query: np.ndarray,
-    elements: np.ndarray,
-    kind: int,
-    records: np.ndarray,
-    offset: int,
-    row_bytes: int,
-    bits: int,
-    rows_per_head: int,
-    block_size: int,
-    block_table: np.ndarray,
-    rows: np.ndarray,
-    lengths: np.ndarray,
-    scale: float,
-    scores: np.ndarray,
-) -> None:
-    """Dot products of the queries' kept channels with the labels of every key that they see.
-
-    Args:
-        query: `[num_queries, num_heads, C]`, float32: the channels of each head's row of labels.
-        elements: See the package; so `kind`, `block_table`, `rows` and `lengths`.
-        kind: Of the elements.
-        records: See `write_labels`; so the next three.
-        offset: Of the index.
-        row_bytes: Of one row of labels.
-        bits: Of a code.
-        rows_per_head: Rows of labels per KV head: one, or one per query head.
-        block_size: Tokens of a block.
-        block_table: Of the batch.
-        rows: Of the queries.
-        lengths: Of the queries.
-        scale: Of the products.
-        scores: `[num_queries, num_heads, capacity]`, float32; written.
-    """
-    num_queries, num_heads, channels = query.shape
-    num_kv_heads = elements.shape[1]
-    heads = num_heads // num_kv_heads
-    by_row = heads // rows_per_head
-    chunks = (int(lengths.max()) + block_size - 1) // block_size
-    factor = np.float32(scale)
-    for item in prange(num_queries * num_kv_heads * chunks):
-        index, rest = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
-        kv_head, chunk = rest // chunks, rest % chunks
-        first = chunk * block_size
-        count = min(block_size, lengths[index] - first)
-        if count <= 0:
-            continue
-        block = np.int64(block_table[rows[index], chunk])
-        if first + block_size < lengths[index]:
-            ahead = np.int64(block_table[rows[index], chunk + 1])
-            prefetch(records, ahead, kv_head, offset, row_bytes)  # processors guess the rest
-        labels = np.empty((channels, block_size), np.float32)
-        for row in range(rows_per_head):
-            start = offset + row * row_bytes
-            if bits == 16:
-                first_element = start // elements.itemsize
-                for c in range(channels):
-                    where = first_element + c * block_size
-                    target = labels[c, :count]
-                    target[:] = load_row(elements, block, kv_head, where, target, kind)
-            else:
-                record = records[block, kv_head, start : start + row_bytes]
-                _decode(record, bits, kind, block_size, count, labels)
-            for head in range(kv_head * heads + row * by_row, kv_head * heads + (row + 1) * by_row):
-                target = scores[index, head, first : first + count]
-                target[:] = np.float32(0.0)
-                _add_products(query[index, head], labels, target)
-                for t in range(count):
-                    target[t] *= factor

@@ -67,32 +67,33 @@ def _call(builder: Any, name: str, result: Any, arguments: list[Any], **options:
     return builder.call(function, arguments, **options)
 
 
-def _raw(context: Any, builder: Any, signature: Any, arguments: Any, count: Any) -> Any:
-    """The elements as they are stored: all `LANES`, or the first `count` and zeros."""
-    array_type = signature.args[0]
-    item = context.get_data_type(array_type.dtype)
+def _vector_at(
+    builder: Any, address: Any, item: Any, suffix: str, alignment: int, count: Any
+) -> Any:
+    """`LANES` items from an address on: all of them, or the first `count` and zeros."""
     vector = ir.VectorType(item, LANES)
-    address = builder.bitcast(
-        _address(context, builder, array_type, arguments[0], arguments[1]), vector.as_pointer()
-    )
-    alignment = array_type.dtype.bitwidth // 8
+    pointer = builder.bitcast(address, vector.as_pointer())
     if count is None:
-        return builder.load(address, align=alignment)
+        return builder.load(pointer, align=alignment)
     lanes = ir.Constant(_WORDS, list(range(LANES)))
     limit = _splat(builder, builder.trunc(count, ir.IntType(32)), _WORDS)
-    mask = builder.icmp_signed("<", lanes, limit)
-    kind = "f32" if array_type.dtype == types.float32 else f"i{array_type.dtype.bitwidth}"
-    return _call(
-        builder,
-        f"llvm.masked.load.v{LANES}{kind}.p0",
-        vector,
-        [
-            address,
-            ir.Constant(ir.IntType(32), alignment),
-            mask,
-            ir.Constant(vector, [0] * LANES),
-        ],
-    )
+    arguments = [
+        pointer,
+        ir.Constant(ir.IntType(32), alignment),
+        builder.icmp_signed("<", lanes, limit),
+        ir.Constant(vector, [0] * LANES),
+    ]
+    return _call(builder, f"llvm.masked.load.v{LANES}{suffix}.p0", vector, arguments)
+
+
+def _raw(context: Any, builder: Any, signature: Any, arguments: Any, count: Any) -> Any:
+    """The elements of an array as they are stored; see `_vector_at`."""
+    array_type = signature.args[0]
+    address = _address(context, builder, array_type, arguments[0], arguments[1])
+    width = array_type.dtype.bitwidth
+    suffix = "f32" if array_type.dtype == types.float32 else f"i{width}"
+    item = context.get_data_type(array_type.dtype)
+    return _vector_at(builder, address, item, suffix, width // 8, count)
 
 
 def _as_floats(builder: Any, array_type: Any, raw: Any, kind: Any) -> Any:
@@ -174,6 +175,32 @@ def load_number(typing_context: Any, array: Any, index: Any) -> Any:
         return _splat(builder, builder.load(pointer, align=1), _FLOATS)
 
     return VECTOR(array, types.intp), generate
+
+
+def _numbers(context: Any, builder: Any, signature: Any, arguments: Any, count: Any) -> Any:
+    """float32s in an array of bytes."""
+    address = _address(context, builder, signature.args[0], arguments[0], arguments[1])
+    return _vector_at(builder, address, ir.FloatType(), "f32", 1, count)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load_numbers(typing_context: Any, array: Any, index: Any) -> Any:
+    """The `LANES` float32s that lie in a uint8 array from byte `index` on."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _numbers(context, builder, signature, arguments, None)
+
+    return VECTOR(array, types.intp), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def load_some_numbers(typing_context: Any, array: Any, index: Any, count: Any) -> Any:
+    """The first `count` of them, and zeros; nothing is read beyond them."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _numbers(context, builder, signature, arguments, arguments[2])
+
+    return VECTOR(array, types.intp, types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -271,3 +298,11 @@ def load_codes_part(array: Any, index: int, shift: int, mask: int, left: int) ->
     if left >= LANES:
         return load_codes(array, index, shift, mask)
     return load_some_codes(array, index, shift, mask, left)
+
+
+@numba.njit(inline="always", cache=True)  # type: ignore[untyped-decorator]
+def load_numbers_part(array: Any, index: int, left: int) -> Any:
+    """The next `LANES` float32s in an array of bytes, or as many as are left, and zeros."""
+    if left >= LANES:
+        return load_numbers(array, index)
+    return load_some_numbers(array, index, left)

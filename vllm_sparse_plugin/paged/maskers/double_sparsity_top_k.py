@@ -10,7 +10,8 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed impo
     DoubleSparsityTopKMaskerConfig,
 )
 from vllm_sparse_plugin.paged.channel_labels import ChannelLabels
-from vllm_sparse_plugin.paged.kernels.channel_labels import label_queries, score_labels
+from vllm_sparse_plugin.paged.kernels.channel_labels import label_queries
+from vllm_sparse_plugin.paged.kernels.label_scores import score_labels
 from vllm_sparse_plugin.paged.layout import BlockIndex, BlockShape
 from vllm_sparse_plugin.paged.maskers.base import (
     PagedMasker,
