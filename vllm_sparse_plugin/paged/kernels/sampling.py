@@ -197,8 +197,7 @@ def sample_adaptively(
         static = 0.0
         for part in range(top.shape[1]):
             static += mass[unit, part] * math.exp(top[unit, part] - peak)
-        terms -= peak
-        exp_in_place(terms, np.empty(base_size, np.int32), base_size)
+        exp_in_place(terms, base_size, 1.0, peak)
         budget = budget_of(terms, static, unselected, epsilon, quantile)
 
         if base_size + budget > drawn:
