@@ -127,6 +127,7 @@ class PagedAttention:
             batch.lengths,
             self.shape.num_heads,
             self.shape.num_kv_heads,
+            is_sampled=any(masker.samples for masker in self.maskers),
         )
         _attend_lists(query, cache, batch, scaling, lists, output)
         read.keys[:] = lists.keys_read

@@ -38,6 +38,7 @@ class TokenLists:
         lengths: np.ndarray,
         num_heads: int,
         num_kv_heads: int,
+        is_sampled: bool,
     ) -> TokenLists:
         """Lists what units have selected.
 
@@ -47,12 +48,14 @@ class TokenLists:
             lengths: `[num_queries]`, int32.
             num_heads: Query heads.
             num_kv_heads: KV heads.
+            is_sampled: Whether keys may have been sampled. Of the maskers, not of these queries:
+                kernels with and without weights differ in last bits.
         """
         num_queries, capacity = len(lengths), flags.shape[1]
         num_lists, width = num_queries * num_kv_heads, len(flags) // (num_queries * num_kv_heads)
         tokens = scratch("tokens", (num_lists, capacity), np.int32)
         counts = np.empty(num_lists, np.int32)
-        if width > 1 or probability.any():
+        if width > 1 or is_sampled:
             log_weights = scratch("log_weights", (num_lists, capacity, width), np.float32)
             selected = np.empty(len(flags), np.int32)
             list_group_tokens(flags, probability, lengths, tokens, log_weights, counts, selected)

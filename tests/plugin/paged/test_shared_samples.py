@@ -204,7 +204,7 @@ def test_lists_of_kv_heads_have_one_weight_per_key(flags, probability, group) ->
     for row, values in enumerate(flags):
         table[row, : len(values)] = values
     given = np.full(len(flags), probability, np.float32)
-    lists = TokenLists.of(table, given, lengths, group, 1)
+    lists = TokenLists.of(table, given, lengths, group, 1, is_sampled=True)
     assert lists.log_weights.shape[2] == 1
     for row, values in enumerate(flags):
         chosen = [place for place, flag in enumerate(values) if flag]

@@ -246,8 +246,7 @@ def sample_adaptively(
             static = 0.0
             for part in range(own_top.shape[0]):
                 static += own_mass[part] * math.exp(own_top[part] - peak)
-            own -= peak
-            exp_in_place(own, np.empty(base_size, np.int32), base_size)
+            exp_in_place(own, base_size, 1.0, peak)
             budget = max(budget, budget_of(own, static, unselected, epsilon, quantile))
 
         if base_size + budget > drawn:

@@ -62,7 +62,6 @@ def sum_selected_mass(
         begin, end = part * PART, min(counts[unit], (part + 1) * PART)
         keys = np.empty((2, TILE), np.int64)  # of this tile, and of the next one
         terms = np.empty((heads, TILE), np.float32)
-        powers = np.empty(TILE, np.int32)
         largest = np.full(heads, NOT_SELECTED, np.float32)
         total = np.zeros(heads, np.float64)
         filled = locate(
@@ -99,9 +98,7 @@ def sum_selected_mass(
                     peak = max(peak, row[i])
                 total[h] *= math.exp(largest[h] - peak)
                 largest[h] = peak
-                for i in range(filled):
-                    row[i] -= peak
-                exp_in_place(row, powers, filled)
+                exp_in_place(row, filled, 1.0, peak)
                 if is_weighted:
                     for i in range(filled):
                         if log_weights[unit, tile + i, own_weight] == NOT_SELECTED:

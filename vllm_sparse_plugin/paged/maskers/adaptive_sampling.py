@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from statistics import NormalDist
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from vllm_sparse_plugin.paged.token_lists import TokenLists
 @counterpart_of(AdaptiveSamplingMaskerConfig)
 class PagedAdaptiveSamplingMasker(PagedMasker):
     """See `AdaptiveSamplingMasker`."""
+
+    samples: ClassVar[bool] = True
 
     def __init__(self, config: Any, shape: BlockShape) -> None:
         """Looks up the quantile."""
@@ -46,6 +48,7 @@ class PagedAdaptiveSamplingMasker(PagedMasker):
             queries.lengths,
             shape.num_heads,
             shape.num_kv_heads,
+            is_sampled=False,
         )
         parts = -(-int(lists.counts.max()) // PART)
         top = np.empty((queries.query.shape[0] * shape.num_heads, max(1, parts)), np.float32)

@@ -117,9 +117,11 @@ class PagedMasker(ABC):
 
     Attributes:
         reads_every_key: Whether it looks at all keys in order to select.
+        samples: Whether it selects keys with a probability.
     """
 
     reads_every_key: ClassVar[bool] = False
+    samples: ClassVar[bool] = False
 
     def __init__(self, config: Any, shape: BlockShape) -> None:
         """Keeps the configuration.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling import (
     RandomSamplingMaskerConfig,
 )
@@ -12,6 +14,8 @@ from vllm_sparse_plugin.paged.maskers.base import PagedMasker, PagedQueries, cou
 @counterpart_of(RandomSamplingMaskerConfig)
 class PagedRandomSamplingMasker(PagedMasker):
     """See `RandomSamplingMasker`."""
+
+    samples: ClassVar[bool] = True
 
     def select(self, queries: PagedQueries) -> None:
         """See `PagedMasker.select`."""
