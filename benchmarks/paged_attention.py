@@ -5,8 +5,10 @@
 In turns in one process, on the same random keys and values: float32, batch 1, 32 query / 8 KV
 heads, head size 128, blocks of 128 tokens in random order. A step writes one key and value (with
 the index) and attends, planning included; stock vLLM writes and attends with its own operations.
-Each call takes the next of several layers with keys of their own, more than the processor's caches
-hold together. Results go to benchmarks/results/paged_attention.json and .md.
+As in a model, a repetition runs the same configuration in several layers, one after the other, each
+with keys of its own. Before it comes back to a layer, every other configuration has run, and has
+read more than the processor's caches hold: the keys are cold, the code is not.
+Results go to benchmarks/results/paged_attention.json and .md.
 """
 
 from __future__ import annotations
@@ -102,7 +104,7 @@ def configurations(num_keys: int, folder: Path) -> dict[str, list[dict[str, Any]
             {"type": kind, "heavy_size": size, "head_granularity": granularity, **fields},
         ]
 
-    pages: dict[str, Any] = {"page_size": 16, "label_bits": 8}
+    pages: dict[str, Any] = {"page_size": 16, "label_bits": 4}
     adaptive = {
         "type": "adaptive_sampling",
         "base_rate_sampling": 0.02,
@@ -110,6 +112,7 @@ def configurations(num_keys: int, folder: Path) -> dict[str, list[dict[str, Any]
         "delta": 0.1,
         "init_offset": 0,
         "local_offset": 0,
+        "head_granularity": "kv_head",
     }
     return {
         "sink + local, 384 keys": sink_local,
@@ -122,6 +125,10 @@ def configurations(num_keys: int, folder: Path) -> dict[str, list[dict[str, Any]
         ),
         "oracle top-k, 10 %": heavy("oracle_top_k", 0.1),
         "vAttention over Quest": [*heavy("quest_top_k", 0.05, **pages), adaptive],
+        "vAttention over Quest, a sample per query head": [
+            *heavy("quest_top_k", 0.05, **pages),
+            adaptive | {"head_granularity": "query_head"},
+        ],
     }
 
 
@@ -250,12 +257,13 @@ def measure(num_keys: int, repetitions: int, bandwidth: float) -> list[Row]:
     for name, attention in attentions.items():
         steps[name] = plugin_step(attention, caches, batch)
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for repetition in tqdm(range(repetitions + LAYERS), desc=f"{num_keys} keys"):
+    for repetition in tqdm(range(repetitions + 1), desc=f"{num_keys} keys"):
         for name, (step, _, _) in steps.items():
             started = time.perf_counter()
-            step(repetition % LAYERS)
-            if repetition >= LAYERS:  # every layer once to warm up
-                times[name].append(time.perf_counter() - started)
+            for layer in range(LAYERS):
+                step(layer)
+            if repetition:  # the first one warms up
+                times[name].append((time.perf_counter() - started) / LAYERS)
     medians = {name: statistics.median(values) for name, values in times.items()}
     rows = []
     for name, (_, density, read) in steps.items():
@@ -318,7 +326,7 @@ def main() -> None:
         f"{date.today()}: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
         f"{arguments.threads} threads, copy {bandwidth / 1e9:.1f} GB/s (read + write); vLLM "
         f"{compat.installed_vllm_version()}, torch {torch.__version__}, numba {version('numba')}; "
-        f"medians of {arguments.repetitions} interleaved steps over {LAYERS} layers; float32, "
+        f"medians of {arguments.repetitions} interleaved passes over {LAYERS} layers; float32, "
         f"batch 1, {HEADS} query / {KV_HEADS} KV heads, head size {HEAD_SIZE}"
     )
     text = report(rows, machine)

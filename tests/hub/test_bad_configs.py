@@ -89,7 +89,11 @@ BAD = {
         "tau": [0, -1, float("inf"), float("nan"), "1", True],
         "seed": SEED,
     },
-    "random_sampling": {"sampling_rate": [0, -0.1, 1.1, "x", True], "seed": SEED},
+    "random_sampling": {
+        "sampling_rate": [0, -0.1, 1.1, "x", True],
+        "seed": SEED,
+        "head_granularity": HEADS,
+    },
     "adaptive_sampling": {
         "base_rate_sampling": [0, 1, 1.0, -2, True],
         "epsilon": [0, 1, 1.5, True],
@@ -97,6 +101,7 @@ BAD = {
         "init_offset": [-1, 1.5, True],
         "local_offset": [-1, 1.5, True],
         "seed": SEED,
+        "head_granularity": HEADS,
     },
     "magic_pig": {
         "lsh_l": [*COUNT, 1],

@@ -181,6 +181,11 @@ def test_presets(tmp_path) -> None:
             get_preset(name)
 
 
+def test_presets_that_sample_load_keys_once_per_group() -> None:
+    *_, heavy, sampler = config_to_dict(get_preset("vattention"))["maskers"]
+    assert heavy["head_granularity"] == sampler["head_granularity"] == "kv_head"
+
+
 def test_fields_of_presets() -> None:
     fields = {"quest_top_k.heavy_size": 0.03, "local.window_size": 9, "dense_layers": [4]}
     config = get_preset("quest", fields)

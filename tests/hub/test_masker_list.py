@@ -77,7 +77,12 @@ EXAMPLES = [
         "packing": "int64",
         "seed": 5,
     },
-    {"type": "random_sampling", "sampling_rate": 0.05, "seed": 7},
+    {
+        "type": "random_sampling",
+        "sampling_rate": 0.05,
+        "seed": 7,
+        "head_granularity": "kv_head",
+    },
     {
         "type": "adaptive_sampling",
         "base_rate_sampling": 0.02,
@@ -86,6 +91,7 @@ EXAMPLES = [
         "init_offset": 4,
         "local_offset": 0.0,
         "seed": 7,
+        "head_granularity": "kv_head",
     },
 ]
 

@@ -30,6 +30,10 @@ SAMPLERS = {
     "random": RandomSamplingMaskerConfig(0.2),
     "adaptive": AdaptiveSamplingMaskerConfig(0.1, 0.3, 0.2, 2, 0.05),
     "magic pig": MagicPigConfig(lsh_l=12, lsh_k=3),
+    "random, per KV head": RandomSamplingMaskerConfig(0.2, head_granularity="kv_head"),
+    "adaptive, per KV head": AdaptiveSamplingMaskerConfig(
+        0.1, 0.3, 0.2, 2, 0.05, head_granularity="kv_head"
+    ),
 }
 
 

@@ -127,19 +127,22 @@ class PagedAttention:
             batch.lengths,
             self.shape.num_heads,
             self.shape.num_kv_heads,
-            queries.key_probability,
+            is_sampled=any(masker.samples for masker in self.maskers),
+            key_probability=queries.key_probability,
         )
         _attend_lists(query, cache, batch, scaling, lists, output)
         read.keys[:] = lists.keys_read
         loaded = lists.counts.reshape(len(query), -1).sum(axis=1, dtype=np.int64)
         scanned = batch.lengths.astype(np.int64) * self._scanned_bytes_per_block
         read.loaded_bytes[:] = (
-            loaded * self.shape.key_value_bytes + scanned // self.shape.block_size
+            loaded * self.shape.key_value_bytes
+            + scanned // self.shape.block_size
+            + queries.keys_scored * (self.shape.key_value_bytes // 2)
         )
 
     @cached_property
     def _scanned_bytes_per_block(self) -> int:
-        """Bytes that maskers read to select: indices, or every key."""
+        """Bytes that maskers read of every block to select: indices, or keys."""
         shape = self.shape
         indices = {index for masker in self.maskers for index in masker.indices}
         per_block = sum(index.bytes_per_block(shape) for index in indices)
@@ -167,6 +170,7 @@ class PagedAttention:
             flags=scratch("flags", (units, capacity), np.uint8),
             probability=np.zeros(units, np.float32),
             scores=scratch("scores", (num_queries, num_heads, capacity), np.float32),
+            keys_scored=np.zeros(num_queries, np.int64),
             key_probability=key_probability,
         )
         clear_flags(queries.flags, batch.lengths)

@@ -22,7 +22,8 @@ class TokenLists:
         tokens: `[num_queries * num_kv_heads, capacity]`, int32 positions, ascending; capacity 0:
             the positions before the count.
         log_weights: `[num_queries * num_kv_heads, capacity, heads of a group]`, float32, see
-            `kernels.group_lists`; capacity 0: every query head reads all tokens, with weight 1.
+            `kernels.group_lists`; or `[..., 1]`, one weight for all of them; capacity 0: every
+            query head reads all tokens, with weight 1.
         counts: `[num_queries * num_kv_heads]`, int32, tokens of each list.
         keys_read: `[num_queries]`, int64, keys selected, summed over query heads.
     """
@@ -40,33 +41,37 @@ class TokenLists:
         lengths: np.ndarray,
         num_heads: int,
         num_kv_heads: int,
+        is_sampled: bool,
         key_probability: np.ndarray = NO_KEY_PROBABILITY,
     ) -> TokenLists:
         """Lists what units have selected.
 
         Args:
-            flags: See `kernels`; units are query heads, or KV heads when nothing is sampled.
+            flags: See `kernels`; units are query heads or KV heads.
             probability: `[num_queries * num_units]`, float32, of sampled keys.
             lengths: `[num_queries]`, int32.
             num_heads: Query heads.
             num_kv_heads: KV heads.
+            is_sampled: Whether keys may have been sampled. Of the maskers, not of these queries:
+                kernels with and without weights differ in last bits.
             key_probability: See `kernels`.
         """
         num_queries, capacity = len(lengths), flags.shape[1]
-        num_lists, group = num_queries * num_kv_heads, num_heads // num_kv_heads
+        num_lists, width = num_queries * num_kv_heads, len(flags) // (num_queries * num_kv_heads)
         tokens = scratch("tokens", (num_lists, capacity), np.int32)
         counts = np.empty(num_lists, np.int32)
-        if len(flags) == num_queries * num_heads:
-            log_weights = scratch("log_weights", (num_lists, capacity, group), np.float32)
+        if width > 1 or is_sampled:
+            log_weights = scratch("log_weights", (num_lists, capacity, width), np.float32)
             selected = np.empty(len(flags), np.int32)
             list_group_tokens(
                 flags, probability, lengths, tokens, log_weights, counts, selected, key_probability
             )
         else:
-            log_weights = np.empty((num_lists, 0, group), np.float32)
+            log_weights = np.empty((num_lists, 0, width), np.float32)
             list_tokens(flags, lengths, tokens, counts)
-            selected = counts * group
+            selected = counts
         keys_read = selected.reshape(num_queries, -1).sum(axis=1, dtype=np.int64)
+        keys_read *= num_heads // (num_kv_heads * width)
         return cls(tokens, log_weights, counts, keys_read)
 
     @classmethod

@@ -85,6 +85,7 @@ def assert_same_scores(config: MaskerConfig, **shape) -> None:
         flags=np.zeros((rows.query.shape[0] * rows.query.shape[1], 304), np.uint8),
         probability=np.zeros(0, np.float32),
         scores=np.zeros((*rows.query.shape[:2], 304), np.float32),
+        keys_scored=np.zeros(len(rows.query), np.int64),
     )
     masker.select(queries)
     reference = ResearchMasker.create_masker_from_config(config)

@@ -78,13 +78,13 @@ def test_budgets_lie_between_base_sample_and_everything() -> None:
     attention, layout = paged_attention(maskers, shape_of(head_size=16))
     rows = make_rows(layout, LENGTHS)
     rows.query /= 16
-    flags, probability = attention._select(rows.query.numpy(), rows.cache, rows.batch, 0.25)
-    last = flags.reshape(len(LENGTHS), 8, -1)[-1, :, : LENGTHS[-1]]
+    queries = attention._select(rows.query.numpy(), rows.cache, rows.batch, 0.25)
+    last = queries.flags.reshape(len(LENGTHS), 8, -1)[-1, :, : LENGTHS[-1]]
     sampled, certain = (last == 2).sum(axis=1), (last == 1).sum(axis=1)
     assert len(np.unique(sampled)) > 4
     assert ((sampled > 2) & (sampled < LENGTHS[-1] - certain)).all()
     rest = LENGTHS[-1] - certain
-    assert np.allclose(probability.reshape(len(LENGTHS), 8)[-1], sampled / rest)
+    assert np.allclose(queries.probability.reshape(len(LENGTHS), 8)[-1], sampled / rest)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -133,7 +133,7 @@ def test_loaded_bytes_are_what_the_heads_of_a_group_need_together() -> None:
     attention, layout = paged_attention([*SINK_LOCAL, oracle(0.1)], shape_of())
     rows = make_rows(layout)
     _, read = attend(attention, rows)
-    flags, _ = attention._select(rows.query.numpy(), rows.cache, rows.batch, 32**-0.5)
+    flags = attention._select(rows.query.numpy(), rows.cache, rows.batch, 32**-0.5).flags
     for row, length in enumerate(LENGTHS):
         selected = flags.reshape(len(LENGTHS), 2, 4, -1)[row, :, :, :length] > 0
         loaded = int(selected.any(axis=1).sum())

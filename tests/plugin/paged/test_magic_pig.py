@@ -157,15 +157,32 @@ def test_weights_of_flagged_keys() -> None:
     own[0, [4, 9]] = 0.25, 0.5
     lengths = np.array([12], np.int32)
     probability = np.array([0, 0.125], np.float32)
-    lists = TokenLists.of(flags, probability, lengths, 2, 1, own)
+    lists = TokenLists.of(flags, probability, lengths, 2, 1, True, own)
     assert lists.tokens[0, : lists.counts[0]].tolist() == [1, 4, 5, 9]
     weights = [[0, NOT_SELECTED], [math.log(4), math.log(8)], [NOT_SELECTED, 0]]
     weights += [[math.log(2), NOT_SELECTED]]
     assert np.allclose(lists.log_weights[0, :4], np.array(weights, np.float32))
     assert lists.keys_read.tolist() == [5]
     # One query head per KV head.
-    lists = TokenLists.of(flags[:1], np.zeros(1, np.float32), lengths, 1, 1, own[:1])
+    lists = TokenLists.of(flags[:1], np.zeros(1, np.float32), lengths, 1, 1, True, own[:1])
     assert np.allclose(lists.log_weights[0, :3, 0], [0, math.log(4), math.log(2)])
+
+
+def test_keys_that_are_read_for_their_weights_are_counted() -> None:
+    """Each once for the query heads of a group, beside the signatures and what attention reads."""
+    attention, layout = paged_attention([config(60, 3)], shape_of())
+    rows = make_rows(layout, lengths=(97, 33), exact=False)
+    _, read = attend(attention, rows)
+    [index] = layout.indices
+    width = 2 * 32 * 4  # of a key and a value
+    scanned = rows.batch.lengths * 2 * index.bytes_per_block(layout.shape) // 32
+    # Half as much again as what attention reads: the keys without the values.
+    loaded = read.loaded_bytes - scanned
+    assert (loaded % (width + width // 2) == 0).all()
+    union = loaded // (width + width // 2)
+    assert (union >= read.keys // 4).all()
+    assert (union <= 2 * rows.batch.lengths).all()
+    assert (union > 0).all()
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:

@@ -83,7 +83,6 @@ def attend_lists(
         keys = np.empty((2, TILE), np.int64)  # of this tile, and of the next one
         values = np.empty(TILE, np.int64)
         scores = np.empty((heads, TILE), np.float32)
-        powers = np.empty(TILE, np.int32)
         total = np.zeros((heads, q.shape[1]), np.float32)
         largest = np.full(heads, _NOTHING, np.float32)
         weight = np.zeros(heads, np.float32)
@@ -113,29 +112,27 @@ def attend_lists(
             for h in range(heads):
                 row = scores[h]
                 own_weight = min(h, log_weights.shape[2] - 1)
-                peak = largest[h]
-                for i in range(filled):
-                    row[i] *= scale
+                peak, factor = largest[h], scale
                 if is_weighted:
+                    factor = np.float32(1.0)
                     for i in range(filled):
-                        row[i] += log_weights[unit, tile + i, own_weight]
+                        row[i] = row[i] * scale + log_weights[unit, tile + i, own_weight]
                 for i in range(filled):
-                    peak = max(peak, row[i])
+                    peak = max(peak, row[i] * factor)
                 if peak > largest[h]:
                     shrink = np.float32(math.exp(largest[h] - peak))
                     largest[h] = peak
                     weight[h] *= shrink
                     for d in range(total.shape[1]):
                         total[h, d] *= shrink
-                for i in range(filled):
-                    row[i] -= peak
-                exp_in_place(row, powers, filled)
+                mass_of_tile = exp_in_place(row, filled, factor, peak)
                 if is_weighted:
+                    mass_of_tile = np.float32(0.0)
                     for i in range(filled):
                         if log_weights[unit, tile + i, own_weight] == NOT_SELECTED:
                             row[i] = np.float32(0.0)
-                for i in range(filled):
-                    weight[h] += row[i]
+                        mass_of_tile += row[i]
+                weight[h] += mass_of_tile
             add_values(scores, elements, kind, values, filled, head_size, total, following)
             filled = ahead
         top[unit, split] = largest

@@ -238,8 +238,9 @@ def weigh_collisions(
     means: np.ndarray,
     flags: np.ndarray,
     key_probability: np.ndarray,
+    scored: np.ndarray,
 ) -> None:
-    """The probabilities of sampled keys.
+    """The probabilities of sampled keys, each of which is loaded once for a group's query heads.
 
     Args:
         query: `[num_queries, num_heads, head_size]`, float32.
@@ -256,27 +257,40 @@ def weigh_collisions(
         means: See `sign_keys`.
         flags: See the package; units are query heads.
         key_probability: `[num_queries * num_heads, capacity]`, float32; written for flag 3.
+        scored: `[n, num_kv_heads, blocks]`, int32: how many keys were loaded; written up to the
+            queries' last blocks.
     """
     _, num_heads, head_size = query.shape
-    group = num_heads // elements.shape[1]
+    num_kv_heads = elements.shape[1]
+    group = num_heads // num_kv_heads
     chunks = _chunks_of(queries, lengths, block_size)
-    for item in prange(queries.shape[0] * num_heads * chunks):
-        place, rest = item // (num_heads * chunks), item % (num_heads * chunks)
-        head, chunk = rest // chunks, rest % chunks
-        index, kv_head = queries[place], head // group
+    for item in prange(queries.shape[0] * num_kv_heads * chunks):
+        place, rest = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
+        kv_head, chunk = rest // chunks, rest % chunks
+        index = queries[place]
         first = chunk * block_size
         count = min(block_size, lengths[index] - first)
         if count <= 0:
             continue
         block = np.int64(block_table[rows[index], chunk])
         mean = means[places[index], kv_head * head_size : (kv_head + 1) * head_size]
+        head = kv_head * group
         unit = index * num_heads + head
         buffer = np.empty(head_size, np.float32)
-        for t in range(count):
-            if flags[unit, first + t] == 3:
-                key = load_row(elements, block, kv_head, t * head_size, buffer, kind)
-                cosine = _cosine(query[index, head], key, mean)
-                key_probability[unit, first + t] = sampling_probability(cosine, tables, bits)
+        loaded = 0
+        for t in range(first, first + count):
+            is_sampled = False
+            for h in range(group):
+                is_sampled |= flags[unit + h, t] == 3
+            if not is_sampled:
+                continue
+            loaded += 1
+            key = load_row(elements, block, kv_head, (t - first) * head_size, buffer, kind)
+            for h in range(group):
+                if flags[unit + h, t] == 3:
+                    cosine = _cosine(query[index, head + h], key, mean)
+                    key_probability[unit + h, t] = sampling_probability(cosine, tables, bits)
+        scored[place, kv_head, chunk] = loaded
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

@@ -1,6 +1,7 @@
-"""From the flags of query heads to one list of tokens per KV head: each token is loaded once.
+"""From the flags of units to one list of tokens per KV head: each token is loaded once.
 
-A token's weights say which query heads of the KV head's group read it.
+A token's weights say which query heads of the KV head's group read it. Where units are KV heads,
+one weight is for all of the group.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ def list_group_tokens(
     selected: np.ndarray,
     key_probability: np.ndarray,
 ) -> None:
-    """The positions that at least one query head of a group selects, ascending.
+    """The positions that at least one unit of a KV head selects, ascending.
 
     Args:
-        flags: See the package; units are query heads; capacity a multiple of 8.
-        probability: `[num_queries * num_heads]`, float32, of keys with flag 2.
+        flags: See the package; capacity a multiple of 8.
+        probability: `[num_queries * num_units]`, float32, of keys with flag 2.
         lengths: `[num_queries]`.
         tokens: `[num_queries * num_kv_heads, capacity]`, int32; written.
-        log_weights: `[num_queries * num_kv_heads, capacity, heads of a group]`, float32: -log of
-            the probability for each query head, `NOT_SELECTED` for those that do not read the
-            token; written.
+        log_weights: `[num_queries * num_kv_heads, capacity, units of a KV head]`, float32: -log of
+            the probability for each unit, `NOT_SELECTED` for those that do not read the token;
+            written.
         counts: `[num_queries * num_kv_heads]`, int32, of each list; written.
-        selected: `[num_queries * num_heads]`, int32, keys that each query head selects; written.
+        selected: `[num_queries * num_units]`, int32, keys that each unit selects; written.
         key_probability: See the package.
     """
     words = flags.view(np.uint64)

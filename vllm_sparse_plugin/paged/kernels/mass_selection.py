@@ -16,7 +16,7 @@ from vllm_sparse_plugin.paged.kernels.selection import (
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _weigh(logits: np.ndarray, order: np.ndarray, weights: np.ndarray, powers: np.ndarray) -> float:
+def _weigh(logits: np.ndarray, order: np.ndarray, weights: np.ndarray) -> float:
     """Weights e**(logit - largest) of the candidates, 0 for others; returns their sum."""
     peak = np.float32(-np.inf)
     for i in range(order.shape[0]):
@@ -24,7 +24,7 @@ def _weigh(logits: np.ndarray, order: np.ndarray, weights: np.ndarray, powers: n
             peak = max(peak, logits[i])
     for i in range(order.shape[0]):
         weights[i] = min(logits[i] - peak, np.float32(0.0))  # not above, where no candidate
-    exp_in_place(weights, powers, order.shape[0])
+    exp_in_place(weights, order.shape[0], 1.0, 0.0)
     # float64: at 128K keys a float32 sum would move the place where the share is reached.
     total = 0.0
     for i in range(order.shape[0]):
@@ -90,7 +90,7 @@ def flag_mass(
         bound = np.uint32(0)
         if top_p < 1:
             weights = np.empty(length, np.float32)
-            total = _weigh(logits, order, weights, np.empty(length, np.int32))
+            total = _weigh(logits, order, weights)
             bound = bound_of_mass(order, weights, top_p * total)
         below = max(bound, np.uint32(1)) - np.uint32(1)
         mark_largest(order, np.uint32(below), 0, 1, flags, (item, item + 1), (0, length))

@@ -20,7 +20,7 @@ from vllm_sparse_plugin.paged.kernels.vectors import (
 )
 
 _LINE_BYTES = 64
-_AHEAD = 24
+_AHEAD = 16
 """Records that are asked for before their turn."""
 
 

@@ -75,10 +75,7 @@ def pool_scores(
             begin, end = _tile_of(lengths[index], page_size, tile)
             row = scores[index, selector * heads + head, begin:end]
             peak = _largest(peaks[item, head]) * scale
-            for i in range(end - begin):
-                row[i] = row[i] * scale - peak
-            exp_in_place(row, np.empty(_TILE, np.int32), end - begin)
-            masses[item, head, tile] = _sum(row)
+            masses[item, head, tile] = exp_in_place(row, end - begin, scale, peak)
         for task in prange(items * tiles):
             item, tile = task // tiles, task % tiles
             index, first = (start + item) // selectors, (start + item) % selectors * heads

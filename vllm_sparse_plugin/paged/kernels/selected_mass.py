@@ -39,7 +39,8 @@ def sum_selected_mass(
         rows: Of the queries.
         tokens: `[num_queries * num_kv_heads, capacity]`, int32 positions.
         log_weights: `[num_queries * num_kv_heads, capacity, heads of a group]`, float32, see
-            `group_lists`, or `[..., 1]` for all heads of the group.
+            `group_lists`, or `[..., 1]` for all heads of the group; with capacity 0, every query
+            head of a group has selected all tokens of its KV head's list, for certain.
         counts: `[num_queries * num_kv_heads]`, tokens of each list.
         scaling: Of the scores.
         top: `[num_queries * num_heads, parts]`, float32, largest log term of a part of `PART`
@@ -50,6 +51,7 @@ def sum_selected_mass(
     num_kv_heads = elements.shape[1]
     heads = num_heads // num_kv_heads
     parts = top.shape[1]
+    is_weighted = log_weights.shape[1] > 0
     scale = np.float32(scaling)
     for item in prange(counts.shape[0] * parts):
         unit, part = item // parts, item % parts
@@ -60,7 +62,6 @@ def sum_selected_mass(
         begin, end = part * PART, min(counts[unit], (part + 1) * PART)
         keys = np.empty((2, TILE), np.int64)  # of this tile, and of the next one
         terms = np.empty((heads, TILE), np.float32)
-        powers = np.empty(TILE, np.int32)
         largest = np.full(heads, NOT_SELECTED, np.float32)
         total = np.zeros(heads, np.float64)
         filled = locate(
@@ -89,17 +90,21 @@ def sum_selected_mass(
                 own_weight = min(h, log_weights.shape[2] - 1)
                 peak = largest[h]
                 for i in range(filled):
-                    row[i] = row[i] * scale + log_weights[unit, tile + i, own_weight]
+                    row[i] *= scale
+                if is_weighted:
+                    for i in range(filled):
+                        row[i] += log_weights[unit, tile + i, own_weight]
                 for i in range(filled):
                     peak = max(peak, row[i])
                 total[h] *= math.exp(largest[h] - peak)
                 largest[h] = peak
+                exp_in_place(row, filled, 1.0, peak)
+                if is_weighted:
+                    for i in range(filled):
+                        if log_weights[unit, tile + i, own_weight] == NOT_SELECTED:
+                            row[i] = np.float32(0.0)
                 for i in range(filled):
-                    row[i] -= peak
-                exp_in_place(row, powers, filled)
-                for i in range(filled):
-                    if log_weights[unit, tile + i, own_weight] != NOT_SELECTED:
-                        total[h] += row[i]
+                    total[h] += row[i]
             filled = ahead
         first = index * num_heads + kv_head * heads
         for h in range(heads):

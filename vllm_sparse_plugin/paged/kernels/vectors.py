@@ -67,6 +67,13 @@ def _call(builder: Any, name: str, result: Any, arguments: list[Any], **options:
     return builder.call(function, arguments, **options)
 
 
+def _first_lanes(builder: Any, count: Any) -> Any:
+    """A mask of the first `count` lanes."""
+    lanes = ir.Constant(_WORDS, list(range(LANES)))
+    limit = _splat(builder, builder.trunc(count, ir.IntType(32)), _WORDS)
+    return builder.icmp_signed("<", lanes, limit)
+
+
 def _vector_at(
     builder: Any, address: Any, item: Any, suffix: str, alignment: int, count: Any
 ) -> Any:
@@ -75,12 +82,10 @@ def _vector_at(
     pointer = builder.bitcast(address, vector.as_pointer())
     if count is None:
         return builder.load(pointer, align=alignment)
-    lanes = ir.Constant(_WORDS, list(range(LANES)))
-    limit = _splat(builder, builder.trunc(count, ir.IntType(32)), _WORDS)
     arguments = [
         pointer,
         ir.Constant(ir.IntType(32), alignment),
-        builder.icmp_signed("<", lanes, limit),
+        _first_lanes(builder, count),
         ir.Constant(vector, [0] * LANES),
     ]
     return _call(builder, f"llvm.masked.load.v{LANES}{suffix}.p0", vector, arguments)
@@ -238,6 +243,24 @@ def fetch(typing_context: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
+def store_some(typing_context: Any, array: Any, index: Any, vector: Any, count: Any) -> Any:
+    """Writes the first `count` numbers of a vector; nothing is touched beyond them."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = _address(context, builder, signature.args[0], arguments[0], arguments[1])
+        vector_arguments = [
+            arguments[2],
+            builder.bitcast(address, _FLOATS.as_pointer()),
+            ir.Constant(ir.IntType(32), 4),
+            _first_lanes(builder, arguments[3]),
+        ]
+        _call(builder, f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), vector_arguments)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, VECTOR, types.int64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
 def splat(typing_context: Any, number: Any) -> Any:
     """A float32 in every lane."""
 
@@ -266,6 +289,49 @@ def multiply_then_add(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
         return builder.fadd(builder.fmul(a, b), c)
 
     return VECTOR(VECTOR, VECTOR, VECTOR), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def add(typing_context: Any, a: Any, b: Any) -> Any:
+    """`a + b`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fadd(*arguments)
+
+    return VECTOR(VECTOR, VECTOR), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def larger(typing_context: Any, a: Any, b: Any) -> Any:
+    """The larger of each two lanes; none may be NaN."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        a, b = arguments
+        return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+    return VECTOR(VECTOR, VECTOR), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def rounded_down(typing_context: Any, a: Any) -> Any:
+    """The integers below, as float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _call(builder, f"llvm.floor.v{LANES}f32", _FLOATS, list(arguments))
+
+    return VECTOR(VECTOR), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def times_power_of_2(typing_context: Any, a: Any, power: Any) -> Any:
+    """`a * 2**power`, for integers from -126 to 127 (as float32)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        exponent = builder.add(builder.fptosi(arguments[1], _WORDS), _words(127))
+        factor = builder.bitcast(builder.shl(exponent, _words(23)), _FLOATS)
+        return builder.fmul(arguments[0], factor)
+
+    return VECTOR(VECTOR, VECTOR), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

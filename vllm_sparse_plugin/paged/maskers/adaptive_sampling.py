@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from statistics import NormalDist
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -22,33 +22,36 @@ from vllm_sparse_plugin.paged.token_lists import TokenLists
 class PagedAdaptiveSamplingMasker(PagedMasker):
     """See `AdaptiveSamplingMasker`."""
 
+    samples: ClassVar[bool] = True
+
     def __init__(self, config: Any, shape: BlockShape) -> None:
         """Looks up the quantile."""
         super().__init__(config, shape)
         self._quantile = NormalDist().inv_cdf(1 - config.delta / 2)
 
-    @property
-    def needs_query_heads(self) -> bool:
-        """See `PagedMasker`: every query head has its own sample."""
-        return True
-
     def select(self, queries: PagedQueries) -> None:
         """See `PagedMasker.select`."""
-        config, shape = self.config, self.shape
+        config = self.config
         lengths = queries.lengths.astype(np.int64)
         begins = queries.sizes(config.init_offset)
         ends = np.maximum(begins, lengths - queries.sizes(config.local_offset))
         queries.add_range(np.zeros_like(begins), begins)
         queries.add_range(ends, lengths)
+        with queries.as_units_of(config.head_granularity) as units:
+            self._sample(units)
+
+    def _sample(self, queries: PagedQueries) -> None:
+        config, shape = self.config, self.shape
         lists = TokenLists.of(
             queries.flags,
             queries.probability,
             queries.lengths,
             shape.num_heads,
             shape.num_kv_heads,
+            is_sampled=False,
         )
         parts = -(-int(lists.counts.max()) // PART)
-        top = np.empty((len(queries.flags), max(1, parts)), np.float32)
+        top = np.empty((queries.query.shape[0] * shape.num_heads, max(1, parts)), np.float32)
         mass = np.empty(top.shape, np.float64)
         cache = (
             queries.query,
@@ -61,7 +64,7 @@ class PagedAdaptiveSamplingMasker(PagedMasker):
         sum_selected_mass(
             *cache, lists.tokens, lists.log_weights, lists.counts, queries.scaling, top, mass
         )
-        base = config.base_rate_sampling
+        base, base_sizes = config.base_rate_sampling, np.zeros(len(queries.flags), np.int64)
         sample_adaptively(
             *cache,
             queries.lengths,
@@ -76,4 +79,7 @@ class PagedAdaptiveSamplingMasker(PagedMasker):
             mass,
             queries.flags,
             queries.probability,
+            base_sizes,
         )
+        for read in (lists.counts, base_sizes):
+            queries.keys_scored += read.reshape(len(queries.lengths), -1).sum(axis=1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -16,8 +17,10 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import (
     Size,
 )
+from vllm_sparse_plugin.paged.kernels.group_flags import pool_flags, spread_flags
 from vllm_sparse_plugin.paged.kernels.selection import flag_largest, flag_range
 from vllm_sparse_plugin.paged.layout import BlockIndex, BlockShape, LayerCache
+from vllm_sparse_plugin.paged.scratch import scratch
 from vllm_sparse_plugin.paged.token_lists import NO_KEY_PROBABILITY
 
 
@@ -36,6 +39,8 @@ class PagedQueries:
             `kernels`. Maskers write it.
         probability: `[num_queries * num_units]`, float32, of sampled keys. Samplers write it.
         scores: `[num_queries, num_heads, capacity]`, float32 scratch.
+        keys_scored: `[num_queries]`, int64, rows of keys that were read in order to select, over KV
+            heads. Maskers that read some keys add to it; see also `PagedMasker.reads_every_key`.
         key_probability: `[num_queries * num_units, capacity]`, float32, of keys that are sampled
             with a probability of their own; see `PagedMasker.has_key_probabilities`.
     """
@@ -49,6 +54,7 @@ class PagedQueries:
     flags: np.ndarray
     probability: np.ndarray
     scores: np.ndarray
+    keys_scored: np.ndarray
     key_probability: np.ndarray = field(default_factory=lambda: NO_KEY_PROBABILITY)
 
     def sizes(self, size: Size) -> np.ndarray:
@@ -79,6 +85,30 @@ class PagedQueries:
             self.scores, page_size, selectors, counts, self.scaling, self.lengths, self.flags
         )
 
+    @contextmanager
+    def as_units_of(self, head_granularity: str) -> Iterator[PagedQueries]:
+        """These queries with the units that a sampler draws for; what it selects is taken over.
+
+        Args:
+            head_granularity: Who draws, see `head_groups`. "kv_head" where other maskers select per
+                query head: the units are KV heads, which begin with what any query head of their
+                group has selected, and in the end all of these have the same.
+        """
+        num_queries, num_kv_heads = len(self.lengths), self.cache.elements.shape[1]
+        num_pooled, capacity = num_queries * num_kv_heads, self.flags.shape[1]
+        if head_granularity == "query_head" or len(self.flags) == num_pooled:
+            yield self
+            return
+        units = replace(
+            self,
+            flags=scratch("pooled_flags", (num_pooled, capacity), np.uint8),
+            probability=np.zeros(num_pooled, np.float32),
+        )
+        pool_flags(self.flags, self.lengths, units.flags)
+        yield units
+        spread_flags(units.flags, self.lengths, self.flags)
+        self.probability[:] = np.repeat(units.probability, len(self.flags) // num_pooled)
+
     def select_all_within(self, size: Size) -> None:
         """Selects every key of the queries that see no more than a size given in keys."""
         if isinstance(size, int):
@@ -91,10 +121,12 @@ class PagedMasker(ABC):
 
     Attributes:
         reads_every_key: Whether it looks at all keys in order to select.
-        has_key_probabilities: Whether it samples keys with a probability of their own (flag 3).
+        samples: Whether it selects keys with a probability.
+        has_key_probabilities: Whether these are the keys' own (flag 3), not the unit's.
     """
 
     reads_every_key: ClassVar[bool] = False
+    samples: ClassVar[bool] = False
     has_key_probabilities: ClassVar[bool] = False
 
     def __init__(self, config: Any, shape: BlockShape) -> None:

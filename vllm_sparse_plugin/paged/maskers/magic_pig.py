@@ -21,6 +21,7 @@ from vllm_sparse_plugin.paged.maskers.base import PagedMasker, PagedQueries, cou
 class PagedMagicPig(PagedMasker):
     """See `MagicPig`; a projection within float noise of 0 may fall on the other side here."""
 
+    samples: ClassVar[bool] = True
     has_key_probabilities: ClassVar[bool] = True
 
     def __init__(self, config: Any, shape: BlockShape) -> None:
@@ -44,6 +45,7 @@ class PagedMagicPig(PagedMasker):
         own = np.empty((*queries.query.shape[:2], index.tables), index.unsigned)
         projections = index.projections(cache.layer_index, shape)
         sign_queries(queries.query, projections, index.bits, own)
+        blocks = -(-int(queries.lengths.max()) // shape.block_size)
         turns = index.turns(cache, queries.block_table, queries.rows, queries.lengths)
         for turn in turns:
             flag_collisions(
@@ -57,6 +59,7 @@ class PagedMagicPig(PagedMasker):
                 turn.queries,
                 queries.flags,
             )
+            scored = np.zeros((len(turn.queries), shape.num_kv_heads, blocks), np.int32)
             weigh_collisions(
                 queries.query,
                 cache.elements,
@@ -72,4 +75,6 @@ class PagedMagicPig(PagedMasker):
                 turn.states,
                 queries.flags,
                 queries.key_probability,
+                scored,
             )
+            queries.keys_scored[turn.queries] += scored.sum(axis=(1, 2), dtype=np.int64)

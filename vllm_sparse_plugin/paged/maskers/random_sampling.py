@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling import (
     RandomSamplingMaskerConfig,
 )
@@ -13,18 +15,17 @@ from vllm_sparse_plugin.paged.maskers.base import PagedMasker, PagedQueries, cou
 class PagedRandomSamplingMasker(PagedMasker):
     """See `RandomSamplingMasker`."""
 
-    @property
-    def needs_query_heads(self) -> bool:
-        """See `PagedMasker`: every query head has its own sample."""
-        return True
+    samples: ClassVar[bool] = True
 
     def select(self, queries: PagedQueries) -> None:
         """See `PagedMasker.select`."""
-        sample_share(
-            self.config.sampling_rate,
-            self.config.seed,
-            queries.cache.layer_index,
-            queries.lengths,
-            queries.flags,
-            queries.probability,
-        )
+        with queries.as_units_of(self.config.head_granularity) as units:
+            sample_share(
+                self.config.sampling_rate,
+                self.config.seed,
+                queries.cache.layer_index,
+                self.shape.num_heads,
+                units.lengths,
+                units.flags,
+                units.probability,
+            )

@@ -8,6 +8,18 @@ HEAD_GRANULARITIES = ("query_head", "kv_head")
 """Who selects: each query head, or the query heads of a KV head together."""
 
 
+def check_head_granularity(value: object) -> None:
+    """Checks the field `head_granularity`.
+
+    Raises:
+        ValueError: It is not one of `HEAD_GRANULARITIES`.
+    """
+    if value not in HEAD_GRANULARITIES:
+        raise ValueError(
+            f"head_granularity must be one of {', '.join(HEAD_GRANULARITIES)}, got {value!r}"
+        )
+
+
 def selecting_units(head_granularity: str, num_heads: int, num_kv_heads: int) -> int:
     """How many selections there are per query, U: the query heads' or the KV heads' number."""
     return num_kv_heads if head_granularity == "kv_head" else num_heads
@@ -43,9 +55,14 @@ def any_of_groups(candidates: torch.Tensor, units: int) -> torch.Tensor:
 
 def most_of_groups(counts: int | torch.Tensor, units: int) -> int | torch.Tensor:
     """Counts `(B, 1 or H, Q, 1)` as `(B, 1 or U, Q, 1)`: the largest of a unit."""
-    if isinstance(counts, int) or counts.shape[1] in (1, units):
+    if isinstance(counts, int) or counts.shape[1] == 1:
         return counts
-    return _grouped(counts, units).amax(dim=2)
+    return largest_of_groups(counts, units)
+
+
+def largest_of_groups(values: torch.Tensor, units: int) -> torch.Tensor:
+    """Values `(B, H, ...)` of query heads as `(B, U, ...)`: the largest of a unit."""
+    return values if values.shape[1] == units else _grouped(values, units).amax(dim=2)
 
 
 def per_query_head(selected: torch.Tensor, num_heads: int) -> torch.Tensor:

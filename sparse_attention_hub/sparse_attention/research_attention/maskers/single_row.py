@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import torch
 
+from sparse_attention_hub.sparse_attention.research_attention.maskers.head_groups import (
+    per_query_head,
+)
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
 
 _NEVER = torch.iinfo(torch.int64).min
@@ -104,6 +107,38 @@ def exclude_selected(
         (weights > 0).to(torch.int16).reshape(batch, units, 1, -1),
     )
     return order.masked_fill_(held == group, never)
+
+
+def pooled_rows(previous_mask: Mask, units: int) -> Mask:
+    """Gives what one query head selected to all query heads of its group.
+
+    Args:
+        previous_mask: `(B, H, 1, K)`, by index; not modified.
+        units: U, the groups; H itself returns `previous_mask`.
+
+    Returns:
+        A mask by index; each key has the largest weight that a query head of the group gives it.
+    """
+    batch, heads, _, num_keys = previous_mask.shape
+    if units == heads:
+        return previous_mask
+    # Heads of one group side by side: a key may be listed once by each of them.
+    indices, weights = (rows.reshape(batch, units, 1, -1) for rows in rows_of(previous_mask))
+    shape, length = (batch, units, 1, num_keys), indices.shape[-1]
+    largest = weights.new_zeros(shape).scatter_reduce_(-1, indices, weights, "amax")
+    weights = largest.gather(-1, indices) * (weights > 0)
+    places = torch.arange(length, device=indices.device).expand_as(indices)
+    places = places.masked_fill(weights == 0, length)
+    first = torch.full(shape, length, device=indices.device)
+    first.scatter_reduce_(-1, indices, places, "amin")
+    weights = weights * (places == first.gather(-1, indices))
+    if indices.device.type == "cpu":  # elsewhere the lists' length would have to be read back
+        most = int((weights > 0).sum(dim=-1).max())
+        order = (weights == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :most]
+        indices, weights = indices.gather(-1, order), weights.gather(-1, order)
+    return Mask.create_from_rows(
+        previous_mask.shape, per_query_head(indices, heads), per_query_head(weights, heads)
+    )
 
 
 def add_weighted(previous_mask: Mask, indices: torch.Tensor, weights: torch.Tensor) -> Mask:

@@ -15,8 +15,8 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     unselected_keys,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.head_groups import (
-    HEAD_GRANULARITIES,
     any_of_groups,
+    check_head_granularity,
     most_of_groups,
     per_query_head,
     pooled_scores,
@@ -72,11 +72,7 @@ class TopKMaskerConfig(FixedMaskerConfig):
                 `head_granularity` is not one of `HEAD_GRANULARITIES`.
         """
         object.__setattr__(self, "heavy_size", checked_size("heavy_size", self.heavy_size))
-        if self.head_granularity not in HEAD_GRANULARITIES:
-            raise ValueError(
-                f"head_granularity must be one of {', '.join(HEAD_GRANULARITIES)}, "
-                f"got {self.head_granularity!r}"
-            )
+        check_head_granularity(self.head_granularity)
 
 
 class TopKMasker(FixedMasker):

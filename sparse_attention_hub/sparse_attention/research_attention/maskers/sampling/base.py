@@ -10,6 +10,10 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     MaskerConfig,
     ResearchMasker,
 )
+from sparse_attention_hub.sparse_attention.research_attention.maskers.head_groups import (
+    largest_of_groups,
+    per_query_head,
+)
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.counter_random import (  # noqa: E501
     uniform_per_key,
 )
@@ -51,25 +55,44 @@ def add_sampled(
     return Mask.create_mask_from_dense_mask(previous_mask.shape, weights, previous_mask.dtype)
 
 
+def pooled_mask(previous_mask: Mask, units: int) -> Mask:
+    """A mask in which each query head has what any query head of its group selects.
+
+    Args:
+        previous_mask: `(B, H, Q, K)`; not modified.
+        units: U, the groups; H itself returns `previous_mask`.
+
+    Returns:
+        `(B, H, Q, K)`; each key has the largest weight that a query head of the group gives it.
+    """
+    heads = previous_mask.shape[1]
+    if units == heads or previous_mask.is_empty_mask():
+        return previous_mask
+    weights = per_query_head(largest_of_groups(previous_mask.get_dense_mask(), units), heads)
+    return Mask.create_mask_from_dense_mask(previous_mask.shape, weights, previous_mask.dtype)
+
+
 def unselected_in_random_order(
-    previous_mask: Mask, seed: int, layer: int
+    previous_mask: Mask, seed: int, layer: int, units: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ranks the keys of a decode step's query by random numbers, selected ones last.
 
     Args:
-        previous_mask: `(B, H, 1, K)`, by index.
+        previous_mask: `(B, H, 1, K)`, by index; the same for all query heads of a unit.
         seed: Of the configuration.
         layer: Index of the attention layer.
+        units: U, who draw: query heads, or KV heads with the numbers of their first query heads.
 
     Returns:
-        float64 `(B, H, 1, K)`, -inf for selected keys, and how many are not selected, int64
-        `(B, H, 1, 1)`. The largest n are a uniform sample of n unselected keys.
+        float64 `(B, U, 1, K)`, -inf for selected keys, and how many are not selected, int64
+        `(B, U, 1, 1)`. The largest n are a uniform sample of n unselected keys.
     """
     batch, heads, _, num_keys = previous_mask.shape
+    group = heads // units
     rows = rows_of(previous_mask)
     position = torch.full((batch, 1, 1, 1), num_keys - 1, device=previous_mask.device)
-    order = uniform_per_key(seed, layer, heads, position, num_keys).neg_()
-    remaining = num_keys - (rows[1] > 0).sum(dim=-1, keepdim=True)
+    order = uniform_per_key(seed, layer, heads, position, num_keys, group).neg_()
+    remaining = num_keys - (rows[1][:, ::group] > 0).sum(dim=-1, keepdim=True)
     return exclude_selected(order, *rows, never=-torch.inf), remaining
 
 

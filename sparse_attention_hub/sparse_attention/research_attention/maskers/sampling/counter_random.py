@@ -41,7 +41,12 @@ def _mixed(bits: torch.Tensor) -> torch.Tensor:
 
 
 def uniform_per_key(
-    seed: int, layer: int, num_heads: int, positions: torch.Tensor, num_keys: int
+    seed: int,
+    layer: int,
+    num_heads: int,
+    positions: torch.Tensor,
+    num_keys: int,
+    head_step: int = 1,
 ) -> torch.Tensor:
     """One number in [0, 1) for each query head, query and key.
 
@@ -51,15 +56,16 @@ def uniform_per_key(
         num_heads: Query heads H.
         positions: `(B, 1 or H, Q, 1)`, int64: each query's position in its sequence.
         num_keys: K; key i is at position i.
+        head_step: Only query heads 0, `head_step`, 2 * `head_step` and so on, U of them.
 
     Returns:
-        float64 `(B, H, Q, K)`, a multiple of 2**-53.
+        float64 `(B, U, Q, K)`, a multiple of 2**-53.
     """
     device = positions.device
     start = torch.tensor(seed, dtype=torch.int64, device=device)
-    heads = torch.arange(num_heads, device=device).view(1, -1, 1, 1)
+    heads = torch.arange(0, num_heads, head_step, device=device).view(1, -1, 1, 1)
     rows = _mixed(_mixed(_mixed(start) ^ layer) ^ heads)
-    rows = _mixed(rows ^ positions)
+    rows = _mixed(rows ^ (positions if positions.shape[1] == 1 else positions[:, ::head_step]))
     bits = _mixed(rows ^ torch.arange(num_keys, device=device))
     return _shifted(bits, 11).double().mul_(2.0**-53)
 

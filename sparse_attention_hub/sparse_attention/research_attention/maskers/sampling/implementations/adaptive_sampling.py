@@ -30,11 +30,19 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     unselected_keys,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base import largest
+from sparse_attention_hub.sparse_attention.research_attention.maskers.head_groups import (
+    any_of_groups,
+    check_head_granularity,
+    largest_of_groups,
+    per_query_head,
+    selecting_units,
+)
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.base import (
     SamplingMasker,
     SamplingMaskerConfig,
     add_sampled,
     checked_seed,
+    pooled_mask,
     unselected_in_random_order,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.counter_random import (  # noqa: E501
@@ -44,6 +52,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.single_row
     add_range,
     add_weighted,
     is_single_row,
+    pooled_rows,
     rows_of,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import Size
@@ -75,6 +84,8 @@ class AdaptiveSamplingMaskerConfig(SamplingMaskerConfig):
         local_offset: Trailing ones, likewise.
         search_space: For tuners; no part of what the masker does.
         seed: Of the sample, an integer in [0, 2**63).
+        head_granularity: "query_head": each query head has a sample of its own. "kv_head": the
+            query heads that share a KV head have one sample together; see `AdaptiveSamplingMasker`.
     """
 
     base_rate_sampling: Size
@@ -84,6 +95,7 @@ class AdaptiveSamplingMaskerConfig(SamplingMaskerConfig):
     local_offset: Size
     search_space: dict[str, Any] = field(default_factory=_search_space, compare=False)
     seed: int = 42
+    head_granularity: str = "query_head"
 
     def __post_init__(self) -> None:
         """Checks the fields.
@@ -97,6 +109,7 @@ class AdaptiveSamplingMaskerConfig(SamplingMaskerConfig):
         for name in ("init_offset", "local_offset"):
             _check(self, name, "an integer >= 0 or a float in [0, 1]", 0, None)
         checked_seed(self.seed)
+        check_head_granularity(self.head_granularity)
 
 
 def _check(
@@ -138,6 +151,11 @@ class AdaptiveSamplingMasker(SamplingMasker):
     The bound rests on the normal approximation and on the base sample's deviation. Put a
     heavy-hitter masker first, as the paper does: a few keys that hold nearly everything, none of
     them in the base sample, break it, and no sample that leaves keys out could know of them.
+
+    Query heads that sample together first take over what any of them has selected, with the largest
+    of its probabilities. They share the base sample, drawn with the random numbers of their first;
+    each computes n from its own scores, and the largest n is drawn for all of them, so that the
+    bound holds for each.
     """
 
     facts: ClassVar[MaskerFacts] = MaskerFacts(
@@ -158,6 +176,7 @@ class AdaptiveSamplingMasker(SamplingMasker):
         self.init_offset = config.init_offset
         self.local_offset = config.local_offset
         self.seed = config.seed
+        self.head_granularity = config.head_granularity
         self.delta_ppf = NormalDist().inv_cdf(1 - config.delta / 2)
 
     def add_mask(
@@ -175,23 +194,26 @@ class AdaptiveSamplingMasker(SamplingMasker):
         """See `ResearchMasker.add_mask`; `layer_idx` in `kwargs` keys the sample (default 0)."""
         if previous_mask.is_full_mask():
             return previous_mask
-        num_keys, device = keys.shape[2], queries.device
+        num_keys, heads, device = keys.shape[2], queries.shape[1], queries.device
+        units = selecting_units(self.head_granularity, heads, keys.shape[1])
         layer = int(kwargs.get("layer_idx", 0))
         # The number of sampled keys is measured; listing them needs it on the host, which is free
         # on a CPU alone.
         if device.type == "cpu" and is_single_row(previous_mask, attention_mask):
-            return self._add_to_row(previous_mask, queries, keys, scaling, layer)
+            mask = pooled_rows(previous_mask, units)
+            return self._add_to_row(mask, queries, keys, scaling, layer, units)
         visible = visible_keys(attention_mask, num_keys)
         if visible is None:
             visible = torch.ones(1, 1, 1, num_keys, dtype=torch.bool, device=device)
         counts = visible.sum(dim=-1, keepdim=True)
         certain = visible & ~self._in_range(visible, counts)
-        mask = add_selected(previous_mask, certain)
+        mask = pooled_mask(add_selected(previous_mask, certain), units)
         weights = mask.get_dense_mask()
-        residual = unselected_keys(mask, attention_mask)
+        unselected = unselected_keys(mask, attention_mask)
+        residual = any_of_groups(unselected, units)
         size = residual.sum(dim=-1, keepdim=True)
         order = -uniform_per_key(
-            self.seed, layer, queries.shape[1], counts - 1, num_keys
+            self.seed, layer, heads, counts - 1, num_keys, heads // units
         ).expand_as(residual)
 
         base_size = self._base_size(size)
@@ -204,10 +226,16 @@ class AdaptiveSamplingMasker(SamplingMasker):
         rest = residual & ~base
         weights = weights.double()
         static = mass / weights.masked_fill(weights == 0, torch.inf)
-        budget = self._budget(static.sum(dim=-1, keepdim=True), mass, base, base_size, size)
+        of_heads = [per_query_head(part, heads) for part in (base, base_size, size)]
+        budgets = self._budget(static.sum(dim=-1, keepdim=True), mass, *of_heads)
+        budget = largest_of_groups(budgets, units)
         sampled = largest(order, rest, budget, num_keys)
         probability = budget / (size - base_size).clamp(min=1)
-        return add_sampled(add_selected(mask, base), sampled, probability)
+        return add_sampled(
+            add_selected(mask, of_heads[0] & unselected),
+            per_query_head(sampled, heads) & unselected,
+            per_query_head(probability, heads),
+        )
 
     def _in_range(self, visible: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Which keys are neither leading nor trailing ones, by their rank among the visible."""
@@ -233,28 +261,31 @@ class AdaptiveSamplingMasker(SamplingMasker):
         keys: torch.Tensor,
         scaling: float,
         layer: int,
+        units: int,
     ) -> Mask:
         """The same by index, for one query that sees every key (see `single_row`).
 
         It reads the keys that are selected and the base sample, and no others.
 
         Args:
-            previous_mask: `(B, H, 1, K)`, by index.
+            previous_mask: `(B, H, 1, K)`, by index; the same for all query heads of a unit.
             queries: `(B, H, 1, D)`.
             keys: `(B, G, K, D)`.
             scaling: Of the scores.
             layer: Index of the attention layer.
+            units: Who sample, query heads or KV heads.
         """
-        num_keys = keys.shape[2]
+        heads, num_keys = queries.shape[1], keys.shape[2]
         start, stop = self._range(num_keys)
         mask = add_range(add_range(previous_mask, 0, start), stop, num_keys)
         rows = rows_of(mask)
-        order, size = unselected_in_random_order(mask, self.seed, layer)
+        order, size = unselected_in_random_order(mask, self.seed, layer, units)
         base_size = self._base_size(size)
         num_base = int(base_size.max())
         # More than the base sample, so that most often the whole sample is drawn already.
         ranked = order.topk(min(4 * num_base, num_keys), dim=-1).indices
-        drawn = ranked[..., :num_base]
+        drawn = per_query_head(ranked[..., :num_base], heads)
+        base_size, size = (per_query_head(count, heads) for count in (base_size, size))
         is_base = torch.arange(drawn.shape[-1]) < base_size
         read = torch.cat([rows[0], drawn], dim=-1)
         logits = row_scores(queries, keys, read) * scaling
@@ -266,11 +297,13 @@ class AdaptiveSamplingMasker(SamplingMasker):
         static, base_mass = mass[..., :num_static], mass[..., num_static:]
         weights = rows[1].double()
         static = static / weights.masked_fill(weights == 0, torch.inf)
-        budget = self._budget(static.sum(dim=-1, keepdim=True), base_mass, is_base, base_size, size)
+        total = static.sum(dim=-1, keepdim=True)
+        budgets = self._budget(total, base_mass, is_base, base_size, size)
+        budget = per_query_head(largest_of_groups(budgets, units), heads)
         num_drawn = int((base_size + budget).max())
         if num_drawn > ranked.shape[-1]:
             ranked = order.topk(num_drawn, dim=-1).indices
-        drawn = ranked[..., :num_drawn]
+        drawn = per_query_head(ranked[..., :num_drawn], heads)
         place = torch.arange(drawn.shape[-1])
         probability = budget / (size - base_size).clamp(min=1)
         probabilities = torch.where(place < base_size, 1.0, probability)
