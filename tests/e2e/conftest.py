@@ -165,6 +165,14 @@ def sparse(serve, masker_files) -> Client:
                 "hat_mlp_activation": "silu",
                 "hat_weight_file": masker_files["weights"],
             },
+            {
+                "type": "pq_cache",
+                "heavy_size": 1,
+                "pq_sub_dim": 16,
+                "pq_bits": 4,
+                "kmeans_iterations": 3,
+            },
+            {"type": "magic_pig", "lsh_l": 40, "lsh_k": 5},
         ],
     }
     return serve(config, CHUNKED)
