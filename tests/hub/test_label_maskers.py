@@ -16,6 +16,9 @@ from sparse_attention_hub.sparse_attention import (
     SocketMaskerConfig,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import ResearchMasker
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations import (
+    pq_top_k,
+)
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.pq_top_k import (  # noqa: E501
     learned_codebook,
     nearest_centroids,
@@ -115,6 +118,18 @@ def test_codebook_finds_clusters_and_never_gets_worse() -> None:
     losses = [loss(iterations) for iterations in (1, 2, 4, 8, 16)]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("limit", [1, 200, 5000])
+def test_a_codebook_learned_in_pieces_is_the_same(monkeypatch, limit) -> None:
+    """However many distances are held at once; small integers, so that ties are ties."""
+    generator = torch.Generator().manual_seed(4)
+    keys = torch.randint(-3, 4, (2, 3, 150, 8), generator=generator).float()
+    some_keys = keys[:, :, :16].unflatten(-1, (2, 4)).transpose(2, 3)
+    book, codes = learned_codebook(keys, 4, 4, 1), nearest_centroids(keys, some_keys)
+    monkeypatch.setattr(pq_top_k, "_DISTANCES_ON_CPU", limit)
+    assert torch.equal(learned_codebook(keys, 4, 4, 1), book)
+    assert torch.equal(nearest_centroids(keys, some_keys), codes)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
