@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numba
 import numpy as np
 import torch
 
@@ -108,3 +109,15 @@ def assert_independent_rows(maskers: list[dict]) -> None:
         alone, counts = attend(attention, replace(rows, query=rows.query[own], batch=batch))
         assert torch.equal(alone[0], result)
         assert counts.keys[0] == read.keys[row]
+
+
+def assert_same_with_threads(maskers: list[dict]) -> None:
+    """Bit for bit, with one thread and with all: of what blocks hold, and of what is read."""
+    attention, layout = paged_attention(maskers, shape_of())
+    before = numba.get_num_threads()
+    outputs = []
+    for threads in (1, numba.config.NUMBA_NUM_THREADS):
+        numba.set_num_threads(threads)
+        outputs.append(attend(attention, make_rows(layout, exact=False))[0])
+    numba.set_num_threads(before)
+    assert torch.equal(*outputs)

@@ -20,6 +20,8 @@ from vllm_sparse_plugin.paged.learned_index import LearnedIndex, stored_headers
 from vllm_sparse_plugin.paged.learned_states import LearnedStates
 from vllm_sparse_plugin.paged.stamps import StampCounter
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PQ = {
     "type": "pq_cache",
     "heavy_size": 9,
@@ -90,7 +92,7 @@ steps = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(
     history=st.lists(steps, min_size=5, max_size=25),
     block_size=st.sampled_from([16, 32, 48]),

@@ -16,7 +16,12 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling i
     MagicPig,
     MagicPigConfig,
 )
-from tests.plugin.paged.label_rows import assert_independent_rows, assert_same_keys, slots_of
+from tests.plugin.paged.label_rows import (
+    assert_independent_rows,
+    assert_same_keys,
+    assert_same_with_threads,
+    slots_of,
+)
 from tests.plugin.paged.paged_rows import (
     SINK_LOCAL,
     attend,
@@ -31,6 +36,8 @@ from vllm_sparse_plugin.paged.kernels.bucket_signatures import sampling_probabil
 from vllm_sparse_plugin.paged.kernels.group_lists import NOT_SELECTED
 from vllm_sparse_plugin.paged.learned_index import stored_headers
 from vllm_sparse_plugin.paged.token_lists import TokenLists
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(tables: int = 20, bits: int = 5, **fields) -> dict:
@@ -183,6 +190,10 @@ def test_keys_that_are_read_for_their_weights_are_counted() -> None:
     assert (union >= read.keys // 4).all()
     assert (union <= 2 * rows.batch.lengths).all()
     assert (union > 0).all()
+
+
+def test_the_number_of_threads_does_not_matter() -> None:
+    assert_same_with_threads([*SINK_LOCAL, config(60, 4)])
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:

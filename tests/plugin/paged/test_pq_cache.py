@@ -15,6 +15,7 @@ from tests.plugin.paged.label_rows import (
     assert_independent_rows,
     assert_same_keys,
     assert_same_scores,
+    assert_same_with_threads,
     slots_of,
 )
 from tests.plugin.paged.paged_rows import (
@@ -29,6 +30,8 @@ from vllm_sparse_plugin.paged.kernels.centroid_codes import encode_keys
 from vllm_sparse_plugin.paged.layout import BlockLayout, LayerCache
 from vllm_sparse_plugin.paged.learned_index import stored_headers
 from vllm_sparse_plugin.paged.maskers.base import Unsupported
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config(granularity: str = "query_head", **fields) -> dict:
@@ -171,6 +174,10 @@ def test_many_centroids_of_long_sequences() -> None:
     expected = learned_codebook(keys.transpose(1, 2).contiguous().transpose(1, 2), 8, 8, 2)[0]
     assert torch.equal(state[..., :8, :], expected.transpose(2, 3))
     assert torch.equal(state[..., 8, :], expected.square().sum(-1))
+
+
+def test_the_number_of_threads_does_not_matter() -> None:
+    assert_same_with_threads([*SINK_LOCAL, config("kv_head")])
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
