@@ -184,6 +184,18 @@ def test_sequences_that_share_blocks_take_turns(monkeypatch) -> None:
     assert calls.take() == ([], [1, 0])
 
 
+def test_sequences_that_want_the_same_codes_of_a_block_up_to_different_places(monkeypatch) -> None:
+    calls = Calls(monkeypatch)
+    pool, check = pool_of([PQ])
+    long = pool.start(140)
+    short = pool.fork(long, with_last_block=False)
+    check((short, 99), (long, 125), (short, 70))
+    assert calls.take() == ([64], [4])
+    [index] = pool.cache.layout.indices
+    counts, _ = stored_headers(index, pool.cache)
+    assert counts[long.blocks[3]].tolist() == [125 - 96] * 2
+
+
 def test_a_chunk_within_which_a_sequence_doubles_twice() -> None:
     """Queries of one sequence want different codes of the same blocks."""
     for maskers in (MASKERS, [PQ], [PIG]):
