@@ -46,7 +46,8 @@ class Pool:
         shape = self.cache.layout.shape
         before = len(sequence.keys)
         size = (count, shape.num_kv_heads, shape.head_size)
-        key = integers(*size, generator=self.generator).to(shape.dtype)
+        # No small integers: they lie just between two centroids so often that rounding decides.
+        key = torch.randn(size, generator=self.generator).to(shape.dtype)
         value = torch.randn(size, generator=self.generator).to(shape.dtype)
         while len(sequence.blocks) * shape.block_size < before + count:
             sequence.blocks.append(self._take())
