@@ -13,9 +13,14 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from vllm_sparse_plugin.paged.kernels.learned_blocks import COUNT, TAG, header_of
-from vllm_sparse_plugin.paged.kernels.prefetch import prefetch
+from vllm_sparse_plugin.paged.kernels.learned_blocks import (
+    chunks_of,
+    coded_tokens,
+    header_of,
+    note_codes,
+)
 from vllm_sparse_plugin.paged.kernels.rows import load_row
+from vllm_sparse_plugin.paged.kernels.vectors import fetch_bytes
 
 _COLUMNS = 512
 """Projections that are worked on at once, about: those of all channels stay in the cache."""
@@ -110,7 +115,7 @@ def sign_keys(
         task, head = item // num_kv_heads, item % num_kv_heads
         block = blocks[task]
         header = header_of(records, offset, words, block, head)
-        first = header[COUNT] if header[TAG] == tags[task] else 0
+        first = coded_tokens(header, tags[task])
         mean = means[places[task], head * head_size : (head + 1) * head_size]
         start = offset + codes_at
         stored = records[block, head, start : start + size]
@@ -131,8 +136,7 @@ def sign_keys(
                     place = ((table + t) * block_size + token) * width
                     for byte in range(width):
                         stored[place + byte] = (buckets[t] >> np.uint64(8 * byte)) & np.uint64(255)
-        header[TAG] = tags[task]
-        header[COUNT] = max(first, wanted[task])
+        note_codes(header, tags[task], wanted[task])
 
 
 @njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -200,7 +204,7 @@ def flag_collisions(
     num_heads, num_kv_heads = own.shape[1], records.shape[1]
     group = num_heads // num_kv_heads
     size = own.shape[2] * block_size * own.itemsize
-    chunks = _chunks_of(queries, lengths, block_size)
+    chunks = chunks_of(queries, lengths, block_size)
     for item in prange(queries.shape[0] * num_kv_heads * chunks):
         place, rest = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
         kv_head, chunk = rest // chunks, rest % chunks
@@ -212,7 +216,8 @@ def flag_collisions(
         block = np.int64(block_table[rows[index], chunk])
         if first + block_size < lengths[index]:
             ahead = np.int64(block_table[rows[index], chunk + 1])
-            prefetch(records, ahead, kv_head, offset, size)
+            next_start = (ahead * num_kv_heads + kv_head) * records.shape[2] + offset
+            fetch_bytes(records, next_start, size)
         stored = records[block, kv_head, offset : offset + size].view(own.dtype)
         once, twice = np.empty(count, np.uint8), np.empty(count, np.uint8)
         for head in range(kv_head * group, (kv_head + 1) * group):
@@ -263,7 +268,7 @@ def weigh_collisions(
     _, num_heads, head_size = query.shape
     num_kv_heads = elements.shape[1]
     group = num_heads // num_kv_heads
-    chunks = _chunks_of(queries, lengths, block_size)
+    chunks = chunks_of(queries, lengths, block_size)
     for item in prange(queries.shape[0] * num_kv_heads * chunks):
         place, rest = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
         kv_head, chunk = rest // chunks, rest % chunks
@@ -291,12 +296,3 @@ def weigh_collisions(
                     cosine = _cosine(query[index, head + h], key, mean)
                     key_probability[unit + h, t] = sampling_probability(cosine, tables, bits)
         scored[place, kv_head, chunk] = loaded
-
-
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _chunks_of(queries: np.ndarray, lengths: np.ndarray, block_size: int) -> int:
-    """Blocks of the longest of some queries."""
-    longest = 0
-    for place in range(queries.shape[0]):
-        longest = max(longest, lengths[queries[place]])
-    return (longest + block_size - 1) // block_size

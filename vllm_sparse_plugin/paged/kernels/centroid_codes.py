@@ -15,9 +15,14 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from vllm_sparse_plugin.paged.kernels.learned_blocks import COUNT, TAG, header_of
-from vllm_sparse_plugin.paged.kernels.prefetch import prefetch
+from vllm_sparse_plugin.paged.kernels.learned_blocks import (
+    chunks_of,
+    coded_tokens,
+    header_of,
+    note_codes,
+)
 from vllm_sparse_plugin.paged.kernels.rows import load_row
+from vllm_sparse_plugin.paged.kernels.vectors import fetch_bytes
 
 
 @njit(fastmath={"contract"}, nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -91,7 +96,7 @@ def encode_keys(
         task, head = item // num_kv_heads, item % num_kv_heads
         block = blocks[task]
         header = header_of(records, offset, words, block, head)
-        first = header[COUNT] if header[TAG] == tags[task] else 0
+        first = coded_tokens(header, tags[task])
         books = states[places[task], head * book_size : (head + 1) * book_size]
         book = books.reshape(num_parts, sub_dim + 1, num_centroids)
         start = offset + codes_at
@@ -108,8 +113,7 @@ def encode_keys(
                         code = _nearest(key[m * sub_dim : (m + 1) * sub_dim], book[m], sums)
                         packed |= code << (part * stored_bits)
                 codes[token * row_bytes + byte] = packed
-        header[TAG] = tags[task]
-        header[COUNT] = max(first, wanted[task])
+        note_codes(header, tags[task], wanted[task])
 
 
 @njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -249,10 +253,7 @@ def score_codes(
     _, num_kv_heads, num_parts, _, group = tables.shape
     row_bytes = (num_parts * stored_bits + 7) // 8
     size = block_size * row_bytes
-    longest = 0
-    for place in range(queries.shape[0]):
-        longest = max(longest, lengths[queries[place]])
-    chunks = (longest + block_size - 1) // block_size
+    chunks = chunks_of(queries, lengths, block_size)
     for item in prange(queries.shape[0] * num_kv_heads * chunks):
         place, rest = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
         kv_head, chunk = rest // chunks, rest % chunks
@@ -264,7 +265,8 @@ def score_codes(
         block = np.int64(block_table[rows[index], chunk])
         if first + block_size < lengths[index]:
             ahead = np.int64(block_table[rows[index], chunk + 1])
-            prefetch(records, ahead, kv_head, offset, size)
+            next_start = (ahead * num_kv_heads + kv_head) * records.shape[2] + offset
+            fetch_bytes(records, next_start, size)
         codes = records[block, kv_head, offset : offset + size]
         table = tables[place, kv_head]
         target = scores[index, kv_head * group : (kv_head + 1) * group, first : first + count]

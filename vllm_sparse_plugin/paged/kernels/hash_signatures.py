@@ -11,8 +11,8 @@ import numpy as np
 from numba import njit, prange
 
 from vllm_sparse_plugin.paged.kernels.bits import count_bits
-from vllm_sparse_plugin.paged.kernels.prefetch import prefetch
 from vllm_sparse_plugin.paged.kernels.rows import load_row
+from vllm_sparse_plugin.paged.kernels.vectors import fetch_bytes
 
 _TOKENS = 16
 """Tokens that one task puts through a layer."""
@@ -176,7 +176,8 @@ def score_signatures(
         block = np.int64(block_table[rows[index], chunk])
         if first + block_size < lengths[index]:
             ahead = np.int64(block_table[rows[index], chunk + 1])
-            prefetch(records, ahead, kv_head, offset, 4 * size)
+            next_start = (ahead * num_kv_heads + kv_head) * records.shape[2] + offset
+            fetch_bytes(records, next_start, 4 * size)
         stored = records[block, kv_head, offset : offset + 4 * size].view(np.uint32)
         for head in range(kv_head * heads, (kv_head + 1) * heads):
             row = (head - kv_head * heads) // by_row

@@ -10,7 +10,7 @@ from vllm_sparse_plugin.paged.kernels.rows import FLOAT32, load_row
 from vllm_sparse_plugin.paged.kernels.tile_products import padded
 from vllm_sparse_plugin.paged.kernels.vectors import (
     LANES,
-    fetch,
+    fetch_bytes,
     load,
     load_codes_part,
     load_numbers_part,
@@ -19,8 +19,6 @@ from vllm_sparse_plugin.paged.kernels.vectors import (
     splat,
     store,
 )
-
-_LINE_BYTES = 64
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -151,8 +149,7 @@ def score_labels(
         if first + block_size < lengths[index]:
             ahead = np.int64(block_table[rows[index], chunk + 1])
             first_byte = (ahead * num_kv_heads + kv_head) * records.shape[2] + offset
-            for byte in range(0, rows_per_head * row_bytes, _LINE_BYTES):
-                fetch(records, first_byte + byte)
+            fetch_bytes(records, first_byte, rows_per_head * row_bytes)
         width = padded(block_size)
         labels = np.zeros((channels, width), np.float32)
         products = np.empty((by_row, width), np.float32)

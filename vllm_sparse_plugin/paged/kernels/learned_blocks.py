@@ -31,6 +31,35 @@ def header_of(records: np.ndarray, offset: int, words: int, block: int, head: in
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def coded_tokens(header: np.ndarray, tag: int) -> int:
+    """How many leading tokens have codes of the state with this tag."""
+    count: int = header[COUNT] if header[TAG] == tag else 0
+    return count
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def note_codes(header: np.ndarray, tag: int, count: int) -> None:
+    """Says that at least the first `count` tokens have codes of the state with this tag now."""
+    header[COUNT] = max(coded_tokens(header, tag), count)
+    header[TAG] = tag
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def chunks_of(queries: np.ndarray, lengths: np.ndarray, block_size: int) -> int:
+    """Blocks of the longest of some queries.
+
+    Args:
+        queries: `[n]`, int64: which of them.
+        lengths: Of all queries.
+        block_size: Tokens of a block.
+    """
+    longest = 0
+    for place in range(queries.shape[0]):
+        longest = max(longest, lengths[queries[place]])
+    return (longest + block_size - 1) // block_size
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def note_writes(
     records: np.ndarray,
     offset: int,
@@ -163,7 +192,7 @@ def list_short_blocks(
     kept = 0
     for i in range(listed):
         header = header_of(records, offset, words, blocks[i], 0)
-        if header[TAG] != tags[groups[i]] or header[COUNT] < wanted[i]:
+        if coded_tokens(header, tags[groups[i]]) < wanted[i]:
             blocks[kept], wanted[kept], groups[kept] = blocks[i], wanted[i], groups[i]
             kept += 1
     return group, kept

@@ -9,6 +9,7 @@ from vllm_sparse_plugin.paged.kernels.page_bounds import bounds_of_keys, encode_
 from vllm_sparse_plugin.paged.kernels.vectors import (
     LANES,
     fetch,
+    fetch_bytes,
     load,
     load_codes_part,
     load_number,
@@ -19,7 +20,6 @@ from vllm_sparse_plugin.paged.kernels.vectors import (
     total,
 )
 
-_LINE_BYTES = 64
 _AHEAD = 16
 """Records that are asked for before their turn."""
 
@@ -56,8 +56,7 @@ def _score_codes(
     zero, mask = splat(np.float32(0.0)), (1 << bits) - 1
     for page in range(count):
         start, later = starts[page], starts[page + _AHEAD]
-        for byte in range(0, 16 + 2 * part, _LINE_BYTES):
-            fetch(records, later + byte)
+        fetch_bytes(records, later, 16 + 2 * part)
         least, unit = load_number(records, start), load_number(records, start + 4)
         high_least, high_unit = load_number(records, start + 8), load_number(records, start + 12)
         h = 0

@@ -23,6 +23,7 @@ from numba.extending import intrinsic
 from vllm_sparse_plugin.paged.kernels.rows import FLOAT16
 
 LANES = 16
+_LINE_BYTES = 64
 
 
 class _Vector(types.Type):  # type: ignore[misc]
@@ -348,6 +349,13 @@ def total(typing_context: Any, vector: Any) -> Any:
         return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
 
     return types.float32(VECTOR), generate
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def fetch_bytes(records: Any, start: int, count: int) -> None:
+    """`fetch`es `count` bytes of a uint8 array from byte `start` on."""
+    for byte in range(0, count, _LINE_BYTES):
+        fetch(records, start + byte)
 
 
 @numba.njit(inline="always", cache=True)  # type: ignore[untyped-decorator]
