@@ -2,6 +2,9 @@
 
 The two inner loops of attention. Each loaded row serves all query heads of the group; a token's
 score is summed in the same order whatever is beside it.
+
+Four heads at once and one at a time are written out: one loop with a branch for the other three
+took 25 ns instead of 19 for a key of 128 float32s, and 20 instead of 12 for a value in bfloat16.
 """
 
 from __future__ import annotations
