@@ -48,6 +48,7 @@ HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, LAYERS = 32, 8, 128, 128, 4
 SCALING = HEAD_SIZE**-0.5
 SHAPE = BlockShape(BLOCK_SIZE, HEADS, KV_HEADS, HEAD_SIZE, torch.float32)
 STOCK = "stock vLLM, dense"
+STOCK_ON_LARGE_PAGES = "stock vLLM, dense, on large memory pages"
 SINK_LOCAL_KEYS = 384
 BARS: dict[str, tuple[float, float, float]] = {
     "dense through the plugin": (1, 1, 1),
@@ -140,7 +141,7 @@ def filled_caches(layout: BlockLayout, num_keys: int, table: np.ndarray) -> list
     slots = torch.from_numpy(table).long()[place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE
     for layer in tqdm(range(LAYERS), desc=f"filling layers of {num_keys} keys", leave=False):
         kv_cache = torch.zeros(len(table), KV_HEADS, BLOCK_SIZE, width)
-        prefer_huge_pages(kv_cache)  # as the backend does; stock vLLM runs on the same memory
+        prefer_huge_pages(kv_cache)  # as the backend does
         cache = LayerCache.of(kv_cache, layout, layer)
         for start in range(0, num_keys, 8192):
             count = min(8192, num_keys - start)
@@ -150,15 +151,26 @@ def filled_caches(layout: BlockLayout, num_keys: int, table: np.ndarray) -> list
     return caches
 
 
+def stock_caches(num_blocks: int, on_large_pages: bool) -> list[torch.Tensor]:
+    """A cache of stock vLLM's per layer: filled with zeros, as vLLM does, and then with numbers.
+
+    Args:
+        num_blocks: Of a cache.
+        on_large_pages: Whether the memory is then put into large pages, as the plugin's is.
+    """
+    caches = []
+    for _ in range(LAYERS):
+        cache = torch.zeros(num_blocks, KV_HEADS, 2 * BLOCK_SIZE, HEAD_SIZE)
+        cache.normal_()
+        if on_large_pages:
+            prefer_huge_pages(cache)
+        caches.append(cache)
+    return caches
+
+
 def stock_step(caches: list[torch.Tensor], table: np.ndarray, num_keys: int) -> Step:
-    """Stock vLLM on the same memory, whose content is random to it too."""
-    views = [
-        cache.as_strided(
-            (len(table), KV_HEADS, 2 * BLOCK_SIZE, HEAD_SIZE),
-            (cache.stride(0), cache.stride(1), HEAD_SIZE, 1),
-        ).chunk(2, dim=2)
-        for cache in caches
-    ]
+    """Stock vLLM's step, cache write included."""
+    views = [cache.chunk(2, dim=2) for cache in caches]
     query = torch.randn(1, HEADS, HEAD_SIZE)
     key, value = torch.randn(1, KV_HEADS, HEAD_SIZE), torch.randn(1, KV_HEADS, HEAD_SIZE)
     slot = torch.tensor([int(table[-1]) * BLOCK_SIZE + BLOCK_SIZE - 1])
@@ -252,7 +264,10 @@ def measure(num_keys: int, repetitions: int, bandwidth: float) -> list[Row]:
     tensors = filled_caches(layout, num_keys, table)
     caches = [LayerCache.of(tensor, layout, layer) for layer, tensor in enumerate(tensors)]
     batch = QueryBatch(table[None], np.zeros(1, np.int32), np.array([num_keys], np.int32))
-    steps = {STOCK: (stock_step(tensors, table, num_keys), 1.0, 0.0)}
+    steps = {
+        name: (stock_step(stock_caches(len(table), is_large), table, num_keys), 1.0, 0.0)
+        for name, is_large in ((STOCK, False), (STOCK_ON_LARGE_PAGES, True))
+    }
     steps["dense through the plugin"] = plugin_step(None, caches, batch)
     for name, attention in attentions.items():
         steps[name] = plugin_step(attention, caches, batch)

@@ -286,7 +286,8 @@ def _block_shape(spec: AttentionSpec, vllm_config: VllmConfig) -> BlockShape:
 
 
 def _without_index(kv_cache: torch.Tensor, head_size: int) -> torch.Tensor:
-    """The part of each block and head that vLLM's own kernels know, as a view."""
+    """The part of each block that vLLM's own kernels know, as a view."""
     num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
-    strides = (kv_cache.stride(0), kv_cache.stride(1), 2 * head_size, 1)
+    width = 2 * head_size
+    strides = (kv_cache.stride(0), block_size * width, width, 1)
     return kv_cache.as_strided((num_blocks, num_kv_heads, block_size, 2 * head_size), strides)

@@ -75,7 +75,7 @@ class BucketSignatures(LearnedIndex):
             cache.elements,
             shape.kind,
             cache.records,
-            cache.layout.offsets[self],
+            cache.layout.place_of(self),
             self.header_words(shape),
             self.codes_at(shape),
             shape.block_size,
@@ -103,7 +103,7 @@ def stored_signatures(index: BucketSignatures, cache: LayerCache) -> torch.Tenso
         `[num_blocks, num_kv_heads, block_size, L]`, int64.
     """
     shape = cache.layout.shape
-    start = cache.layout.offsets[index] + index.codes_at(shape)
-    records = np.ascontiguousarray(cache.records[..., start : start + index.code_bytes(shape)])
-    buckets = records.view(index.unsigned).astype(np.int64)
+    start = index.codes_at(shape)
+    records = cache.stored(index)[..., start : start + index.code_bytes(shape)].contiguous()
+    buckets = records.numpy().view(index.unsigned).astype(np.int64)
     return torch.from_numpy(buckets.reshape(*buckets.shape[:2], -1, shape.block_size)).mT

@@ -75,7 +75,7 @@ class CentroidCodes(LearnedIndex):
             cache.elements,
             shape.kind,
             cache.records,
-            cache.layout.offsets[self],
+            cache.layout.place_of(self),
             self.header_words(shape),
             self.codes_at(shape),
             self.stored_bits,
@@ -98,8 +98,8 @@ def stored_codes(index: CentroidCodes, cache: LayerCache) -> torch.Tensor:
         `[num_blocks, num_kv_heads, block_size, M]`, int64.
     """
     shape = cache.layout.shape
-    start = cache.layout.offsets[index] + index.codes_at(shape)
-    records = torch.from_numpy(cache.records)[..., start : start + index.code_bytes(shape)]
+    start = index.codes_at(shape)
+    records = cache.stored(index)[..., start : start + index.code_bytes(shape)]
     packed = records.reshape(*records.shape[:2], shape.block_size, -1, 1).long()
     codes = packed >> torch.arange(0, 8, index.stored_bits) & ((1 << index.stored_bits) - 1)
     return codes.flatten(start_dim=-2)[..., : index.num_parts(shape)]

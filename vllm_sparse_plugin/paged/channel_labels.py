@@ -96,7 +96,7 @@ class ChannelLabels(BlockIndex):
             cache.elements,
             shape.kind,
             cache.records,
-            cache.layout.offsets[self],
+            cache.layout.place_of(self),
             self.row_bytes(shape),
             self.label_bits,
             channels,
@@ -133,9 +133,9 @@ def stored_labels(index: ChannelLabels, cache: LayerCache) -> torch.Tensor:
     Returns:
         `[num_blocks, num_kv_heads, rows per head, block_size, C]`, float32.
     """
-    shape, offset = cache.layout.shape, cache.layout.offsets[index]
+    shape = cache.layout.shape
     rows, count = index.rows_per_head(shape), index.num_channels(shape)
-    records = torch.from_numpy(cache.records)[..., offset : offset + index.bytes_per_block(shape)]
+    records = cache.stored(index)
     records = records.reshape(*records.shape[:2], rows, index.row_bytes(shape)).contiguous()
     front, size = records.shape[:3], shape.block_size
     if index.label_bits == 16:

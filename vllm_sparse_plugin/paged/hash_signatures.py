@@ -153,8 +153,13 @@ class HashSignatures(BlockIndex):
             read_keys(cache.elements, shape.kind, shape.block_size, places, keys)
             rows = self.rows_per_head(shape) * shape.num_kv_heads
             signatures = self.signatures(keys, cache.layer_index, "key", rows)
-            offset = cache.layout.offsets[self]
-            write_signatures(signatures, cache.records, offset, shape.block_size, places)
+            write_signatures(
+                signatures,
+                cache.records,
+                cache.layout.place_of(self),
+                shape.block_size,
+                places,
+            )
 
 
 @functools.lru_cache(maxsize=4)
@@ -177,8 +182,7 @@ def stored_signatures(index: HashSignatures, cache: LayerCache) -> torch.Tensor:
     Returns:
         `[num_blocks, num_kv_heads, rows per head, block_size, words]`, int64.
     """
-    shape, offset = cache.layout.shape, cache.layout.offsets[index]
-    records = torch.from_numpy(cache.records)[..., offset : offset + index.bytes_per_block(shape)]
-    words = records.contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    shape = cache.layout.shape
+    words = cache.stored(index).contiguous().view(torch.int32).long() & 0xFFFFFFFF
     split = words.reshape(*words.shape[:2], -1, index.words, shape.block_size)
     return split.transpose(-1, -2)

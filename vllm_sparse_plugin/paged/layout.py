@@ -1,8 +1,9 @@
 """What a block holds: keys, values, and the indices of the configured maskers.
 
-Per block and KV head, one after the other: a row of key per token, a row of value per token, and
-each index. An index is written where the keys are written. So it is shared by the prefix cache,
-freed, swapped and copied with its block, and can never be of another block's keys.
+A block has, of one KV head after the other, a row of key per token and then a row of value per
+token; and behind them each index, of one KV head after the other: a scan of an index reads the
+memory of a block in order. An index is written where the keys are written. So it is shared by the
+prefix cache, freed, swapped and copied with its block, and can never be of another block's keys.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from vllm_sparse_plugin.paged.kernels.writing import write_rows
 
 _KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 _ALIGNMENT_BYTES = 64
-"""Of each index within a block and head: a line of the processor's cache."""
+"""Of each index of a KV head: a line of the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class BlockIndex(ABC):
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """Where everything is in a block and head.
+    """Where everything is in a block.
 
     Attributes:
         shape: Of the cache.
@@ -84,14 +85,25 @@ class BlockLayout:
     indices: tuple[BlockIndex, ...] = ()
 
     @cached_property
-    def offsets(self) -> dict[BlockIndex, int]:
-        """Bytes from the start of a block and head to each index."""
-        offset = self.shape.block_size * self.shape.key_value_bytes
-        offsets = {}
+    def _places(self) -> dict[BlockIndex, tuple[int, int]]:
+        heads = self.shape.num_kv_heads
+        offset = heads * self.shape.block_size * self.shape.key_value_bytes
+        places = {}
         for index in self.indices:
-            offsets[index] = offset
-            offset += _aligned(index.bytes_per_block(self.shape))
-        return offsets
+            stride = _aligned(index.bytes_per_block(self.shape))
+            places[index] = (offset, stride)
+            offset += heads * stride
+        return places
+
+    def place_of(self, index: BlockIndex, begin: int = 0) -> tuple[int, int]:
+        """Where an index is in a block, see `kernels`.
+
+        Args:
+            index: One of `indices`.
+            begin: Bytes of the index to leave out at its start.
+        """
+        offset, stride = self._places[index]
+        return offset + begin, stride
 
     @property
     def index_bytes_per_token(self) -> int:
@@ -118,7 +130,7 @@ class LayerCache:
     Attributes:
         layout: Of the blocks.
         layer_index: Of the attention layer.
-        elements: `[num_blocks, num_kv_heads, width]`, float32 or uint16.
+        elements: `[num_blocks, num_kv_heads, width]`, float32 or uint16; see `kernels`.
         records: The same as uint8.
     """
 
@@ -156,6 +168,21 @@ class LayerCache:
             )
         flat = kv_cache.view(*kv_cache.shape[:2], -1)
         return cls(layout, layer_index, as_elements(flat), flat.view(torch.uint8).numpy())
+
+    def stored(self, index: BlockIndex) -> torch.Tensor:
+        """An index as bytes, `[num_blocks, num_kv_heads, bytes]`: a view.
+
+        Args:
+            index: Of the layout.
+        """
+        shape = self.layout.shape
+        offset, stride = self.layout.place_of(index)
+        block_bytes = self.records[0].size
+        return torch.from_numpy(self.records).as_strided(
+            (len(self.records), shape.num_kv_heads, index.bytes_per_block(shape)),
+            (block_bytes, stride, 1),
+            offset,
+        )
 
     def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
         """Writes keys and values, and brings every index up to date.

@@ -160,7 +160,7 @@ class LearnedIndex(BlockIndex):
         shape = cache.layout.shape
         note_writes(
             cache.records,
-            cache.layout.offsets[self],
+            cache.layout.place_of(self),
             shape.block_size,
             _named_sizes(shape.block_size),
             STAMPS.draw(len(slots)),
@@ -233,7 +233,7 @@ class LearnedIndex(BlockIndex):
         stamps = np.empty((len(rows), int(counts.max())), np.int64)
         name_prefixes(
             cache.records,
-            cache.layout.offsets[self],
+            cache.layout.place_of(self),
             shape.block_size,
             _named_sizes(shape.block_size),
             block_table,
@@ -265,7 +265,7 @@ class LearnedIndex(BlockIndex):
         blocks, wanted, groups = (np.empty(total, np.int64) for _ in range(3))
         end, count = list_short_blocks(
             cache.records,
-            cache.layout.offsets[self],
+            cache.layout.place_of(self),
             self.header_words(shape),
             shape.block_size,
             block_table,
@@ -304,8 +304,7 @@ def stored_headers(index: LearnedIndex, cache: LayerCache) -> tuple[torch.Tensor
     Returns:
         Counts and tags, each `[num_blocks, num_kv_heads]`, int64.
     """
-    offset = cache.layout.offsets[index]
     words = index.header_words(cache.layout.shape)
-    header = torch.from_numpy(cache.records)[..., offset : offset + 8 * words]
+    header = cache.stored(index)[..., : 8 * words]
     header = header.contiguous().view(torch.int64)
     return header[..., COUNT], header[..., TAG]

@@ -55,7 +55,7 @@ class PageBounds(BlockIndex):
             cache.elements,
             shape.kind,
             cache.records,
-            cache.layout.offsets[self],
+            cache.layout.place_of(self),
             self.record_bytes(shape),
             shape.head_size,
             shape.block_size,
@@ -71,9 +71,9 @@ def stored_bounds(index: PageBounds, cache: LayerCache) -> tuple[torch.Tensor, t
     Returns:
         Lows and highs, each `[num_blocks, num_kv_heads, pages of a block, head_size]`, float32.
     """
-    shape, offset = cache.layout.shape, cache.layout.offsets[index]
+    shape = cache.layout.shape
     pages = shape.block_size // index.page_size
-    records = torch.from_numpy(cache.records)[..., offset : offset + index.bytes_per_block(shape)]
+    records = cache.stored(index)
     records = records.reshape(*records.shape[:2], pages, -1).contiguous()
     if index.label_bits == 16:
         rows = records.view(shape.dtype)[..., : 2 * shape.head_size].float()

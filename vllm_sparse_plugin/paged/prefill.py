@@ -106,10 +106,11 @@ def read_blocks(
     Returns:
         Two `[num_kv_heads, n * block_size, head_size]`.
     """
-    block_size = kv_cache.shape[2]
-    flat = kv_cache.view(*kv_cache.shape[:2], -1)[:, first_head:last_head]
+    num_kv_heads, block_size = kv_cache.shape[1:3]
     width = block_size * head_size
-    picked = flat[blocks.long(), :, : 2 * width].transpose(0, 1)
+    rows = kv_cache.view(len(kv_cache), -1)[:, : num_kv_heads * 2 * width]
+    heads = rows.view(len(rows), num_kv_heads, 2 * width)[:, first_head:last_head]
+    picked = heads[blocks.long()].transpose(0, 1)
     halves = picked.reshape(picked.shape[0], -1, 2, width)
     key, value = (halves[:, :, side].reshape(len(halves), -1, head_size) for side in range(2))
     return key, value

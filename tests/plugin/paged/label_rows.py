@@ -23,6 +23,7 @@ from tests.tolerances import ATTENTION_ATOL
 from vllm_sparse_plugin.paged.attention import PagedAttention
 from vllm_sparse_plugin.paged.layout import BlockLayout, LayerCache
 from vllm_sparse_plugin.paged.maskers.base import PagedQueries
+from vllm_sparse_plugin.paged.prefill import read_blocks
 
 
 def slots_of(rows: Rows, row: int) -> torch.Tensor:
@@ -44,16 +45,11 @@ def rebuilt(rows: Rows) -> LayerCache:
     kv_cache = torch.full_like(rows.kv_cache, torch.nan)
     cache = LayerCache.of(kv_cache, old.layout, old.layer_index)
     shape = old.layout.shape
-    half = shape.block_size * shape.head_size
-    flat = rows.kv_cache.flatten(start_dim=2)
-    keys, values = (
-        flat[..., start : start + half].unflatten(-1, (shape.block_size, shape.head_size))
-        for start in (0, half)
-    )
+    every = torch.arange(len(rows.kv_cache))
+    keys, values = read_blocks(rows.kv_cache, shape.head_size, every)
     for row in range(len(rows.keys)):
         slots = slots_of(rows, row)
-        block, place = slots // shape.block_size, slots % shape.block_size
-        cache.write(keys[block, :, place], values[block, :, place], slots)
+        cache.write(keys[:, slots].transpose(0, 1), values[:, slots].transpose(0, 1), slots)
     return cache
 
 

@@ -368,5 +368,5 @@ def test_the_header_before_the_codes() -> None:
         assert index.codes_at(shape) == 64
         # 4 codes of 3 bits, each in 4 bits.
         assert index.bytes_per_block(shape) == 64 + block_size * 2
-        offset = BlockLayout(shape, (index,)).offsets[index]
-        assert offset % 64 == 0
+        offset, stride = BlockLayout(shape, (index,)).place_of(index)
+        assert offset % 64 == stride % 64 == 0

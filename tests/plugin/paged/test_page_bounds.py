@@ -101,11 +101,13 @@ def test_the_layout_accounts_for_every_byte() -> None:
     indices = (PageBounds(16, 16), PageBounds(16, 8), PageBounds(32, 2))
     layout = BlockLayout(shape, indices)
     sizes = [8 * 2 * 64 * 4, 8 * (16 + 2 * 64), 4 * (16 + 2 * 16)]
-    offsets = list(layout.offsets.values())
-    assert offsets[0] == 128 * 2 * 64 * 4
-    assert [b - a for a, b in itertools.pairwise(offsets)] == sizes[:2]
+    offsets, strides = zip(*map(layout.place_of, indices), strict=True)
+    heads = shape.num_kv_heads
+    assert strides == tuple(sizes)
+    assert offsets[0] == heads * 128 * 2 * 64 * 4
+    assert [b - a for a, b in itertools.pairwise(offsets)] == [heads * size for size in sizes[:2]]
     assert layout.bytes_per_token % 4 == 0
-    assert layout.bytes_per_token * 128 >= offsets[-1] + sizes[-1]
+    assert heads * layout.bytes_per_token * 128 >= offsets[-1] + heads * sizes[-1]
     assert layout.index_bytes_per_token == -(-sum(sizes) // 128 // 4) * 4
     assert BlockLayout(shape).index_bytes_per_token == 0
 

@@ -136,7 +136,7 @@ def test_any_key_gets_its_nearest_centroids(key, centroids) -> None:
         cache.elements,
         shape.kind,
         cache.records,
-        cache.layout.offsets[index],
+        cache.layout.place_of(index),
         index.header_words(shape),
         index.codes_at(shape),
         index.stored_bits,

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
+from vllm_sparse_plugin.paged.kernels.index_places import first_byte, later_run
 from vllm_sparse_plugin.paged.kernels.learned_blocks import (
     chunks_of,
     coded_tokens,
     header_of,
     note_codes,
 )
-from vllm_sparse_plugin.paged.kernels.rows import load_row
+from vllm_sparse_plugin.paged.kernels.rows import first_key, load_row
 from vllm_sparse_plugin.paged.kernels.vectors import fetch_bytes
 
 _COLUMNS = 512
@@ -75,7 +76,7 @@ def sign_keys(
     elements: np.ndarray,
     kind: int,
     records: np.ndarray,
-    offset: int,
+    place: tuple[int, int],
     words: int,
     codes_at: int,
     block_size: int,
@@ -93,8 +94,8 @@ def sign_keys(
     Args:
         elements: See the package.
         kind: Of the elements.
-        records: The same memory as uint8, `[num_blocks, num_kv_heads, bytes]`.
-        offset: Of the index in a block and head, bytes.
+        records: See the package; so `place`.
+        place: Of the index.
         words: Of its header.
         codes_at: From there to the signatures.
         block_size: Tokens of a block.
@@ -111,14 +112,16 @@ def sign_keys(
     tables = columns // bits
     at_once = min(tables, max(1, _COLUMNS // bits))
     size = tables * block_size * width
+    flat, flat_records = elements.reshape(-1), records.reshape(-1)
     for item in prange(blocks.shape[0] * num_kv_heads):
         task, head = item // num_kv_heads, item % num_kv_heads
         block = blocks[task]
-        header = header_of(records, offset, words, block, head)
+        header = header_of(records, place, words, block, head)
         first = coded_tokens(header, tags[task])
         mean = means[places[task], head * head_size : (head + 1) * head_size]
-        start = offset + codes_at
-        stored = records[block, head, start : start + size]
+        start = first_byte(records, place, block, head) + codes_at
+        stored = flat_records[start : start + size]
+        first_row = first_key(elements, block, head, block_size, head_size)
         buffer = np.empty(head_size, np.float32)
         centred = np.empty(head_size, np.float32)
         sums = np.empty(at_once * bits, np.float32)
@@ -126,16 +129,16 @@ def sign_keys(
         for table in range(0, tables, at_once):
             count = min(at_once, tables - table)
             for token in range(first, wanted[task]):
-                key = load_row(elements, block, head, token * head_size, buffer, kind)
+                key = load_row(flat, first_row + token * head_size, buffer, kind)
                 for d in range(head_size):
                     centred[d] = key[d] - mean[d]
                 _project(centred, projections[head], table * bits, sums[: count * bits])
                 _buckets(sums, bits, buckets[:count])
                 for t in range(count):
                     # Byte by byte, the lowest first: the kernel is the same for all widths.
-                    place = ((table + t) * block_size + token) * width
+                    where = ((table + t) * block_size + token) * width
                     for byte in range(width):
-                        stored[place + byte] = (buckets[t] >> np.uint64(8 * byte)) & np.uint64(255)
+                        stored[where + byte] = (buckets[t] >> np.uint64(8 * byte)) & np.uint64(255)
         note_codes(header, tags[task], wanted[task])
 
 
@@ -180,7 +183,7 @@ def _collide_twice(
 def flag_collisions(
     own: np.ndarray,
     records: np.ndarray,
-    offset: int,
+    place: tuple[int, int],
     block_size: int,
     block_table: np.ndarray,
     rows: np.ndarray,
@@ -193,7 +196,7 @@ def flag_collisions(
     Args:
         own: `[num_queries, num_heads, L]`, unsigned, of the stored type: the queries' signatures.
         records: See `sign_keys`.
-        offset: Of the signatures in a block and head, bytes.
+        place: Of the signatures, see the package.
         block_size: Tokens of a block.
         block_table: See the package; so `rows` and `lengths`.
         rows: Of all queries.
@@ -204,21 +207,21 @@ def flag_collisions(
     num_heads, num_kv_heads = own.shape[1], records.shape[1]
     group = num_heads // num_kv_heads
     size = own.shape[2] * block_size * own.itemsize
+    flat_records = records.reshape(-1)
     chunks = chunks_of(queries, lengths, block_size)
     for item in prange(queries.shape[0] * num_kv_heads * chunks):
-        place, rest = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
-        kv_head, chunk = rest // chunks, rest % chunks
-        index = queries[place]
+        which, run = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
+        chunk, kv_head = run // num_kv_heads, run % num_kv_heads
+        index = queries[which]
         first = chunk * block_size
         count = min(block_size, lengths[index] - first)
         if count <= 0:
             continue
-        block = np.int64(block_table[rows[index], chunk])
-        if first + block_size < lengths[index]:
-            ahead = np.int64(block_table[rows[index], chunk + 1])
-            next_start = (ahead * num_kv_heads + kv_head) * records.shape[2] + offset
-            fetch_bytes(records, next_start, size)
-        stored = records[block, kv_head, offset : offset + size].view(own.dtype)
+        blocks = block_table[rows[index]]
+        later = later_run(records, place, blocks, run, 1, lengths[index], block_size)
+        fetch_bytes(records, later, size)
+        start = first_byte(records, place, blocks[chunk], kv_head)
+        stored = flat_records[start : start + size].view(own.dtype)
         once, twice = np.empty(count, np.uint8), np.empty(count, np.uint8)
         for head in range(kv_head * group, (kv_head + 1) * group):
             _collide_twice(own[index, head], stored, block_size, once, twice)
@@ -267,17 +270,17 @@ def weigh_collisions(
     """
     _, num_heads, head_size = query.shape
     num_kv_heads = elements.shape[1]
-    group = num_heads // num_kv_heads
+    group, flat = num_heads // num_kv_heads, elements.reshape(-1)
     chunks = chunks_of(queries, lengths, block_size)
     for item in prange(queries.shape[0] * num_kv_heads * chunks):
-        place, rest = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
-        kv_head, chunk = rest // chunks, rest % chunks
-        index = queries[place]
+        which, run = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
+        chunk, kv_head = run // num_kv_heads, run % num_kv_heads
+        index = queries[which]
         first = chunk * block_size
         count = min(block_size, lengths[index] - first)
         if count <= 0:
             continue
-        block = np.int64(block_table[rows[index], chunk])
+        start = first_key(elements, block_table[rows[index], chunk], kv_head, block_size, head_size)
         mean = means[places[index], kv_head * head_size : (kv_head + 1) * head_size]
         head = kv_head * group
         unit = index * num_heads + head
@@ -290,9 +293,9 @@ def weigh_collisions(
             if not is_sampled:
                 continue
             loaded += 1
-            key = load_row(elements, block, kv_head, (t - first) * head_size, buffer, kind)
+            key = load_row(flat, start + (t - first) * head_size, buffer, kind)
             for h in range(group):
                 if flags[unit + h, t] == 3:
                     cosine = _cosine(query[index, head + h], key, mean)
                     key_probability[unit + h, t] = sampling_probability(cosine, tables, bits)
-        scored[place, kv_head, chunk] = loaded
+        scored[which, kv_head, chunk] = loaded

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
+from vllm_sparse_plugin.paged.kernels.index_places import first_byte, later_run
 from vllm_sparse_plugin.paged.kernels.learned_blocks import (
     chunks_of,
     coded_tokens,
     header_of,
     note_codes,
 )
-from vllm_sparse_plugin.paged.kernels.rows import load_row
+from vllm_sparse_plugin.paged.kernels.rows import first_key, load_row
 from vllm_sparse_plugin.paged.kernels.vectors import fetch_bytes
 
 
@@ -53,7 +54,7 @@ def encode_keys(
     elements: np.ndarray,
     kind: int,
     records: np.ndarray,
-    offset: int,
+    place: tuple[int, int],
     words: int,
     codes_at: int,
     stored_bits: int,
@@ -72,8 +73,8 @@ def encode_keys(
     Args:
         elements: See the package.
         kind: Of the elements.
-        records: The same memory as uint8, `[num_blocks, num_kv_heads, bytes]`.
-        offset: Of the index in a block and head, bytes.
+        records: See the package; so `place`.
+        place: Of the index.
         words: Of its header.
         codes_at: From there to the codes.
         stored_bits: Of a code: 1, 2, 4 or 8.
@@ -92,19 +93,21 @@ def encode_keys(
     per_byte = 8 // stored_bits
     row_bytes = (num_parts + per_byte - 1) // per_byte
     book_size = num_parts * (sub_dim + 1) * num_centroids
+    flat, flat_records = elements.reshape(-1), records.reshape(-1)
     for item in prange(blocks.shape[0] * num_kv_heads):
         task, head = item // num_kv_heads, item % num_kv_heads
         block = blocks[task]
-        header = header_of(records, offset, words, block, head)
+        header = header_of(records, place, words, block, head)
         first = coded_tokens(header, tags[task])
         books = states[places[task], head * book_size : (head + 1) * book_size]
         book = books.reshape(num_parts, sub_dim + 1, num_centroids)
-        start = offset + codes_at
-        codes = records[block, head, start : start + block_size * row_bytes]
+        start = first_byte(records, place, block, head) + codes_at
+        codes = flat_records[start : start + block_size * row_bytes]
+        first_row = first_key(elements, block, head, block_size, head_size)
         buffer = np.empty(head_size, np.float32)
         sums = np.empty(num_centroids, np.float32)
         for token in range(first, wanted[task]):
-            key = load_row(elements, block, head, token * head_size, buffer, kind)
+            key = load_row(flat, first_row + token * head_size, buffer, kind)
             for byte in range(row_bytes):
                 packed = 0
                 for part in range(per_byte):
@@ -228,7 +231,7 @@ def score_codes(
     tables: np.ndarray,
     queries: np.ndarray,
     records: np.ndarray,
-    offset: int,
+    place: tuple[int, int],
     stored_bits: int,
     block_size: int,
     block_table: np.ndarray,
@@ -242,7 +245,7 @@ def score_codes(
         tables: See `fill_tables`.
         queries: `[n]`, int64: whose they are.
         records: See `encode_keys`.
-        offset: Of the codes in a block and head, bytes.
+        place: Of the codes, see the package.
         stored_bits: Of a code.
         block_size: Tokens of a block.
         block_table: See the package; so `rows` and `lengths`.
@@ -253,22 +256,22 @@ def score_codes(
     _, num_kv_heads, num_parts, _, group = tables.shape
     row_bytes = (num_parts * stored_bits + 7) // 8
     size = block_size * row_bytes
+    flat_records = records.reshape(-1)
     chunks = chunks_of(queries, lengths, block_size)
     for item in prange(queries.shape[0] * num_kv_heads * chunks):
-        place, rest = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
-        kv_head, chunk = rest // chunks, rest % chunks
-        index = queries[place]
+        which, run = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
+        chunk, kv_head = run // num_kv_heads, run % num_kv_heads
+        index = queries[which]
         first = chunk * block_size
         count = min(block_size, lengths[index] - first)
         if count <= 0:
             continue
-        block = np.int64(block_table[rows[index], chunk])
-        if first + block_size < lengths[index]:
-            ahead = np.int64(block_table[rows[index], chunk + 1])
-            next_start = (ahead * num_kv_heads + kv_head) * records.shape[2] + offset
-            fetch_bytes(records, next_start, size)
-        codes = records[block, kv_head, offset : offset + size]
-        table = tables[place, kv_head]
+        blocks = block_table[rows[index]]
+        later = later_run(records, place, blocks, run, 1, lengths[index], block_size)
+        fetch_bytes(records, later, size)
+        start = first_byte(records, place, blocks[chunk], kv_head)
+        codes = flat_records[start : start + size]
+        table = tables[which, kv_head]
         target = scores[index, kv_head * group : (kv_head + 1) * group, first : first + count]
         h = 0
         while h + 4 <= group:

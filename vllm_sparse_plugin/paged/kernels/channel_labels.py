@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
+from vllm_sparse_plugin.paged.kernels.index_places import first_byte
 from vllm_sparse_plugin.paged.kernels.rounding import round_to_kind
-from vllm_sparse_plugin.paged.kernels.rows import load_row
+from vllm_sparse_plugin.paged.kernels.rows import first_key, load_row
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -68,7 +69,7 @@ def write_labels(
     elements: np.ndarray,
     kind: int,
     records: np.ndarray,
-    offset: int,
+    place: tuple[int, int],
     row_bytes: int,
     bits: int,
     channels: np.ndarray,
@@ -81,8 +82,8 @@ def write_labels(
     Args:
         elements: See the package, with the new keys.
         kind: Of the elements.
-        records: The same memory as uint8, `[num_blocks, num_kv_heads, bytes]`.
-        offset: Of the index in a block and head, bytes.
+        records: See the package; so `place`.
+        place: Of the index.
         row_bytes: Of one row of labels.
         bits: Of a code.
         channels: `[rows, C]`, int32; a multiple of the KV heads, each head's rows side by side.
@@ -96,31 +97,31 @@ def write_labels(
     per_byte = 8 // bits if bits < 16 else 1
     width = (count + per_byte - 1) // per_byte
     levels = np.float32((1 << bits) - 1)
+    flat, flat_records = elements.reshape(-1), records.reshape(-1)
     for task in prange(slots.shape[0]):
         slot = slots[task]
         if slot < 0:
             continue
-        block, place = slot // block_size, slot % block_size
+        block, token = slot // block_size, slot % block_size
         buffer = np.empty(head_size, np.float32)
         scales = np.empty(2, np.float32)
         scale_bytes = scales.view(np.uint8)
         for row in range(rows):
             head = row // per_head
-            start = offset + row % per_head * row_bytes
+            own = first_key(elements, block, head, block_size, head_size) + token * head_size
+            start = first_byte(records, place, block, head) + row % per_head * row_bytes
             if bits == 16:
-                first = start // elements.itemsize + place
+                first = start // elements.itemsize + token
                 for c in range(count):
-                    elements[block, head, first + c * block_size] = elements[
-                        block, head, place * head_size + channels[row, c]
-                    ]
+                    flat[first + c * block_size] = flat[own + channels[row, c]]
                 continue
-            key = load_row(elements, block, head, place * head_size, buffer, kind)
+            key = load_row(flat, own, buffer, kind)
             low, step = _scale_of(key, channels[row], levels)
             scales[0], scales[1] = low, step
             for side in range(2):
-                where = start + 4 * (side * block_size + place)
-                records[block, head, where : where + 4] = scale_bytes[4 * side : 4 * side + 4]
-            codes = start + 8 * block_size + place
+                where = start + 4 * (side * block_size + token)
+                flat_records[where : where + 4] = scale_bytes[4 * side : 4 * side + 4]
+            codes = start + 8 * block_size + token
             for byte in range(width):
                 packed = 0
                 for part in range(per_byte):
@@ -128,4 +129,4 @@ def write_labels(
                     if c < count:
                         code = _code_of(key[channels[row, c]], low, step, levels)
                         packed |= int(code) << (part * bits)
-                records[block, head, codes + byte * block_size] = packed
+                flat_records[codes + byte * block_size] = packed

@@ -11,7 +11,8 @@ import numpy as np
 from numba import njit, prange
 
 from vllm_sparse_plugin.paged.kernels.bits import count_bits
-from vllm_sparse_plugin.paged.kernels.rows import load_row
+from vllm_sparse_plugin.paged.kernels.index_places import first_byte, later_run
+from vllm_sparse_plugin.paged.kernels.rows import first_key, load_row
 from vllm_sparse_plugin.paged.kernels.vectors import fetch_bytes
 
 _TOKENS = 16
@@ -31,12 +32,13 @@ def read_keys(
         slots: `[num_tokens]`, none negative.
         keys: `[num_kv_heads, num_tokens, head_size]`, float32; written.
     """
-    head_size = keys.shape[2]
+    head_size, flat = keys.shape[2], elements.reshape(-1)
     for token in prange(slots.shape[0]):
-        block, place = slots[token] // block_size, slots[token] % block_size
+        block, row = slots[token] // block_size, slots[token] % block_size
         for head in range(keys.shape[0]):
+            start = first_key(elements, block, head, block_size, head_size) + row * head_size
             target = keys[head, token]
-            target[:] = load_row(elements, block, head, place * head_size, target, kind)
+            target[:] = load_row(flat, start, target, kind)
 
 
 @njit(fastmath={"contract"}, nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -106,7 +108,7 @@ def pack_signs(values: np.ndarray, words: np.ndarray) -> None:
 def write_signatures(
     signatures: np.ndarray,
     records: np.ndarray,
-    offset: int,
+    place: tuple[int, int],
     block_size: int,
     slots: np.ndarray,
 ) -> None:
@@ -114,21 +116,21 @@ def write_signatures(
 
     Args:
         signatures: `[networks, num_tokens, words]`, uint32; each KV head's networks side by side.
-        records: The cache as uint8, `[num_blocks, num_kv_heads, bytes]`.
-        offset: Of the index in a block and head, bytes.
+        records: See the package; so `place`.
+        place: Of the index.
         block_size: Tokens of a block.
         slots: `[num_tokens]`, none negative.
     """
     networks, num_tokens, words = signatures.shape
     per_head = networks // records.shape[1]
-    size = per_head * words * block_size
+    stored = records.reshape(-1).view(np.uint32)
     for token in prange(num_tokens):
-        block, place = slots[token] // block_size, slots[token] % block_size
+        block, column = slots[token] // block_size, slots[token] % block_size
         for head in range(records.shape[1]):
-            stored = records[block, head, offset : offset + 4 * size].view(np.uint32)
+            start = first_byte(records, place, block, head) // 4 + column
             for row in range(per_head):
                 for word in range(words):
-                    stored[(row * words + word) * block_size + place] = signatures[
+                    stored[start + (row * words + word) * block_size] = signatures[
                         head * per_head + row, token, word
                     ]
 
@@ -138,7 +140,7 @@ def score_signatures(
     own: np.ndarray,
     bits: int,
     records: np.ndarray,
-    offset: int,
+    place: tuple[int, int],
     rows_per_head: int,
     block_size: int,
     block_table: np.ndarray,
@@ -152,7 +154,7 @@ def score_signatures(
         own: `[num_queries, num_heads, words]`, uint32: the queries' signatures.
         bits: Of a signature.
         records: See `write_signatures`.
-        offset: Of the index.
+        place: Of the index.
         rows_per_head: Rows of signatures per KV head: one, or one per query head.
         block_size: Tokens of a block.
         block_table: See the package; so `rows` and `lengths`.
@@ -164,27 +166,26 @@ def score_signatures(
     num_kv_heads = records.shape[1]
     heads = num_heads // num_kv_heads
     by_row = heads // rows_per_head
-    size = rows_per_head * words * block_size
+    size = 4 * rows_per_head * words * block_size
+    stored = records.reshape(-1).view(np.uint32)
     chunks = (int(lengths.max()) + block_size - 1) // block_size
     for item in prange(num_queries * num_kv_heads * chunks):
-        index, rest = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
-        kv_head, chunk = rest // chunks, rest % chunks
+        index, run = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
+        chunk, kv_head = run // num_kv_heads, run % num_kv_heads
         first = chunk * block_size
         count = min(block_size, lengths[index] - first)
         if count <= 0:
             continue
-        block = np.int64(block_table[rows[index], chunk])
-        if first + block_size < lengths[index]:
-            ahead = np.int64(block_table[rows[index], chunk + 1])
-            next_start = (ahead * num_kv_heads + kv_head) * records.shape[2] + offset
-            fetch_bytes(records, next_start, 4 * size)
-        stored = records[block, kv_head, offset : offset + 4 * size].view(np.uint32)
+        blocks = block_table[rows[index]]
+        later = later_run(records, place, blocks, run, 1, lengths[index], block_size)
+        fetch_bytes(records, later, size)
+        own_start = first_byte(records, place, blocks[chunk], kv_head) // 4
         for head in range(kv_head * heads, (kv_head + 1) * heads):
             row = (head - kv_head * heads) // by_row
             target = scores[index, head, first : first + count]
             target[:] = np.float32(bits)
             for word in range(words):
-                start = (row * words + word) * block_size
+                start = own_start + (row * words + word) * block_size
                 keys = stored[start : start + count]
                 query = own[index, head, word]
                 for t in range(count):

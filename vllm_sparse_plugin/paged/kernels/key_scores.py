@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
+from vllm_sparse_plugin.paged.kernels.rows import first_key
 from vllm_sparse_plugin.paged.kernels.tile_products import pad_queries, padded, score_tile
 
 _AHEAD = 8
@@ -35,7 +36,7 @@ def score_keys(
         scores: `[num_queries, num_heads, capacity]`, float32; written.
     """
     num_queries, num_heads, head_size = query.shape
-    num_kv_heads, width = elements.shape[1], elements.shape[2]
+    num_kv_heads = elements.shape[1]
     heads = num_heads // num_kv_heads
     longest = 0
     for index in range(num_queries):
@@ -48,11 +49,11 @@ def score_keys(
         count = min(block_size, lengths[index] - first)
         if count <= 0:
             continue
-        block = np.int64(block_table[rows[index], chunk])
+        start = first_key(elements, block_table[rows[index], chunk], kv_head, block_size, head_size)
         q = np.empty((heads, padded(head_size)), np.float32)
         pad_queries(query[index], kv_head * heads, q)
         keys = np.empty(count + _AHEAD, np.int64)
         for place in range(count + _AHEAD):
-            keys[place] = (block * num_kv_heads + kv_head) * width + place * head_size
+            keys[place] = start + place * head_size
         target = scores[index, kv_head * heads : (kv_head + 1) * heads]
         score_tile(q, elements, kind, keys[:count], count, head_size, target, first, keys[_AHEAD:])

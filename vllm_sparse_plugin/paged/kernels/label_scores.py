@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
+from vllm_sparse_plugin.paged.kernels.index_places import first_byte, later_run
 from vllm_sparse_plugin.paged.kernels.rounding import round_to_kind
 from vllm_sparse_plugin.paged.kernels.rows import FLOAT32, load_row
 from vllm_sparse_plugin.paged.kernels.tile_products import padded
@@ -78,23 +79,23 @@ def _multiply(query: np.ndarray, labels: np.ndarray, count: int, products: np.nd
     heads = query.shape[0]
     zero = splat(np.float32(0.0))
     for t in range(0, count, LANES):
-        h = 0
-        while h < heads:
-            many = h + 4 <= heads
-            a, b, c, d = zero, zero, zero, zero
+        for h in range(0, heads, 4):
+            # As in `tile_products`: the last head takes the places of those that are missing.
+            many = h + 1 < heads
+            c, d = min(h + 2, heads - 1), min(h + 3, heads - 1)
+            sum_a, sum_b, sum_c, sum_d = zero, zero, zero, zero
             for channel in range(channels):
                 label = load(labels, channel * columns + t, 0)
-                a = multiply_add(splat(query[h, channel]), label, a)
+                sum_a = multiply_add(splat(query[h, channel]), label, sum_a)
                 if many:
-                    b = multiply_add(splat(query[h + 1, channel]), label, b)
-                    c = multiply_add(splat(query[h + 2, channel]), label, c)
-                    d = multiply_add(splat(query[h + 3, channel]), label, d)
-            store(products, h * columns + t, a)
+                    sum_b = multiply_add(splat(query[h + 1, channel]), label, sum_b)
+                    sum_c = multiply_add(splat(query[c, channel]), label, sum_c)
+                    sum_d = multiply_add(splat(query[d, channel]), label, sum_d)
+            store(products, h * columns + t, sum_a)
             if many:
-                store(products, (h + 1) * columns + t, b)
-                store(products, (h + 2) * columns + t, c)
-                store(products, (h + 3) * columns + t, d)
-            h += 4 if many else 1
+                store(products, (h + 1) * columns + t, sum_b)
+                store(products, c * columns + t, sum_c)
+                store(products, d * columns + t, sum_d)
 
 
 @njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -103,7 +104,7 @@ def score_labels(
     elements: np.ndarray,
     kind: int,
     records: np.ndarray,
-    offset: int,
+    place: tuple[int, int],
     row_bytes: int,
     bits: int,
     rows_per_head: int,
@@ -121,7 +122,7 @@ def score_labels(
         elements: See the package; so `kind`, `block_table`, `rows` and `lengths`.
         kind: Of the elements.
         records: See `write_labels`; so the next three.
-        offset: Of the index.
+        place: Of the index.
         row_bytes: Of one row of labels.
         bits: Of a code.
         rows_per_head: Rows of labels per KV head: one, or one per query head.
@@ -137,33 +138,29 @@ def score_labels(
     heads = num_heads // num_kv_heads
     by_row = heads // rows_per_head
     chunks = (int(lengths.max()) + block_size - 1) // block_size
-    factor = np.float32(scale)
+    factor, flat = np.float32(scale), elements.reshape(-1)
     for item in prange(num_queries * num_kv_heads * chunks):
-        index, rest = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
-        kv_head, chunk = rest // chunks, rest % chunks
+        index, run = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
+        chunk, kv_head = run // num_kv_heads, run % num_kv_heads
         first = chunk * block_size
         count = min(block_size, lengths[index] - first)
         if count <= 0:
             continue
-        block = np.int64(block_table[rows[index], chunk])
-        if first + block_size < lengths[index]:
-            ahead = np.int64(block_table[rows[index], chunk + 1])
-            first_byte = (ahead * num_kv_heads + kv_head) * records.shape[2] + offset
-            fetch_bytes(records, first_byte, rows_per_head * row_bytes)
+        blocks = block_table[rows[index]]
+        later = later_run(records, place, blocks, run, 1, lengths[index], block_size)
+        fetch_bytes(records, later, rows_per_head * row_bytes)
         width = padded(block_size)
         labels = np.zeros((channels, width), np.float32)
         products = np.empty((by_row, width), np.float32)
         for row in range(rows_per_head):
-            start = offset + row * row_bytes
+            start = first_byte(records, place, blocks[chunk], kv_head) + row * row_bytes
             if bits == 16:
                 first_element = start // elements.itemsize
                 for c in range(channels):
-                    where = first_element + c * block_size
                     target = labels[c, :count]
-                    target[:] = load_row(elements, block, kv_head, where, target, kind)
+                    target[:] = load_row(flat, first_element + c * block_size, target, kind)
             else:
-                place = (block * num_kv_heads + kv_head) * records.shape[2] + start
-                _decode(records, place, bits, kind, block_size, count, labels)
+                _decode(records, start, bits, kind, block_size, count, labels)
             head = kv_head * heads + row * by_row
             _multiply(query[index, head : head + by_row], labels, count, products)
             for h in range(by_row):

@@ -11,22 +11,27 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
+from vllm_sparse_plugin.paged.kernels.index_places import first_byte
+
 COUNT, TAG, STAMPS = 0, 1, 2
 """Places in a header."""
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def header_of(records: np.ndarray, offset: int, words: int, block: int, head: int) -> np.ndarray:
+def header_of(
+    records: np.ndarray, place: tuple[int, int], words: int, block: int, head: int
+) -> np.ndarray:
     """The header of a block and KV head, int64, as a view.
 
     Args:
-        records: The cache as uint8, `[num_blocks, num_kv_heads, bytes]`.
-        offset: Of the index in a block and head, bytes.
+        records: See the package; so the next one.
+        place: Of the index.
         words: Of the header.
         block: Of the cache.
         head: KV head.
     """
-    header: np.ndarray = records[block, head, offset : offset + 8 * words].view(np.int64)
+    start = first_byte(records, place, block, head)
+    header: np.ndarray = records.reshape(-1)[start : start + 8 * words].view(np.int64)
     return header
 
 
@@ -62,7 +67,7 @@ def chunks_of(queries: np.ndarray, lengths: np.ndarray, block_size: int) -> int:
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def note_writes(
     records: np.ndarray,
-    offset: int,
+    place: tuple[int, int],
     block_size: int,
     sizes: np.ndarray,
     first_stamp: int,
@@ -72,7 +77,7 @@ def note_writes(
 
     Args:
         records: See `header_of`.
-        offset: See `header_of`.
+        place: See `header_of`.
         block_size: Tokens of a block.
         sizes: int64, ascending: of what stamps name.
         first_stamp: Of as many new numbers as there are slots.
@@ -82,21 +87,21 @@ def note_writes(
     for i in range(slots.shape[0]):
         if slots[i] < 0:
             continue
-        block, place = slots[i] // block_size, slots[i] % block_size
+        block, token = slots[i] // block_size, slots[i] % block_size
         for head in range(records.shape[1]):
-            header = header_of(records, offset, words, block, head)
+            header = header_of(records, place, words, block, head)
             # Before its first key is written, a block holds anything.
-            header[COUNT] = 0 if place == 0 else min(header[COUNT], place)
-        header = header_of(records, offset, words, block, 0)
+            header[COUNT] = 0 if token == 0 else min(header[COUNT], token)
+        header = header_of(records, place, words, block, 0)
         for k in range(sizes.shape[0]):
-            if place < sizes[k]:
+            if token < sizes[k]:
                 header[STAMPS + k] = first_stamp + i
 
 
 @njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def name_prefixes(
     records: np.ndarray,
-    offset: int,
+    place: tuple[int, int],
     block_size: int,
     sizes: np.ndarray,
     block_table: np.ndarray,
@@ -108,7 +113,7 @@ def name_prefixes(
 
     Args:
         records: See `note_writes`; so the next three.
-        offset: Of the index.
+        place: Of the index.
         block_size: Tokens of a block.
         sizes: Of what stamps name.
         block_table: See the package.
@@ -121,20 +126,20 @@ def name_prefixes(
         blocks = block_table[rows[item]]
         whole, rest = prefixes[item] // block_size, prefixes[item] % block_size
         for i in range(whole):
-            header = header_of(records, offset, words, np.int64(blocks[i]), 0)
+            header = header_of(records, place, words, np.int64(blocks[i]), 0)
             names[item, i] = header[words - 1]
         if rest > 0:
             k = 0
             while sizes[k] < rest:
                 k += 1
-            header = header_of(records, offset, words, np.int64(blocks[whole]), 0)
+            header = header_of(records, place, words, np.int64(blocks[whole]), 0)
             names[item, whole] = header[STAMPS + k]
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def list_short_blocks(
     records: np.ndarray,
-    offset: int,
+    place: tuple[int, int],
     words: int,
     block_size: int,
     block_table: np.ndarray,
@@ -151,7 +156,7 @@ def list_short_blocks(
 
     Args:
         records: See `header_of`; so the next two.
-        offset: Of the index.
+        place: Of the index.
         words: Of the header.
         block_size: Tokens of a block.
         block_table: See the package.
@@ -191,7 +196,7 @@ def list_short_blocks(
         group += 1
     kept = 0
     for i in range(listed):
-        header = header_of(records, offset, words, blocks[i], 0)
+        header = header_of(records, place, words, blocks[i], 0)
         if coded_tokens(header, tags[groups[i]]) < wanted[i]:
             blocks[kept], wanted[kept], groups[kept] = blocks[i], wanted[i], groups[i]
             kept += 1

@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from vllm_sparse_plugin.paged.kernels.rows import FLOAT16, load_row
+from vllm_sparse_plugin.paged.kernels.index_places import first_byte
+from vllm_sparse_plugin.paged.kernels.rows import FLOAT16, first_key, load_row
 
 _SINGLE_TO_HALF = np.float32(2.0**-112)
 
@@ -20,8 +21,6 @@ _SINGLE_TO_HALF = np.float32(2.0**-112)
 def bounds_of_keys(
     elements: np.ndarray,
     kind: int,
-    block: int,
-    head: int,
     first: int,
     count: int,
     bounds: np.ndarray,
@@ -30,20 +29,18 @@ def bounds_of_keys(
     """Smallest and largest elements of some keys of a block.
 
     Args:
-        elements: See the package.
+        elements: See the package; flat.
         kind: Of the elements.
-        block: Of the cache.
-        head: KV head.
-        first: Place of the first key in the block.
+        first: The first key's first element.
         count: Keys, at least 1.
         bounds: `[2, head_size]`, float32; written.
         buffer: `[head_size]`, float32 scratch.
     """
     head_size = bounds.shape[1]
     low, high = bounds[0], bounds[1]
-    for place in range(first, first + count):
-        row = load_row(elements, block, head, place * head_size, buffer, kind)
-        if place == first:
+    for place in range(count):
+        row = load_row(elements, first + place * head_size, buffer, kind)
+        if place == 0:
             for d in range(head_size):
                 low[d] = row[d]
                 high[d] = row[d]
@@ -108,7 +105,7 @@ def update_pages(
     elements: np.ndarray,
     kind: int,
     records: np.ndarray,
-    offset: int,
+    place: tuple[int, int],
     record_bytes: int,
     head_size: int,
     block_size: int,
@@ -121,8 +118,8 @@ def update_pages(
     Args:
         elements: See the package, with the new keys.
         kind: Of the elements.
-        records: The same memory as uint8, `[num_blocks, num_kv_heads, bytes]`.
-        offset: Of the index in a block and head, bytes.
+        records: See the package; so `place`.
+        place: Of the index.
         record_bytes: Of a page's record.
         head_size: Channels of a key.
         block_size: Tokens of a block.
@@ -130,18 +127,20 @@ def update_pages(
         bits: Of a code.
         slots: Of the written tokens, those of one sequence in order; negative = padding.
     """
+    flat, flat_records = elements.reshape(-1), records.reshape(-1)
     for i in prange(slots.shape[0]):
         slot = slots[i]
         # The last token of a page that is written here does it for the page.
         is_last = i + 1 == slots.shape[0] or slots[i + 1] != slot + 1
         if slot < 0 or not (is_last or (slot + 1) % page_size == 0):
             continue
-        block, place = slot // block_size, slot % block_size
-        page = place // page_size
+        block, token = slot // block_size, slot % block_size
+        page = token // page_size
         first = page * page_size
         bounds = np.empty((2, head_size), np.float32)
         buffer = np.empty(head_size, np.float32)
-        start = offset + page * record_bytes
         for head in range(elements.shape[1]):
-            bounds_of_keys(elements, kind, block, head, first, place + 1 - first, bounds, buffer)
-            encode_bounds(bounds, bits, kind, records[block, head, start : start + record_bytes])
+            key = first_key(elements, block, head, block_size, head_size) + first * head_size
+            bounds_of_keys(flat, kind, key, token + 1 - first, bounds, buffer)
+            start = first_byte(records, place, block, head) + page * record_bytes
+            encode_bounds(bounds, bits, kind, flat_records[start : start + record_bytes])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
+from vllm_sparse_plugin.paged.kernels.index_places import first_byte, later_run
 from vllm_sparse_plugin.paged.kernels.page_bounds import bounds_of_keys, encode_bounds
+from vllm_sparse_plugin.paged.kernels.rows import first_key
 from vllm_sparse_plugin.paged.kernels.vectors import (
     LANES,
-    fetch,
     fetch_bytes,
     load,
     load_codes_part,
@@ -20,8 +21,8 @@ from vllm_sparse_plugin.paged.kernels.vectors import (
     total,
 )
 
-_AHEAD = 16
-"""Records that are asked for before their turn."""
+_AHEAD = 2
+"""Runs of records that are asked for before their turn."""
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -29,7 +30,9 @@ def _score_codes(
     up: np.ndarray,
     down: np.ndarray,
     records: np.ndarray,
-    starts: np.ndarray,
+    start: int,
+    later: int,
+    record_bytes: int,
     count: int,
     bits: int,
     part: int,
@@ -43,8 +46,9 @@ def _score_codes(
         up: `[heads, vectors * LANES]`, the positive part of the queries, see `_split_query`.
         down: The negative part.
         records: See `update_pages`.
-        starts: int64: bytes of the pages' records, from the cache's start; `_AHEAD` more than
-            `count`, which are asked for before their turn.
+        start: First byte of the pages' records, which lie side by side.
+        later: First byte of as many records that are asked for before their turn.
+        record_bytes: Of a record.
         count: Pages.
         bits: Of a code.
         part: Bytes of a row of codes.
@@ -55,14 +59,15 @@ def _score_codes(
     heads, width = up.shape
     zero, mask = splat(np.float32(0.0)), (1 << bits) - 1
     for page in range(count):
-        start, later = starts[page], starts[page + _AHEAD]
-        fetch_bytes(records, later, 16 + 2 * part)
+        fetch_bytes(records, later, record_bytes)
         least, unit = load_number(records, start), load_number(records, start + 4)
         high_least, high_unit = load_number(records, start + 8), load_number(records, start + 12)
-        h = 0
-        while h < heads:
-            a, b, c, d = zero, zero, zero, zero
-            place, many = h * width, h + 4 <= heads
+        for h in range(0, heads, 4):
+            sum_a, sum_b, sum_c, sum_d = zero, zero, zero, zero
+            # As in `tile_products`: the last head takes the places of those that are missing.
+            many = h + 1 < heads
+            a, b = h * width, (h + 1) * width
+            c, d = min(h + 2, heads - 1) * width, min(h + 3, heads - 1) * width
             for shift in range(0, 8, bits):
                 for byte in range(0, part, step):
                     codes, left = start + 16 + byte, part - byte
@@ -71,22 +76,23 @@ def _score_codes(
                     # In two steps, as `pseudo_quantize` does.
                     low = multiply_then_add(low, unit, least)
                     high = multiply_then_add(high, high_unit, high_least)
-                    a = multiply_add(load(up, place, 0), high, a)
-                    a = multiply_add(load(down, place, 0), low, a)
+                    sum_a = multiply_add(load(up, a, 0), high, sum_a)
+                    sum_a = multiply_add(load(down, a, 0), low, sum_a)
                     if many:
-                        b = multiply_add(load(up, place + width, 0), high, b)
-                        c = multiply_add(load(up, place + 2 * width, 0), high, c)
-                        d = multiply_add(load(up, place + 3 * width, 0), high, d)
-                        b = multiply_add(load(down, place + width, 0), low, b)
-                        c = multiply_add(load(down, place + 2 * width, 0), low, c)
-                        d = multiply_add(load(down, place + 3 * width, 0), low, d)
-                    place += LANES
-            scores[h, column + page] = total(a)
+                        sum_b = multiply_add(load(up, b, 0), high, sum_b)
+                        sum_c = multiply_add(load(up, c, 0), high, sum_c)
+                        sum_d = multiply_add(load(up, d, 0), high, sum_d)
+                        sum_b = multiply_add(load(down, b, 0), low, sum_b)
+                        sum_c = multiply_add(load(down, c, 0), low, sum_c)
+                        sum_d = multiply_add(load(down, d, 0), low, sum_d)
+                    a, b, c, d = a + LANES, b + LANES, c + LANES, d + LANES
+            scores[h, column + page] = total(sum_a)
             if many:
-                scores[h + 1, column + page] = total(b)
-                scores[h + 2, column + page] = total(c)
-                scores[h + 3, column + page] = total(d)
-            h += 4 if many else 1
+                scores[h + 1, column + page] = total(sum_b)
+                scores[min(h + 2, heads - 1), column + page] = total(sum_c)
+                scores[min(h + 3, heads - 1), column + page] = total(sum_d)
+        start += record_bytes
+        later += record_bytes
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -95,7 +101,10 @@ def _score_elements(
     down: np.ndarray,
     elements: np.ndarray,
     kind: int,
-    starts: np.ndarray,
+    records: np.ndarray,
+    start: int,
+    later: int,
+    record_bytes: int,
     count: int,
     head_size: int,
     scores: np.ndarray,
@@ -105,17 +114,18 @@ def _score_elements(
     heads, width = up.shape
     zero, itemsize = splat(np.float32(0.0)), elements.itemsize
     for page in range(count):
-        start, later = starts[page] // itemsize, starts[page + _AHEAD] // itemsize
-        for d in range(0, 2 * head_size, LANES):
-            fetch(elements, later + d)
+        fetch_bytes(records, later, record_bytes)
+        low_at = start // itemsize
         for h in range(heads):
             a, place = zero, h * width
             for d in range(0, head_size, LANES):
-                low = load_part(elements, start + d, kind, head_size - d)
-                high = load_part(elements, start + head_size + d, kind, head_size - d)
+                low = load_part(elements, low_at + d, kind, head_size - d)
+                high = load_part(elements, low_at + head_size + d, kind, head_size - d)
                 a = multiply_add(load(up, place + d, 0), high, a)
                 a = multiply_add(load(down, place + d, 0), low, a)
             scores[h, column + page] = total(a)
+        start += record_bytes
+        later += record_bytes
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -125,7 +135,9 @@ def _score_records(
     elements: np.ndarray,
     kind: int,
     records: np.ndarray,
-    starts: np.ndarray,
+    start: int,
+    later: int,
+    record_bytes: int,
     count: int,
     bits: int,
     head_size: int,
@@ -135,30 +147,42 @@ def _score_records(
 ) -> None:
     """Some pages for some query heads: `_score_codes` or `_score_elements`."""
     if bits == 16:
-        _score_elements(up, down, elements, kind, starts, count, head_size, scores, column)
+        _score_elements(
+            up,
+            down,
+            elements,
+            kind,
+            records,
+            start,
+            later,
+            record_bytes,
+            count,
+            head_size,
+            scores,
+            column,
+        )
     else:
         part = head_size * bits // 8
-        _score_codes(up, down, records, starts, count, bits, part, step, scores, column)
+        _score_codes(
+            up, down, records, start, later, record_bytes, count, bits, part, step, scores, column
+        )
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _split_query(
-    query: np.ndarray, first: int, step: int, up: np.ndarray, down: np.ndarray
-) -> None:
-    """The positive and the negative part of a group's queries.
+def _split_query(query: np.ndarray, step: int, up: np.ndarray, down: np.ndarray) -> None:
+    """The positive and the negative part of queries.
 
     Args:
         query: `[num_heads, head_size]`, float32.
-        first: Query head of the group.
         step: Channels of a vector, at most `LANES`; zeros fill it up.
-        up: `[heads, vectors * LANES]`, float32; written.
+        up: `[num_heads, vectors * LANES]`, float32; written.
         down: Likewise.
     """
     up[:] = np.float32(0.0)
     down[:] = np.float32(0.0)
     for h in range(up.shape[0]):
         for d in range(query.shape[1]):
-            value, place = query[first + h, d], d // step * LANES + d % step
+            value, place = query[h, d], d // step * LANES + d % step
             up[h, place] = max(value, np.float32(0.0))
             down[h, place] = min(value, np.float32(0.0))
 
@@ -169,7 +193,7 @@ def score_pages(
     elements: np.ndarray,
     kind: int,
     records: np.ndarray,
-    offset: int,
+    place: tuple[int, int],
     record_bytes: int,
     block_size: int,
     page_size: int,
@@ -177,7 +201,6 @@ def score_pages(
     block_table: np.ndarray,
     rows: np.ndarray,
     lengths: np.ndarray,
-    chunk: int,
     scores: np.ndarray,
 ) -> None:
     """Upper bounds of the unscaled scores in each page that a query sees.
@@ -190,7 +213,7 @@ def score_pages(
         elements: See the package; so `kind`, `block_table`, `rows`, `lengths`.
         kind: Of the elements.
         records: See `update_pages`, and so the next five.
-        offset: Of the index.
+        place: Of the index.
         record_bytes: Of a record.
         block_size: Tokens of a block.
         page_size: Tokens of a page.
@@ -198,7 +221,6 @@ def score_pages(
         block_table: Of the batch.
         rows: Of the queries.
         lengths: Of the queries.
-        chunk: Pages that one task scores.
         scores: `[num_queries, num_heads, capacity]`, float32; written.
     """
     num_queries, num_heads, head_size = query.shape
@@ -210,64 +232,63 @@ def score_pages(
     step = LANES
     while part != head_size and part % step:
         step -= 1
-    longest = 0
-    for index in range(num_queries):
-        longest = max(longest, lengths[index])
-    chunks = ((longest + page_size - 1) // page_size + chunk - 1) // chunk
+    width = (head_size + step - 1) // step * LANES
+    up = np.empty((num_queries, num_heads, width), np.float32)
+    down = np.empty((num_queries, num_heads, width), np.float32)
+    for index in prange(num_queries):
+        _split_query(query[index], step, up[index], down[index])
+    flat = elements.reshape(-1)
+    chunks = (int(lengths.max()) + block_size - 1) // block_size
     for item in prange(num_queries * num_kv_heads * chunks):
-        index, rest = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
-        kv_head, first = rest // chunks, rest % chunks * chunk
+        index, run = item // (num_kv_heads * chunks), item % (num_kv_heads * chunks)
+        chunk, kv_head = run // num_kv_heads, run % num_kv_heads
         length = lengths[index]
-        pages = (length + page_size - 1) // page_size
-        if first >= pages:
+        if chunk * block_size >= length:
             continue
-        width = (head_size + step - 1) // step * LANES
-        up, down = np.empty((heads, width), np.float32), np.empty((heads, width), np.float32)
-        _split_query(query[index], kv_head * heads, step, up, down)
-        target = scores[index, kv_head * heads : (kv_head + 1) * heads]
         blocks = block_table[rows[index]]
-        last = min(first + chunk, pages)
-        whole = min(last, length // page_size)
-        starts = np.empty(chunk + _AHEAD, np.int64)
-        for number in range(first // per_block, (last + per_block - 1) // per_block):
-            begin = number * per_block
-            start = (np.int64(blocks[number]) * num_kv_heads + kv_head) * records.shape[2] + offset
-            for page in range(max(begin, first), min(begin + per_block, last)):
-                starts[page - first] = start + (page - begin) * record_bytes
-        starts[last - first :] = starts[last - first - 1]
+        later = later_run(records, place, blocks, run, _AHEAD, length, block_size)
+        first = kv_head * heads
+        target = scores[index, first : first + heads]
+        own_up, own_down = up[index, first : first + heads], down[index, first : first + heads]
+        column = chunk * per_block
+        whole = min(per_block, length // page_size - column)
         _score_records(
-            up,
-            down,
+            own_up,
+            own_down,
             elements,
             kind,
             records,
-            starts,
-            whole - first,
+            first_byte(records, place, blocks[chunk], kv_head),
+            later,
+            record_bytes,
+            whole,
             bits,
             head_size,
             step,
             target,
-            first,
+            column,
         )
-        if whole < last:
+        rest_keys = min(block_size, length - chunk * block_size) - whole * page_size
+        if rest_keys > 0:
             bounds, buffer = np.empty((2, head_size), np.float32), np.empty(head_size, np.float32)
-            block, key = np.int64(blocks[whole // per_block]), whole % per_block * page_size
-            count = length - whole * page_size
-            bounds_of_keys(elements, kind, block, kv_head, key, count, bounds, buffer)
+            key = first_key(elements, blocks[chunk], kv_head, block_size, head_size)
+            key += whole * page_size * head_size
+            bounds_of_keys(flat, kind, key, rest_keys, bounds, buffer)
             own = np.empty((1, 1, record_bytes), np.uint8)
             encode_bounds(bounds, bits, kind, own[0, 0])
-            starts[:] = 0
             _score_records(
-                up,
-                down,
+                own_up,
+                own_down,
                 own.view(elements.dtype),
                 kind,
                 own,
-                starts,
+                0,
+                0,
+                record_bytes,
                 1,
                 bits,
                 head_size,
                 step,
                 target,
-                whole,
+                column + whole,
             )

@@ -5,35 +5,47 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import types
+from numba import njit, types
 from numba.extending import overload
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 """The `kind` of a cache's elements."""
 
 
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def first_key(
+    elements: np.ndarray, block: int, head: int, block_size: int, head_size: int
+) -> np.int64:
+    """Where a block's keys of a KV head begin: their first element, from the cache's start.
+
+    Its values begin `block_size * head_size` elements later.
+
+    Args:
+        elements: See the package.
+        block: Of the cache.
+        head: KV head.
+        block_size: Tokens of a block.
+        head_size: Channels of a key.
+    """
+    width = np.int64(elements.shape[1] * elements.shape[2])
+    return np.int64(block) * width + head * (2 * block_size * head_size)
+
+
 def load_row(
-    elements: np.ndarray,
-    block: int | np.int64,
-    head: int,
-    start: int | np.int64,
-    buffer: np.ndarray,
-    kind: int,
+    elements: np.ndarray, start: int | np.int64, buffer: np.ndarray, kind: int
 ) -> np.ndarray:
-    """Elements `[start, start + len(buffer))` of a block and head, as float32.
+    """Elements `[start, start + len(buffer))`, as float32.
 
     A float32 cache gives a view of itself; others are converted into `buffer`. (For numba alone;
     this body is the plain reference.)
 
     Args:
-        elements: `[num_blocks, num_kv_heads, width]`, float32 or uint16.
-        block: Of the cache.
-        head: KV head.
+        elements: `[n]`, float32 or uint16: a cache's, flat.
         start: First element.
         buffer: float32, as long as the row.
         kind: Of the elements.
     """
-    row = elements[block, head, start : start + buffer.shape[0]]
+    row = elements[start : start + buffer.shape[0]]
     if elements.dtype == np.float32:
         return row
     if kind == FLOAT16:
@@ -48,16 +60,16 @@ _HALF_TO_SINGLE = np.float32(2.0**112)
 
 
 @overload(load_row, inline="always")  # type: ignore[untyped-decorator]
-def _load_row(elements: Any, block: Any, head: Any, start: Any, buffer: Any, kind: Any) -> Any:
+def _load_row(elements: Any, start: Any, buffer: Any, kind: Any) -> Any:
     if elements.dtype == types.float32:
 
-        def view(elements: Any, block: Any, head: Any, start: Any, buffer: Any, kind: Any) -> Any:
-            return elements[block, head, start : start + buffer.shape[0]]
+        def view(elements: Any, start: Any, buffer: Any, kind: Any) -> Any:
+            return elements[start : start + buffer.shape[0]]
 
         return view
 
-    def convert(elements: Any, block: Any, head: Any, start: Any, buffer: Any, kind: Any) -> Any:
-        row = elements[block, head, start : start + buffer.shape[0]]
+    def convert(elements: Any, start: Any, buffer: Any, kind: Any) -> Any:
+        row = elements[start : start + buffer.shape[0]]
         bits = buffer.view(np.uint32)
         if kind == FLOAT16:
             for i in range(buffer.shape[0]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from vllm_sparse_plugin.paged.kernels.rows import first_key
 from vllm_sparse_plugin.paged.kernels.vectors import LANES, fetch
 
 TILE = 32
@@ -52,7 +53,7 @@ def locate(
         if token - first >= block_size or token < first:  # divisions are slow
             number = token // block_size
             first = number * block_size
-            start = (np.int64(blocks[number]) * elements.shape[1] + kv_head) * elements.shape[2]
+            start = first_key(elements, blocks[number], kv_head, block_size, head_size)
         keys[i] = start + (token - first) * head_size
     return count
 

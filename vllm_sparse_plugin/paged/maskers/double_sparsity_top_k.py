@@ -58,7 +58,7 @@ class PagedDoubleSparsityTopKMasker(PagedMasker):
             cache.elements,
             self.shape.kind,
             cache.records,
-            cache.layout.offsets[self._labels],
+            cache.layout.place_of(self._labels),
             self._labels.row_bytes(self.shape),
             self.config.label_bits,
             self._labels.rows_per_head(self.shape),

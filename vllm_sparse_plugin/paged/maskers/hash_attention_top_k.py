@@ -58,7 +58,7 @@ class PagedHashAttentionTopKMasker(PagedMasker):
             np.ascontiguousarray(own.transpose(1, 0, 2)),
             self.config.hat_bits,
             cache.records,
-            cache.layout.offsets[self._signatures],
+            cache.layout.place_of(self._signatures),
             self._signatures.rows_per_head(self.shape),
             self.shape.block_size,
             queries.block_table,

@@ -51,7 +51,7 @@ class PagedMagicPig(PagedMasker):
             flag_collisions(
                 own,
                 cache.records,
-                cache.layout.offsets[index] + index.codes_at(shape),
+                cache.layout.place_of(index, index.codes_at(shape)),
                 shape.block_size,
                 queries.block_table,
                 queries.rows,

@@ -71,7 +71,7 @@ class PagedPQCache(PagedMasker):
                 tables,
                 some,
                 queries.cache.records,
-                layout.offsets[codes] + codes.codes_at(shape),
+                layout.place_of(codes, codes.codes_at(shape)),
                 codes.stored_bits,
                 shape.block_size,
                 queries.block_table,

@@ -20,8 +20,6 @@ from vllm_sparse_plugin.paged.maskers.base import (
 )
 from vllm_sparse_plugin.paged.page_bounds import PageBounds
 
-_PAGES_PER_TASK = 256
-
 
 @counterpart_of(QuestTopKMaskerConfig)
 class PagedQuestTopKMasker(PagedMasker):
@@ -48,7 +46,7 @@ class PagedQuestTopKMasker(PagedMasker):
             cache.elements,
             self.shape.kind,
             cache.records,
-            cache.layout.offsets[self._bounds],
+            cache.layout.place_of(self._bounds),
             self._bounds.record_bytes(self.shape),
             self.shape.block_size,
             page_size,
@@ -56,7 +54,6 @@ class PagedQuestTopKMasker(PagedMasker):
             queries.block_table,
             queries.rows,
             queries.lengths,
-            _PAGES_PER_TASK,
             queries.scores,
         )
         lengths = queries.lengths.astype(np.int64)
