@@ -200,7 +200,9 @@ class PagedAttentionImpl(SparseAttentionImpl):
                 prefills, query, cache, kv_cache, step.block_table, self.scale, layer.isa, output
             )
         if decodes is not None:
-            result = attend_dense(decodes.take(query), cache, decodes.batch, self.scale)
+            taken = decodes.take(query)
+            result = decodes.target(taken, output)
+            attend_dense(taken, cache, decodes.batch, self.scale, result)
             decodes.put(result, output)
 
     def _attend_group(
@@ -225,7 +227,9 @@ class PagedAttentionImpl(SparseAttentionImpl):
         if self.kv_sharing_target_layer_name is None:  # the index of another layer's keys is wrong
             fast = paged_attention_of(group.config_json, cache.layout, cache.layer_index)
         if fast is not None:
-            result, read = fast.attend(queries.take(query), cache, queries.batch, self.scale)
+            taken = queries.take(query)
+            result = queries.target(taken, output)
+            _, read = fast.attend(taken, cache, queries.batch, self.scale, result)
             queries.put(result, output)
             counts.add(read, cache.layout.shape)
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
 MAX_TAGS = 4096
@@ -39,6 +39,9 @@ class ReadCount:
         """The counts, and the density of the sparse queries (1.0 when there were none)."""
         density = self.read_keys / self.visible_keys if self.visible_keys else 1.0
         return {**asdict(self), "density": density}
+
+
+_NAMES = tuple(member.name for member in fields(ReadCount))
 
 
 class PendingCounts(Protocol):
@@ -94,8 +97,8 @@ class Statistics:
     def add(self, tag: str | None, more: ReadCount) -> None:
         """Adds counts of one request."""
         for count in self._counts(tag):
-            for name, value in asdict(more).items():
-                setattr(count, name, getattr(count, name) + value)
+            for name in _NAMES:
+                setattr(count, name, getattr(count, name) + getattr(more, name))
 
     def report(self, tag: str | None = None) -> dict[str, Any] | None:
         """The counts of a tag (None: of all requests); None for a tag never seen."""

@@ -20,7 +20,12 @@ from vllm_sparse_plugin.paged.maskers.base import (
     paged_masker,
 )
 from vllm_sparse_plugin.paged.scratch import scratch
-from vllm_sparse_plugin.paged.token_lists import NO_KEY_PROBABILITY, TokenLists
+from vllm_sparse_plugin.paged.token_lists import (
+    EVERY_KEY,
+    NO_KEY_PROBABILITY,
+    NO_WEIGHTS,
+    TokenLists,
+)
 
 MAX_ENTRIES = 1 << 24
 """Scores that are held at once (64 MiB, and flags and lists beside them); more queries go in
@@ -81,7 +86,12 @@ class PagedAttention:
         self._num_units = shape.num_heads if by_head else shape.num_kv_heads
 
     def attend(
-        self, query: np.ndarray, cache: LayerCache, batch: QueryBatch, scaling: float
+        self,
+        query: np.ndarray,
+        cache: LayerCache,
+        batch: QueryBatch,
+        scaling: float,
+        output: np.ndarray | None = None,
     ) -> tuple[np.ndarray, ReadCounts]:
         """Attention of each query over what the maskers select for it.
 
@@ -90,11 +100,12 @@ class PagedAttention:
             cache: Of the layer, with the index that the maskers need.
             batch: Of the queries.
             scaling: Of the scores.
+            output: As `query`; written. None = a new one.
 
         Returns:
-            `[num_queries, num_heads, head_size]`, float32, and what was read.
+            The output, and what was read.
         """
-        output = np.empty_like(query)
+        output = np.empty_like(query) if output is None else output
         num_queries = len(batch.lengths)
         keys, loaded = np.empty(num_queries, np.int64), np.empty(num_queries, np.int64)
         capacity = -(-int(batch.lengths.max()) // 8) * 8
@@ -130,7 +141,9 @@ class PagedAttention:
             is_sampled=any(masker.samples for masker in self.maskers),
             key_probability=queries.key_probability,
         )
-        _attend_lists(query, cache, batch, scaling, lists, output)
+        _attend_lists(
+            query, cache, batch, scaling, lists.tokens, lists.log_weights, lists.counts, output
+        )
         read.keys[:] = lists.keys_read
         loaded = lists.counts.reshape(len(query), -1).sum(axis=1, dtype=np.int64)
         scanned = batch.lengths.astype(np.int64) * self._scanned_bytes_per_block
@@ -180,13 +193,16 @@ class PagedAttention:
 
 
 def attend_dense(
-    query: np.ndarray, cache: LayerCache, batch: QueryBatch, scaling: float
+    query: np.ndarray,
+    cache: LayerCache,
+    batch: QueryBatch,
+    scaling: float,
+    output: np.ndarray | None = None,
 ) -> np.ndarray:
     """Attention of each query over every key that it sees; see `PagedAttention.attend`."""
-    shape = cache.layout.shape
-    output = np.empty_like(query)
-    lists = TokenLists.of_all(batch.lengths, shape.num_heads, shape.num_kv_heads)
-    _attend_lists(query, cache, batch, scaling, lists, output)
+    output = np.empty_like(query) if output is None else output
+    counts = np.repeat(batch.lengths, cache.layout.shape.num_kv_heads)
+    _attend_lists(query, cache, batch, scaling, EVERY_KEY, NO_WEIGHTS, counts, output)
     return output
 
 
@@ -195,7 +211,9 @@ def _attend_lists(
     cache: LayerCache,
     batch: QueryBatch,
     scaling: float,
-    lists: TokenLists,
+    tokens: np.ndarray,
+    log_weights: np.ndarray,
+    counts: np.ndarray,
     output: np.ndarray,
 ) -> None:
     shape = cache.layout.shape
@@ -206,9 +224,9 @@ def _attend_lists(
         shape.block_size,
         batch.block_table,
         batch.rows,
-        lists.tokens,
-        lists.log_weights,
-        lists.counts,
+        tokens,
+        log_weights,
+        counts,
         scaling,
         output,
     )

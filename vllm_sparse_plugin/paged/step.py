@@ -40,8 +40,22 @@ class QueryGroup:
             return query.float().contiguous().numpy()
         return query[self.tokens].float().numpy()
 
+    def target(self, taken: np.ndarray, output: torch.Tensor) -> np.ndarray:
+        """Where their output may be written: the step's own output, if that has the same form.
+
+        Args:
+            taken: The queries, see `take`.
+            output: Of the step, of as many numbers as its queries.
+        """
+        is_whole = len(self.tokens) == len(output)
+        if is_whole and output.dtype == torch.float32 and output.is_contiguous():
+            return output.view(taken.shape).numpy()
+        return np.empty_like(taken)
+
     def put(self, result: np.ndarray, output: torch.Tensor) -> None:
-        """Writes their part of the step's output, which has the shape of the queries."""
+        """Brings what was written to `target` into the step's output."""
+        if result.ctypes.data == output.data_ptr():
+            return
         values = torch.from_numpy(result).to(output.dtype)
         if len(self.tokens) == len(output):
             output.copy_(values.view_as(output))

@@ -12,6 +12,10 @@ from vllm_sparse_plugin.paged.scratch import scratch
 
 NO_KEY_PROBABILITY = np.empty((0, 0), np.float32)
 """Where no key is sampled with a probability of its own."""
+EVERY_KEY = np.empty((0, 0), np.int32)
+"""Instead of `TokenLists.tokens`: each list is the positions before its count."""
+NO_WEIGHTS = np.empty((0, 0, 1), np.float32)
+"""Instead of `TokenLists.log_weights`: all weights are 1."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +23,9 @@ class TokenLists:
     """One list per query and KV head; what its query heads share is listed, and loaded, once.
 
     Attributes:
-        tokens: `[num_queries * num_kv_heads, capacity]`, int32 positions, ascending; capacity 0:
-            the positions before the count.
+        tokens: `[num_queries * num_kv_heads, capacity]`, int32 positions, ascending.
         log_weights: `[num_queries * num_kv_heads, capacity, heads of a group]`, float32, see
-            `kernels.group_lists`; or `[..., 1]`, one weight for all of them; capacity 0: every
+            `kernels.group_lists`; or `[..., 1]`, one weight for all of them; or `NO_WEIGHTS`: every
             query head reads all tokens, with weight 1.
         counts: `[num_queries * num_kv_heads]`, int32, tokens of each list.
         keys_read: `[num_queries]`, int64, keys selected, summed over query heads.
@@ -67,20 +70,9 @@ class TokenLists:
                 flags, probability, lengths, tokens, log_weights, counts, selected, key_probability
             )
         else:
-            log_weights = np.empty((num_lists, 0, width), np.float32)
+            log_weights = NO_WEIGHTS
             list_tokens(flags, lengths, tokens, counts)
             selected = counts
         keys_read = selected.reshape(num_queries, -1).sum(axis=1, dtype=np.int64)
         keys_read *= num_heads // (num_kv_heads * width)
         return cls(tokens, log_weights, counts, keys_read)
-
-    @classmethod
-    def of_all(cls, lengths: np.ndarray, num_heads: int, num_kv_heads: int) -> TokenLists:
-        """Lists of every key that a query sees; arguments as in `of`."""
-        counts = np.repeat(lengths, num_kv_heads)
-        return cls(
-            np.empty((len(counts), 0), np.int32),
-            np.empty((len(counts), 0, num_heads // num_kv_heads), np.float32),
-            counts,
-            lengths.astype(np.int64) * num_heads,
-        )

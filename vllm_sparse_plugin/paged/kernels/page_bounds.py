@@ -14,6 +14,8 @@ from numba import njit, prange
 from vllm_sparse_plugin.paged.kernels.index_places import first_byte
 from vllm_sparse_plugin.paged.kernels.rows import FLOAT16, first_key, load_row
 
+FEW = 4
+"""Written tokens whose pages one thread works on: waking the others would take longer."""
 _SINGLE_TO_HALF = np.float32(2.0**-112)
 
 
@@ -100,6 +102,38 @@ def encode_bounds(bounds: np.ndarray, bits: int, kind: int, record: np.ndarray) 
             record[start + byte] = packed
 
 
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _update_page(
+    elements: np.ndarray,
+    flat: np.ndarray,
+    kind: int,
+    records: np.ndarray,
+    flat_records: np.ndarray,
+    place: tuple[int, int],
+    record_bytes: int,
+    head_size: int,
+    block_size: int,
+    page_size: int,
+    bits: int,
+    slots: np.ndarray,
+    i: int,
+    head: int,
+) -> None:
+    """The record of a KV head and of the page of the i-th slot, if it is the page's last one."""
+    slot = slots[i]
+    is_last = i + 1 == slots.shape[0] or slots[i + 1] != slot + 1
+    if slot < 0 or not (is_last or (slot + 1) % page_size == 0):
+        return
+    block, token = slot // block_size, slot % block_size
+    page = token // page_size
+    first = page * page_size
+    bounds, buffer = np.empty((2, head_size), np.float32), np.empty(head_size, np.float32)
+    key = first_key(elements, block, head, block_size, head_size) + first * head_size
+    bounds_of_keys(flat, kind, key, token + 1 - first, bounds, buffer)
+    start = first_byte(records, place, block, head) + page * record_bytes
+    encode_bounds(bounds, bits, kind, flat_records[start : start + record_bytes])
+
+
 @njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def update_pages(
     elements: np.ndarray,
@@ -128,19 +162,40 @@ def update_pages(
         slots: Of the written tokens, those of one sequence in order; negative = padding.
     """
     flat, flat_records = elements.reshape(-1), records.reshape(-1)
-    for i in prange(slots.shape[0]):
-        slot = slots[i]
-        # The last token of a page that is written here does it for the page.
-        is_last = i + 1 == slots.shape[0] or slots[i + 1] != slot + 1
-        if slot < 0 or not (is_last or (slot + 1) % page_size == 0):
-            continue
-        block, token = slot // block_size, slot % block_size
-        page = token // page_size
-        first = page * page_size
-        bounds = np.empty((2, head_size), np.float32)
-        buffer = np.empty(head_size, np.float32)
-        for head in range(elements.shape[1]):
-            key = first_key(elements, block, head, block_size, head_size) + first * head_size
-            bounds_of_keys(flat, kind, key, token + 1 - first, bounds, buffer)
-            start = first_byte(records, place, block, head) + page * record_bytes
-            encode_bounds(bounds, bits, kind, flat_records[start : start + record_bytes])
+    count, num_kv_heads = slots.shape[0], elements.shape[1]
+    if count <= FEW:
+        for item in range(count * num_kv_heads):
+            _update_page(
+                elements,
+                flat,
+                kind,
+                records,
+                flat_records,
+                place,
+                record_bytes,
+                head_size,
+                block_size,
+                page_size,
+                bits,
+                slots,
+                item // num_kv_heads,
+                item % num_kv_heads,
+            )
+    else:
+        for item in prange(count * num_kv_heads):
+            _update_page(
+                elements,
+                flat,
+                kind,
+                records,
+                flat_records,
+                place,
+                record_bytes,
+                head_size,
+                block_size,
+                page_size,
+                bits,
+                slots,
+                item // num_kv_heads,
+                item % num_kv_heads,
+            )

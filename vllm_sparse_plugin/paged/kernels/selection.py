@@ -178,6 +178,49 @@ def flag_range(
             flags[unit, begins[index] : ends[index]] = 1
 
 
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _flag_largest_alone(
+    scores: np.ndarray,
+    page_size: int,
+    count: int,
+    length: int,
+    flags: np.ndarray,
+    units: tuple[int, int],
+    order: np.ndarray,
+    histograms: np.ndarray,
+) -> None:
+    """`flag_largest` for one row of scores.
+
+    Args:
+        scores: `[>= pages]`, float32.
+        page_size: Keys of a page.
+        count: Pages to select.
+        length: Keys of the query.
+        flags: See the package; written.
+        units: Those that select together: the first of them, and the one after the last.
+        order: `[>= pages]`, uint32; overwritten.
+        histograms: `[1, BINS]`, int32; overwritten.
+    """
+    if count <= 0:
+        return
+    pages = (length + page_size - 1) // page_size
+    own, keys = order[:pages], (0, length)
+    order_of(scores[:pages], own)
+    exclude_selected(flags, units, keys, page_size, own)
+    bound, room = np.uint32(0), count
+    for level in range(len(DIGITS)):
+        shift, width = DIGITS[level]
+        count_digits(own, shift, width, bound, histograms[0])
+        digit, room = digit_of(histograms, room)
+        bound |= np.uint32(digit) << np.uint32(shift)
+        if level == 0 and digit == 0:  # fewer candidates than are wanted: all of them
+            room = 0
+            break
+    if room:
+        room = min(room, histograms[0, bound & np.uint32((1 << DIGITS[-1][1]) - 1)])
+    mark_largest(own, bound, room, page_size, flags, units, keys)
+
+
 @njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def flag_largest(
     scores: np.ndarray,
@@ -218,6 +261,20 @@ def flag_largest(
     rooms = np.empty(held, np.int64)  # places left among the pages that equal the bound so far
     for start in range(0, all_items, held):
         items = min(held, all_items - start)
+        if parts == 1:  # each row by itself: the threads meet once
+            for item in prange(items):
+                index, selector = (start + item) // selectors, (start + item) % selectors
+                _flag_largest_alone(
+                    scores[index, selector * heads],
+                    page_size,
+                    counts[index],
+                    lengths[index],
+                    flags,
+                    ((start + item) * units, (start + item + 1) * units),
+                    order[item],
+                    histograms[item],
+                )
+            continue
         for item in range(items):
             rooms[item] = max(0, counts[(start + item) // selectors])
             bounds[item] = 0 if rooms[item] else 0xFFFFFFFF

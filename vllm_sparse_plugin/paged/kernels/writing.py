@@ -7,6 +7,30 @@ from numba import njit, prange
 
 from vllm_sparse_plugin.paged.kernels.rows import first_key
 
+FEW = 8
+"""Tokens that one thread writes."""
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _write_token(
+    key: np.ndarray,
+    value: np.ndarray,
+    elements: np.ndarray,
+    flat: np.ndarray,
+    block_size: int,
+    token: int,
+    slot: int,
+) -> None:
+    if slot < 0:
+        return
+    _, num_kv_heads, head_size = key.shape
+    block, place = slot // block_size, slot % block_size
+    for head in range(num_kv_heads):
+        start = first_key(elements, block, head, block_size, head_size) + place * head_size
+        value_start = start + block_size * head_size
+        flat[start : start + head_size] = key[token, head]
+        flat[value_start : value_start + head_size] = value[token, head]
+
 
 @njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def write_rows(
@@ -21,14 +45,10 @@ def write_rows(
         block_size: Tokens of a block.
         slots: `[>= num_tokens]`, block * block size + place in it; negative = padding.
     """
-    _, num_kv_heads, head_size = key.shape
-    flat = elements.reshape(-1)
-    for token in prange(min(key.shape[0], slots.shape[0])):
-        if slots[token] < 0:
-            continue
-        block, place = slots[token] // block_size, slots[token] % block_size
-        for head in range(num_kv_heads):
-            start = first_key(elements, block, head, block_size, head_size) + place * head_size
-            value_start = start + block_size * head_size
-            flat[start : start + head_size] = key[token, head]
-            flat[value_start : value_start + head_size] = value[token, head]
+    flat, count = elements.reshape(-1), min(key.shape[0], slots.shape[0])
+    if count <= FEW:  # waking the other threads would take longer
+        for token in range(count):
+            _write_token(key, value, elements, flat, block_size, token, slots[token])
+    else:
+        for token in prange(count):
+            _write_token(key, value, elements, flat, block_size, token, slots[token])
