@@ -177,7 +177,8 @@ class PagedAttentionImpl(SparseAttentionImpl):
             return result
         step: PagedStep = attn_metadata
         cache = self._cache(layer, kv_cache)
-        tensors = (layer, query, kv_cache, cache, step, output)
+        written = None if self.kv_sharing_target_layer_name else (key, value)
+        tensors = (layer, query, written, kv_cache, cache, step, output)
         self._attend_densely(step.decodes, step.prefills, *tensors)
         for group in step.sparse:
             self._attend_group(group, *tensors)
@@ -189,6 +190,7 @@ class PagedAttentionImpl(SparseAttentionImpl):
         prefills: Sequence[DenseRow | SparseRow],
         layer: Any,
         query: torch.Tensor,
+        written: tuple[torch.Tensor, torch.Tensor] | None,
         kv_cache: torch.Tensor,
         cache: LayerCache,
         step: PagedStep,
@@ -197,7 +199,15 @@ class PagedAttentionImpl(SparseAttentionImpl):
         """Writes the output of queries that read every key that they see."""
         if prefills:
             attend_prefills(
-                prefills, query, cache, kv_cache, step.block_table, self.scale, layer.isa, output
+                prefills,
+                query,
+                written,
+                cache,
+                kv_cache,
+                step.block_table,
+                self.scale,
+                layer.isa,
+                output,
             )
         if decodes is not None:
             taken = decodes.take(query)
@@ -210,6 +220,7 @@ class PagedAttentionImpl(SparseAttentionImpl):
         group: SparseGroup,
         layer: Any,
         query: torch.Tensor,
+        written: tuple[torch.Tensor, torch.Tensor] | None,
         kv_cache: torch.Tensor,
         cache: LayerCache,
         step: PagedStep,
@@ -219,7 +230,7 @@ class PagedAttentionImpl(SparseAttentionImpl):
         queries, counts = group.queries, group.counts
         if is_dense_layer(group.config_json, cache.layer_index):
             self._attend_densely(
-                group.decodes, group.prefills, layer, query, kv_cache, cache, step, output
+                group.decodes, group.prefills, layer, query, written, kv_cache, cache, step, output
             )
             counts.add_dense(cache.layout.shape)
             return

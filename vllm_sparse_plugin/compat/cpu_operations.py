@@ -54,7 +54,7 @@ def cpu_attention(
     cache[-1].zero_()  # the operation multiplies what lies behind the last key by 0, NaN too
     key_cache, value_cache = cache.chunk(2, dim=2)
     slots = torch.arange(num_keys)
-    cpu_write_key_value(key.contiguous(), value.contiguous(), key_cache, value_cache, slots, isa)
+    cpu_write_key_value(key, value, key_cache, value_cache, slots, isa)
     attend = cpu_attend(
         num_queries, num_keys, torch.arange(num_blocks, dtype=torch.int32)[None], scaling, isa
     )

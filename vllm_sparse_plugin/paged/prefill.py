@@ -22,6 +22,7 @@ MAX_SCRATCH_BYTES = 1 << 27
 def attend_prefills(
     rows: Sequence[DenseRow | SparseRow],
     query: torch.Tensor,
+    written: tuple[torch.Tensor, torch.Tensor] | None,
     cache: LayerCache,
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -34,6 +35,9 @@ def attend_prefills(
     Args:
         rows: Of the step.
         query: `[num_tokens, num_heads, head_size]`, of the whole step.
+        written: Keys and values of the step, each `[num_tokens, num_kv_heads, head_size]`: a row
+            that begins in this step needs no others, and nothing is read back for it. None = the
+            layer reads another one's.
         cache: Of the layer.
         kv_cache: The tensor behind it.
         block_table: `[num_rows, max_blocks]`, int32.
@@ -43,8 +47,10 @@ def attend_prefills(
     """
     for row in rows:
         part = slice(row.query_start, row.query_end)
+        is_whole = row.query_end - row.query_start == row.seq_len
         _attend_row(
             query[part],
+            None if written is None or not is_whole else (written[0][part], written[1][part]),
             cache,
             kv_cache,
             block_table[row.row],
@@ -57,6 +63,7 @@ def attend_prefills(
 
 def _attend_row(
     query: torch.Tensor,
+    written: tuple[torch.Tensor, torch.Tensor] | None,
     cache: LayerCache,
     kv_cache: torch.Tensor,
     blocks: torch.Tensor,
@@ -73,14 +80,18 @@ def _attend_row(
     view = output.view_as(query)
     for first in range(0, shape.num_kv_heads, heads):
         last = min(first + heads, shape.num_kv_heads)
-        key, value = read_blocks(
-            kv_cache, cache.layout.shape.head_size, blocks[:count], first, last
-        )
+        if written is None:
+            key, value = (
+                rows[:, :seq_len].transpose(0, 1)
+                for rows in read_blocks(kv_cache, shape.head_size, blocks[:count], first, last)
+            )
+        else:
+            key, value = (rows[:, first:last] for rows in written)
         width = slice(first * group, last * group)
         view[:, width] = compat.cpu_attention(
             query[:, width].contiguous(),
-            key[:, :seq_len].transpose(0, 1),
-            value[:, :seq_len].transpose(0, 1),
+            key,
+            value,
             shape.block_size,
             scaling,
             isa,

@@ -64,8 +64,13 @@ def test_counts_reach_each_request() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scratch_bytes", [1 << 27, 1])
-def test_dense_prefill_against_float64(dtype, scratch_bytes, monkeypatch) -> None:
-    """Whole prompts and later chunks; all KV heads at once, and one at a time."""
+@pytest.mark.parametrize("has_written", [False, True])
+def test_dense_prefill_against_float64(dtype, scratch_bytes, has_written, monkeypatch) -> None:
+    """Whole prompts and later chunks; all KV heads at once, and one at a time.
+
+    With the step's own keys and values, which lie in one tensor with the queries as in vLLM, whole
+    prompts do not read the cache: it is emptied for them.
+    """
     monkeypatch.setattr(prefill, "MAX_SCRATCH_BYTES", scratch_bytes)
     shape = shape_of(6, 2, 64, 32, dtype)
     rows = make_rows(BlockLayout(shape, (PageBounds(16, 8),)), lengths=(40, 7, 200), exact=False)
@@ -78,9 +83,20 @@ def test_dense_prefill_against_float64(dtype, scratch_bytes, monkeypatch) -> Non
         DenseRow(row, int(starts[row]), int(starts[row + 1]), length)
         for row, length in enumerate(rows.batch.lengths.tolist())
     ]
+    written = None
+    if has_written:
+        rows.kv_cache[rows.batch.block_table[0, :2]] = torch.nan  # the whole prompt's blocks
+        stacked = torch.full((int(starts[-1]), 10, 64), torch.nan, dtype=dtype)
+        for row in dense:
+            count = row.query_end - row.query_start
+            part = slice(row.query_start, row.query_end)
+            stacked[part, 6:8] = rows.keys[row.row][0, :, -count:].transpose(0, 1)
+            stacked[part, 8:] = rows.values[row.row][0, :, -count:].transpose(0, 1)
+        written = (stacked[:, 6:8], stacked[:, 8:])
     prefill.attend_prefills(
         dense,
         query,
+        written,
         rows.cache,
         rows.kv_cache,
         torch.from_numpy(rows.batch.block_table),
