@@ -7,7 +7,8 @@ heads, head size 128, blocks of 128 tokens in random order. A step writes one ke
 the index) and attends, planning included; stock vLLM writes and attends with its own operations.
 As in a model, a repetition runs the same configuration in several layers, one after the other, each
 with keys of its own. Before it comes back to a layer, every other configuration has run, and has
-read more than the processor's caches hold: the keys are cold, the code is not.
+read more than the processor's caches hold: the keys are cold, the code is not. A plain copy of
+memory takes its turn as well: what it reaches differs from minute to minute on a shared machine.
 Results go to benchmarks/results/paged_attention.json and .md.
 """
 
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.machine import processor_name
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.double_sparsity_utils import (  # noqa: E501
     channel_key,
 )
@@ -48,8 +49,14 @@ HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, LAYERS = 32, 8, 128, 128, 4
 SCALING = HEAD_SIZE**-0.5
 SHAPE = BlockShape(BLOCK_SIZE, HEADS, KV_HEADS, HEAD_SIZE, torch.float32)
 STOCK = "stock vLLM, dense"
+COPY = "a copy of memory"
 STOCK_ON_LARGE_PAGES = "stock vLLM, dense, on large memory pages"
+STOCK_ON_TENTH = "vLLM's own operation on 10 % of the blocks, nothing selected"
+PLUGIN_ON_TENTH = "the plugin's kernel on 10 % of the blocks, nothing selected"
 SINK_LOCAL_KEYS = 384
+HOST_ROWS = (1, 8, 64)
+HOST_KEYS = 64
+HOST_BUDGET = "0.25 ms a layer, and 10 us for each request of the batch"
 BARS: dict[str, tuple[float, float, float]] = {
     "dense through the plugin": (1, 1, 1),
     "sink + local, 384 keys": (8, 25, 60),
@@ -75,7 +82,8 @@ class Row:
         bar: Wanted ratio, if there is one.
         density: Keys read / keys visible, over query heads.
         megabytes: That had to be read: keys, values and index.
-        bandwidth_share: Of the bandwidth that a plain copy reaches, reads and writes together.
+        bandwidth_share: Of the bandwidth that a plain copy of memory reaches in the same run, reads
+            and writes together.
     """
 
     keys: int
@@ -231,18 +239,44 @@ def check(maskers: list[dict[str, Any]], attention: PagedAttention, layout: Bloc
     assert error < 0.02, (maskers, error)  # a page or key whose scores tie may be another
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second that a copy of memory reads and writes."""
-    source, target = torch.ones(1 << 26), torch.empty(1 << 26)
-    times = []
-    for _ in range(8):
-        started = time.perf_counter()
+def copy_step() -> tuple[Step, int]:
+    """A copy of memory, and how many bytes it reads and writes."""
+    source, target = torch.ones(1 << 25), torch.ones(1 << 25)
+
+    def step(layer: int) -> None:
         target.copy_(source)
+
+    return step, 2 * source.nbytes
+
+
+def host_milliseconds(rows: int, folder: Path) -> float:
+    """Of a layer's step of Quest at 10 %, where the kernels have almost nothing to do.
+
+    Args:
+        rows: Requests, of `HOST_KEYS` keys each.
+        folder: For files.
+    """
+    maskers = configurations(HOST_KEYS * 100, folder)["Quest, page 16, 10 %"]
+    attention = PagedAttention(config_from_dict({"maskers": maskers}).masker_configs, SHAPE)
+    layout = BlockLayout(SHAPE, tuple(i for masker in attention.maskers for i in masker.indices))
+    table = np.arange(rows, dtype=np.int32)
+    [cache, *_] = filled_caches(layout, rows * BLOCK_SIZE, table)
+    view = LayerCache.of(cache, layout, 0)
+    lengths = np.full(rows, HOST_KEYS, np.int32)
+    batch = QueryBatch(table[:, None], np.arange(rows, dtype=np.int32), lengths)
+    query = np.zeros((rows, HEADS, HEAD_SIZE), np.float32)
+    key = torch.zeros(rows, KV_HEADS, HEAD_SIZE)
+    slots = torch.arange(rows) * BLOCK_SIZE + HOST_KEYS - 1
+    times = []
+    for _ in range(60):
+        started = time.perf_counter()
+        view.write(key, key, slots)
+        attention.attend(query, view, batch, SCALING)
         times.append(time.perf_counter() - started)
-    return 2 * source.nbytes / statistics.median(times[1:])
+    return statistics.median(times[10:]) * 1e3
 
 
-def measure(num_keys: int, repetitions: int, bandwidth: float) -> list[Row]:
+def measure(num_keys: int, repetitions: int) -> list[Row]:
     """All configurations at one context length, in turns."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -264,11 +298,21 @@ def measure(num_keys: int, repetitions: int, bandwidth: float) -> list[Row]:
     tensors = filled_caches(layout, num_keys, table)
     caches = [LayerCache.of(tensor, layout, layer) for layer, tensor in enumerate(tensors)]
     batch = QueryBatch(table[None], np.zeros(1, np.int32), np.array([num_keys], np.int32))
+    ordinary, large = (stock_caches(len(table), is_large) for is_large in (False, True))
     steps = {
-        name: (stock_step(stock_caches(len(table), is_large), table, num_keys), 1.0, 0.0)
-        for name, is_large in ((STOCK, False), (STOCK_ON_LARGE_PAGES, True))
+        STOCK: (stock_step(ordinary, table, num_keys), 1.0, 0.0),
+        STOCK_ON_LARGE_PAGES: (stock_step(large, table, num_keys), 1.0, 0.0),
     }
     steps["dense through the plugin"] = plugin_step(None, caches, batch)
+    tenth = round(len(table) / 10)
+    few = QueryBatch(table[None, :tenth], batch.rows, np.array([tenth * BLOCK_SIZE], np.int32))
+    share = tenth / len(table)
+    loaded = float(tenth * BLOCK_SIZE * KV_HEADS * SHAPE.key_value_bytes)
+    on_tenth = stock_step(large, table[:tenth], tenth * BLOCK_SIZE)
+    steps[STOCK_ON_TENTH] = (on_tenth, share, loaded)
+    steps[PLUGIN_ON_TENTH] = (plugin_step(None, caches, few)[0], share, loaded)
+    copy, copied = copy_step()
+    steps[COPY] = (copy, 1.0, copied)
     for name, attention in attentions.items():
         steps[name] = plugin_step(attention, caches, batch)
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -280,8 +324,10 @@ def measure(num_keys: int, repetitions: int, bandwidth: float) -> list[Row]:
             if repetition:  # the first one warms up
                 times[name].append((time.perf_counter() - started) / LAYERS)
     medians = {name: statistics.median(values) for name, values in times.items()}
+    bandwidth = copied / medians.pop(COPY)
     rows = []
-    for name, (_, density, read) in steps.items():
+    for name in medians:
+        _, density, read = steps[name]
         wanted = BARS.get(name)
         place = {8192: 0, 32768: 1, 131072: 2}.get(num_keys)
         read = read or num_keys * KV_HEADS * SHAPE.key_value_bytes
@@ -300,7 +346,7 @@ def measure(num_keys: int, repetitions: int, bandwidth: float) -> list[Row]:
     return rows
 
 
-def report(rows: list[Row], machine: str) -> str:
+def report(rows: list[Row], host: dict[int, float], machine: str) -> str:
     """A Markdown table."""
     lines = [
         machine,
@@ -316,6 +362,8 @@ def report(rows: list[Row], machine: str) -> str:
             f"| {row.keys} | {row.name} | {row.milliseconds:.2f} | {row.ratio:.2f} | {bar} | "
             f"{row.density:.3f} | {row.megabytes:.1f} | {row.bandwidth_share:.0%} |"
         )
+    lines += ["", f"Beside the kernels (budget: {HOST_BUDGET}), requests of {HOST_KEYS} keys:", ""]
+    lines += [f"- {count}: {milliseconds:.2f} ms a layer" for count, milliseconds in host.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -330,24 +378,21 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     numba.set_num_threads(arguments.threads)
     compat.load_cpu_operations()
-    bandwidth = copy_bandwidth()
-    with torch.inference_mode():
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         rows = [
-            row
-            for num_keys in arguments.keys
-            for row in measure(num_keys, arguments.repetitions, bandwidth)
+            row for num_keys in arguments.keys for row in measure(num_keys, arguments.repetitions)
         ]
+        host = {count: host_milliseconds(count, Path(folder)) for count in HOST_ROWS}
     machine = (
-        f"{date.today()}: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-        f"{arguments.threads} threads, copy {bandwidth / 1e9:.1f} GB/s (read + write); vLLM "
-        f"{compat.installed_vllm_version()}, torch {torch.__version__}, numba {version('numba')}; "
-        f"medians of {arguments.repetitions} interleaved passes over {LAYERS} layers; float32, "
-        f"batch 1, {HEADS} query / {KV_HEADS} KV heads, head size {HEAD_SIZE}"
+        f"{date.today()}: {processor_name()}, {os.cpu_count()} cores, {arguments.threads} threads; "
+        f"vLLM {compat.installed_vllm_version()}, torch {torch.__version__}, numba "
+        f"{version('numba')}; medians of {arguments.repetitions} interleaved passes over {LAYERS} "
+        f"layers; float32, batch 1, {HEADS} query / {KV_HEADS} KV heads, head size {HEAD_SIZE}"
     )
-    text = report(rows, machine)
+    text = report(rows, host, machine)
     print(text)
     arguments.output.with_suffix(".md").write_text(text)
-    content = {"machine": machine, "rows": [asdict(row) for row in rows]}
+    content = {"machine": machine, "rows": [asdict(row) for row in rows], "host_ms": host}
     arguments.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
 
 

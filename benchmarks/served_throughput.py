@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import time
@@ -34,6 +33,7 @@ import requests
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from benchmarks.machine import processor_name
 from examples.small_model import ensure_small_model
 from sparse_attention_hub.adapters import ModelServerVLLM
 
@@ -141,14 +141,6 @@ def decode(
     begin, end = max(found[0] for found in times), min(found[-1] for found in times)
     count = sum(begin < moment <= end for found in times for moment in found)
     return count / (end - begin)
-
-
-def processor_name() -> str:
-    """Of this machine."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def run(names: list[str], repetitions: int, layers: int) -> dict[str, Any]:

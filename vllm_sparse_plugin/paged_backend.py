@@ -178,10 +178,10 @@ class PagedAttentionImpl(SparseAttentionImpl):
         step: PagedStep = attn_metadata
         cache = self._cache(layer, kv_cache)
         written = None if self.kv_sharing_target_layer_name else (key, value)
-        tensors = (layer, query, written, kv_cache, cache, step, output)
+        tensors = (layer, query, written, cache, step, output)
         self._attend_densely(step.decodes, step.prefills, *tensors)
         for group in step.sparse:
-            self._attend_group(group, *tensors)
+            self._attend_group(group, kv_cache, *tensors)
         return output
 
     def _attend_densely(
@@ -191,7 +191,6 @@ class PagedAttentionImpl(SparseAttentionImpl):
         layer: Any,
         query: torch.Tensor,
         written: tuple[torch.Tensor, torch.Tensor] | None,
-        kv_cache: torch.Tensor,
         cache: LayerCache,
         step: PagedStep,
         output: torch.Tensor,
@@ -203,7 +202,6 @@ class PagedAttentionImpl(SparseAttentionImpl):
                 query,
                 written,
                 cache,
-                kv_cache,
                 step.block_table,
                 self.scale,
                 layer.isa,
@@ -218,10 +216,10 @@ class PagedAttentionImpl(SparseAttentionImpl):
     def _attend_group(
         self,
         group: SparseGroup,
+        kv_cache: torch.Tensor,
         layer: Any,
         query: torch.Tensor,
         written: tuple[torch.Tensor, torch.Tensor] | None,
-        kv_cache: torch.Tensor,
         cache: LayerCache,
         step: PagedStep,
         output: torch.Tensor,
@@ -230,7 +228,7 @@ class PagedAttentionImpl(SparseAttentionImpl):
         queries, counts = group.queries, group.counts
         if is_dense_layer(group.config_json, cache.layer_index):
             self._attend_densely(
-                group.decodes, group.prefills, layer, query, written, kv_cache, cache, step, output
+                group.decodes, group.prefills, layer, query, written, cache, step, output
             )
             counts.add_dense(cache.layout.shape)
             return

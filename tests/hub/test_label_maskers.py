@@ -20,6 +20,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.impl
     pq_top_k,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.pq_top_k import (  # noqa: E501
+    MAX_TRAINING_KEYS,
     learned_codebook,
     nearest_centroids,
 )
@@ -130,6 +131,30 @@ def test_a_codebook_learned_in_pieces_is_the_same(monkeypatch, limit) -> None:
     monkeypatch.setattr(pq_top_k, "_DISTANCES_ON_CPU", limit)
     assert torch.equal(learned_codebook(keys, 4, 4, 1), book)
     assert torch.equal(nearest_centroids(keys, some_keys), codes)
+
+
+def test_k_means_of_many_keys_sees_evenly_spaced_ones() -> None:
+    """And is hardly worse for it: keys of a mixture, their distances to the nearest centroids."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(40, 8, generator=generator)
+    chosen = torch.randint(40, (1, 2, 3 * MAX_TRAINING_KEYS), generator=generator)
+    noise = torch.randn(*chosen.shape, 8, generator=generator)
+    keys = centres[chosen] + 0.3 * noise
+    book = learned_codebook(keys, 4, 5, 10)
+    assert torch.equal(book, learned_codebook(keys[:, :, ::3], 4, 5, 10))
+
+    def error(codebook: torch.Tensor) -> float:
+        codes = nearest_centroids(keys, codebook).long()
+        parts = keys.unflatten(-1, (2, 4))
+        near = torch.stack(
+            [codebook[0, :, m][torch.arange(2)[:, None], codes[0, :, :, m]] for m in range(2)], -2
+        )
+        return float((parts[0] - near).square().mean())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pq_top_k, "MAX_TRAINING_KEYS", keys.shape[2])
+        whole = error(learned_codebook(keys, 4, 5, 10))
+    assert error(book) < 1.1 * whole
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -30,7 +30,7 @@ def cpu_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    block_size: int,
+    cache: torch.Tensor,
     scaling: float,
     isa: str,
 ) -> torch.Tensor:
@@ -40,23 +40,21 @@ def cpu_attention(
         query: `[num_queries, num_heads, head_size]`, contiguous.
         key: `[num_keys, num_kv_heads, head_size]`; the last ones are the queries' own.
         value: Likewise.
-        block_size: Of the blocks that the keys are put into for the operation.
+        cache: `[blocks of the keys, num_kv_heads, 2 * block_size, head_size]`: where the operation
+            wants the keys and values; overwritten.
         scaling: Of the scores.
         isa: vLLM's name of the kernel's instruction set.
 
     Returns:
         As `query`.
     """
-    num_queries, _, head_size = query.shape
-    num_keys, num_kv_heads, _ = key.shape
-    num_blocks = -(-num_keys // block_size)
-    cache = query.new_empty(num_blocks, num_kv_heads, 2 * block_size, head_size)
+    num_queries, num_keys = len(query), len(key)
     cache[-1].zero_()  # the operation multiplies what lies behind the last key by 0, NaN too
     key_cache, value_cache = cache.chunk(2, dim=2)
     slots = torch.arange(num_keys)
     cpu_write_key_value(key, value, key_cache, value_cache, slots, isa)
     attend = cpu_attend(
-        num_queries, num_keys, torch.arange(num_blocks, dtype=torch.int32)[None], scaling, isa
+        num_queries, num_keys, torch.arange(len(cache), dtype=torch.int32)[None], scaling, isa
     )
     return attend(query, key_cache, value_cache)
 

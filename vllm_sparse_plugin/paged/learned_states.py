@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 29
 """Of one index's states: 512 MiB. It is memory beside the KV cache, taken when it is needed."""
@@ -29,6 +32,7 @@ class LearnedStates:
         """
         self.values = np.empty((max(1, max_bytes // (4 * width)), width), np.float32)
         self._places: OrderedDict[bytes, int] = OrderedDict()
+        self._has_forgotten = False
 
     def __len__(self) -> int:
         """How many states it holds."""
@@ -50,6 +54,14 @@ class LearnedStates:
         if len(self._places) < len(self.values):
             place = len(self._places)
         else:
+            if not self._has_forgotten:
+                self._has_forgotten = True
+                logger.warning(
+                    "sparse attention: %d learned states are in use at once, %d are kept; the "
+                    "others are learned again when they are needed",
+                    len(self._places) + 1,
+                    len(self.values),
+                )
             _, place = self._places.popitem(last=False)
         self.values[place] = numbers.reshape(-1)
         self._places[name] = place

@@ -1,21 +1,24 @@
 """Dense attention of many queries: vLLM's own kernel, on keys in the order that it wants.
 
 That kernel multiplies matrices and wants keys transposed inside their blocks, a different order
-per instruction set. Rewriting a row's keys costs one pass over them, nothing beside the products
-of many queries with them.
+per instruction set. Rewriting a row's keys costs two passes over them, little beside the products
+of many queries with them; into the same memory each time, since fresh memory would cost as much.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from vllm_sparse_plugin import compat
-from vllm_sparse_plugin.paged.layout import LayerCache
+from vllm_sparse_plugin.paged.kernels.reading import read_rows
+from vllm_sparse_plugin.paged.layout import LayerCache, as_elements
+from vllm_sparse_plugin.paged.scratch import scratch
 from vllm_sparse_plugin.step_plan import DenseRow, SparseRow
 
-MAX_SCRATCH_BYTES = 1 << 27
+MAX_SCRATCH_BYTES = 1 << 26
 """Of rewritten keys and values; longer rows are worked off by some KV heads at a time."""
 
 
@@ -24,7 +27,6 @@ def attend_prefills(
     query: torch.Tensor,
     written: tuple[torch.Tensor, torch.Tensor] | None,
     cache: LayerCache,
-    kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     scaling: float,
     isa: str,
@@ -39,7 +41,6 @@ def attend_prefills(
             that begins in this step needs no others, and nothing is read back for it. None = the
             layer reads another one's.
         cache: Of the layer.
-        kv_cache: The tensor behind it.
         block_table: `[num_rows, max_blocks]`, int32.
         scaling: Of the scores.
         isa: vLLM's name of the kernel's instruction set.
@@ -52,7 +53,6 @@ def attend_prefills(
             query[part],
             None if written is None or not is_whole else (written[0][part], written[1][part]),
             cache,
-            kv_cache,
             block_table[row.row],
             row.seq_len,
             scaling,
@@ -65,7 +65,6 @@ def _attend_row(
     query: torch.Tensor,
     written: tuple[torch.Tensor, torch.Tensor] | None,
     cache: LayerCache,
-    kv_cache: torch.Tensor,
     blocks: torch.Tensor,
     seq_len: int,
     scaling: float,
@@ -81,38 +80,66 @@ def _attend_row(
     for first in range(0, shape.num_kv_heads, heads):
         last = min(first + heads, shape.num_kv_heads)
         if written is None:
-            key, value = (
-                rows[:, :seq_len].transpose(0, 1)
-                for rows in read_blocks(kv_cache, shape.head_size, blocks[:count], first, last)
-            )
+            key, value = stored_rows(cache, blocks, seq_len, first, last)
         else:
             key, value = (rows[:, first:last] for rows in written)
         width = slice(first * group, last * group)
+        size = (count, last - first, 2 * shape.block_size, shape.head_size)
         view[:, width] = compat.cpu_attention(
             query[:, width].contiguous(),
             key,
             value,
-            shape.block_size,
+            _memory("prefill_blocks", size, shape.dtype),
             scaling,
             isa,
         )
+
+
+def stored_rows(
+    cache: LayerCache, blocks: torch.Tensor, num_keys: int, first_head: int, last_head: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a sequence, in memory that the next call uses again.
+
+    Args:
+        cache: Of the layer.
+        blocks: `[max_blocks]`, int32, of the sequence.
+        num_keys: Of the sequence.
+        first_head: Of the KV heads that are wanted.
+        last_head: After the last one.
+
+    Returns:
+        Two `[num_keys, heads, head_size]`, of the cache's type.
+    """
+    shape = cache.layout.shape
+    size = (num_keys, last_head - first_head, shape.head_size)
+    key, value = (_memory(name, size, shape.dtype) for name in ("prefill_keys", "prefill_values"))
+    read_rows(
+        cache.elements,
+        shape.block_size,
+        blocks.numpy(),
+        first_head,
+        as_elements(key),
+        as_elements(value),
+    )
+    return key, value
+
+
+def _memory(name: str, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """See `scratch`."""
+    return torch.from_numpy(scratch(name, (*size, dtype.itemsize), np.uint8)).view(dtype)[..., 0]
 
 
 def read_blocks(
     kv_cache: torch.Tensor,
     head_size: int,
     blocks: torch.Tensor,
-    first_head: int = 0,
-    last_head: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of some blocks and KV heads, in token order.
+    """Keys and values of some blocks, in token order.
 
     Args:
         kv_cache: vLLM's tensor, see `LayerCache.of`.
         head_size: Channels of a key.
         blocks: `[n]`, integer.
-        first_head: Of the KV heads.
-        last_head: After the last one; None = all.
 
     Returns:
         Two `[num_kv_heads, n * block_size, head_size]`.
@@ -120,7 +147,7 @@ def read_blocks(
     num_kv_heads, block_size = kv_cache.shape[1:3]
     width = block_size * head_size
     rows = kv_cache.view(len(kv_cache), -1)[:, : num_kv_heads * 2 * width]
-    heads = rows.view(len(rows), num_kv_heads, 2 * width)[:, first_head:last_head]
+    heads = rows.view(len(rows), num_kv_heads, 2 * width)
     picked = heads[blocks.long()].transpose(0, 1)
     halves = picked.reshape(picked.shape[0], -1, 2, width)
     key, value = (halves[:, :, side].reshape(len(halves), -1, head_size) for side in range(2))

@@ -7,12 +7,14 @@ import logging
 import time
 from collections.abc import Iterable
 
+import torch
 from tqdm import tqdm
 
 from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
 from vllm_sparse_plugin.paged.attention import PagedAttention, attend_dense
 from vllm_sparse_plugin.paged.layout import BlockLayout
 from vllm_sparse_plugin.paged.maskers.base import Unsupported
+from vllm_sparse_plugin.paged.prefill import stored_rows
 from vllm_sparse_plugin.paged.random_row import random_row
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ def warm_up(configs: Iterable[ResearchAttentionConfig], layout: BlockLayout) -> 
     for layer, maskers in tqdm(lists, desc="sparse attention: compiling kernels", disable=None):
         row = random_row(layout, _NUM_KEYS, layer)
         attend_dense(row.query, row.cache, row.batch, 1.0)
+        stored_rows(row.cache, torch.from_numpy(row.batch.block_table[0]), 1, 0, 1)
         try:
             attention = PagedAttention(maskers, layout.shape)
             attention.attend(row.query, row.cache, row.batch, 1.0)

@@ -292,7 +292,7 @@ def test_a_memo_that_forgets_changes_nothing(monkeypatch) -> None:
         assert torch.equal(stored_headers(index, pool.cache)[1], before)
 
 
-def test_states_used_last_are_kept() -> None:
+def test_states_used_last_are_kept(caplog) -> None:
     memo = LearnedStates(3, max_bytes=2 * 3 * 4 + 11)
     assert memo.values.shape == (2, 3)
     asked = []
@@ -306,7 +306,11 @@ def test_states_used_last_are_kept() -> None:
         assert memo.values[found].tolist() == [ord(name)] * 3
         return found
 
-    assert [place(name) for name in "abacbb"] == [0, 1, 0, 1, 0, 0]
+    assert [place(name) for name in "aba"] == [0, 1, 0]
+    assert not caplog.records
+    assert [place(name) for name in "cbb"] == [1, 0, 0]
+    [said] = caplog.records  # once
+    assert "3 learned states are in use at once, 2 are kept" in said.getMessage()
     assert "".join(asked) == "abcb"
     memo.clear()
     assert len(memo) == 0

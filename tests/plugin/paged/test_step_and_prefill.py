@@ -98,7 +98,6 @@ def test_dense_prefill_against_float64(dtype, scratch_bytes, has_written, monkey
         query,
         written,
         rows.cache,
-        rows.kv_cache,
         torch.from_numpy(rows.batch.block_table),
         64**-0.5,
         "vec",

@@ -9,18 +9,22 @@ from vllm_sparse_plugin.paged.kernels.index_places import first_byte, later_run
 from vllm_sparse_plugin.paged.kernels.page_bounds import bounds_of_keys, encode_bounds
 from vllm_sparse_plugin.paged.kernels.rows import first_key
 from vllm_sparse_plugin.paged.kernels.vectors import (
+    HAS_LOOKUP,
     LANES,
     fetch_bytes,
     load,
     load_codes_part,
     load_number,
     load_part,
+    look_codes_up,
     multiply_add,
     multiply_then_add,
     splat,
     total,
 )
 
+_LANE_CODES = np.array([*range(LANES), *np.arange(LANES) % 4], np.float32)
+"""The codes that the lanes of a table are for, of 4 bits and of 2."""
 _AHEAD = 2
 """Runs of records that are asked for before their turn."""
 
@@ -58,10 +62,16 @@ def _score_codes(
     """
     heads, width = up.shape
     zero, mask = splat(np.float32(0.0)), (1 << bits) - 1
+    # Few codes: their numbers are computed once for a page, and looked up.
+    looks_up = HAS_LOOKUP and bits <= 4 and part % LANES == 0
+    codes_of_lanes = load(_LANE_CODES, LANES if bits == 2 else 0, 0)
     for page in range(count):
         fetch_bytes(records, later, record_bytes)
         least, unit = load_number(records, start), load_number(records, start + 4)
         high_least, high_unit = load_number(records, start + 8), load_number(records, start + 12)
+        # In two steps, as `pseudo_quantize` does.
+        lows = multiply_then_add(codes_of_lanes, unit, least)
+        highs = multiply_then_add(codes_of_lanes, high_unit, high_least)
         for h in range(0, heads, 4):
             sum_a, sum_b, sum_c, sum_d = zero, zero, zero, zero
             # As in `tile_products`: the last head takes the places of those that are missing.
@@ -71,11 +81,14 @@ def _score_codes(
             for shift in range(0, 8, bits):
                 for byte in range(0, part, step):
                     codes, left = start + 16 + byte, part - byte
-                    low = load_codes_part(records, codes, shift, mask, left)
-                    high = load_codes_part(records, codes + part, shift, mask, left)
-                    # In two steps, as `pseudo_quantize` does.
-                    low = multiply_then_add(low, unit, least)
-                    high = multiply_then_add(high, high_unit, high_least)
+                    if looks_up:
+                        low = look_codes_up(lows, records, codes, shift)
+                        high = look_codes_up(highs, records, codes + part, shift)
+                    else:
+                        low = load_codes_part(records, codes, shift, mask, left)
+                        high = load_codes_part(records, codes + part, shift, mask, left)
+                        low = multiply_then_add(low, unit, least)
+                        high = multiply_then_add(high, high_unit, high_least)
                     sum_a = multiply_add(load(up, a, 0), high, sum_a)
                     sum_a = multiply_add(load(down, a, 0), low, sum_a)
                     if many:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import numba
+from llvmlite import binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -169,6 +170,30 @@ def load_some_codes(
         return _code_floats(builder, raw, arguments[2], arguments[3])
 
     return VECTOR(array, types.intp, types.int64, types.int64, types.int64), generate
+
+
+HAS_LOOKUP = bool(llvm.get_host_cpu_features().get("avx512f"))
+"""Whether the processor can look sixteen numbers up in a vector: `look_codes_up`."""
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def look_codes_up(typing_context: Any, table: Any, array: Any, index: Any, shift: Any) -> Any:
+    """Lane `(byte >> shift) & 15` of a table, for `LANES` bytes of an array from `index` on.
+
+    Only where the processor `HAS_LOOKUP`; elsewhere it gives the table, for code that never runs.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        table, array, index, shift = arguments
+        if not HAS_LOOKUP:
+            return table
+        address = _address(context, builder, signature.args[1], array, index)
+        raw = _vector_at(builder, address, ir.IntType(8), "i8", 1, None)
+        steps = _splat(builder, builder.trunc(shift, ir.IntType(32)), _WORDS)
+        lanes = builder.lshr(builder.zext(raw, _WORDS), steps)  # higher bits do not count
+        return _call(builder, "llvm.x86.avx512.permvar.sf.512", _FLOATS, [table, lanes])
+
+    return VECTOR(VECTOR, array, types.intp, types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

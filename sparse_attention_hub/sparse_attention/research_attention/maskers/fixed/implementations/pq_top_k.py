@@ -40,6 +40,8 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.key_prefix
 )
 from sparse_attention_hub.sparse_attention.utils.kv_utils import split_channels
 
+MAX_TRAINING_KEYS = 4096
+"""Keys that k-means sees: of longer prefixes evenly spaced ones, so that learning costs no more."""
 _DISTANCES_ON_CPU, _DISTANCES_ELSEWHERE = 1 << 20, 1 << 26
 """Of keys to centroids, held at once: what a processor's cache holds (four times as fast as all of
 them), or a small part of a device's memory."""
@@ -165,7 +167,8 @@ def learned_codebook(
     """Centroids by Lloyd's k-means, started from evenly spaced keys: no chance in it.
 
     Args:
-        keys: `(B, G, n, D)`, to learn from.
+        keys: `(B, G, n, D)`, to learn from: all of them, or `MAX_TRAINING_KEYS` that are evenly
+            spaced.
         sub_dim: Channels of a sub-vector.
         num_bits: 2**num_bits centroids, or n if there are fewer keys.
         iterations: Of k-means; a centroid that no key is nearest to stays where it is.
@@ -173,6 +176,9 @@ def learned_codebook(
     Returns:
         float32 `(B, G, D // sub_dim, C, sub_dim)`.
     """
+    if keys.shape[2] > MAX_TRAINING_KEYS:
+        places = torch.arange(MAX_TRAINING_KEYS, device=keys.device)
+        keys = keys[:, :, places * keys.shape[2] // MAX_TRAINING_KEYS]
     batch, kv_heads, num_keys, _ = keys.shape
     parts = split_channels(keys.float(), sub_dim).transpose(2, 3)  # (B, G, M, n, sub_dim)
     size = min(2**num_bits, num_keys)
