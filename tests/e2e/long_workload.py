@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict, config_to_json
-from vllm_sparse_plugin.paged.layout import BlockIndex, LayerCache
+from vllm_sparse_plugin.paged.layout import LayerCache
 from vllm_sparse_plugin.paged.page_bounds import PageBounds, stored_bounds
 from vllm_sparse_plugin.paged.prefill import read_blocks
 
@@ -103,7 +103,7 @@ def random_workload(count: int, seed: int) -> list[Sent]:
                 "sparse_attention_dense_prefix": choose.choice([0, shared, len(prompt)]),
             }
         aborted_after = choose.randrange(1, 20) if choose.random() < 0.2 else None
-        sent.append(Sent(prompt, choose.randrange(4, 40), parameters, aborted_after))
+        sent.append(Sent(prompt, choose.randrange(4, 64), parameters, aborted_after))
     return sent
 
 
@@ -127,10 +127,11 @@ class Workload:
             enforce_eager=True,
             skip_tokenizer_init=True,
             block_size=BLOCK_SIZE,
-            num_gpu_blocks_override=28,  # so few that requests are preempted
+            num_gpu_blocks_override=16,  # so few that requests are preempted
             max_model_len=384,
             max_num_seqs=6,
             max_num_batched_tokens=96,
+            disable_log_stats=False,
             attention_backend="CUSTOM",
             additional_config={
                 "sparse_attention": {
@@ -155,7 +156,7 @@ class Workload:
         ends: dict[str, int] = {}
         answers: dict[int, tuple[list[int], list[Any]]] = {}
         while waiting or self.engine.has_unfinished_requests():
-            while waiting and choose.random() < 0.4:
+            while waiting and choose.random() < 0.7:
                 number, sent = waiting.pop(0)
                 self._send(str(number), sent)
                 if sent.aborted_after is not None:
@@ -163,9 +164,8 @@ class Workload:
             aborted = [name for name, end in ends.items() if end <= self.report.steps]
             for name in aborted:
                 del ends[name]
-                if name in self.scheduler.requests:
-                    self.engine.abort_request([name])
-                    self.report.aborted += 1
+                self.engine.abort_request([name])
+                self.report.aborted += 1
             for output in self._step():
                 answers[int(output.request_id)] = _tokens(output)
                 ends.pop(output.request_id, None)
@@ -221,23 +221,28 @@ class Workload:
         if not filled:
             return
         for kv_cache, cache in self.caches:
+            again = self._written_anew(kv_cache, cache, filled)
             for index in cache.layout.indices:
                 if isinstance(index, PageBounds):
-                    self._compare_bounds(kv_cache, cache, index, filled)
+                    self._compare_bounds(index, cache, again, filled)
 
-    def _compare_bounds(
-        self, kv_cache: torch.Tensor, cache: LayerCache, index: BlockIndex, filled: dict[int, int]
-    ) -> None:
-        """The bounds of each page, against those of a block written anew with the same keys."""
-        assert isinstance(index, PageBounds)
-        shape = cache.layout.shape
+    def _written_anew(
+        self, kv_cache: torch.Tensor, cache: LayerCache, filled: dict[int, int]
+    ) -> LayerCache:
+        """A cache whose i-th block has the keys of the i-th of some blocks."""
         blocks = torch.tensor(list(filled))
-        keys, values = read_blocks(kv_cache, shape.head_size, blocks)
+        keys, values = read_blocks(kv_cache, cache.layout.shape.head_size, blocks)
         anew = torch.zeros(len(blocks), *kv_cache.shape[1:])
         again = LayerCache.of(anew, cache.layout, cache.layer_index)
-        for place, count in enumerate(filled.values()):
-            slots = torch.arange(place * BLOCK_SIZE, place * BLOCK_SIZE + count)
-            again.write(keys[:, slots].transpose(0, 1), values[:, slots].transpose(0, 1), slots)
+        slots = torch.cat(
+            [torch.arange(count) + i * BLOCK_SIZE for i, count in enumerate(filled.values())]
+        )
+        again.write(keys[:, slots].transpose(0, 1), values[:, slots].transpose(0, 1), slots)
+        return again
+
+    def _compare_bounds(
+        self, index: PageBounds, cache: LayerCache, again: LayerCache, filled: dict[int, int]
+    ) -> None:
         stored, wanted = stored_bounds(index, cache), stored_bounds(index, again)
         for place, (block, count) in enumerate(filled.items()):
             pages = -(-count // index.page_size)

@@ -14,13 +14,13 @@ def test_the_index_is_that_of_the_keys_at_any_moment(model_path: str, tmp_path) 
     folder = write_tiny_model("llama", tmp_path, model_path)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, set_environment, (ENVIRONMENT,)) as pool:
-        report = pool.submit(run_workload, str(folder), 60, 0).result()
+        report = pool.submit(run_workload, str(folder), 28, 0).result()
     assert not report.wrong, report.wrong[:5]
     assert not report.different, report.different[:3]
     # It was the workload that it is meant to be.
-    assert report.compared > 5000
-    assert report.preemptions > 5
-    assert report.aborted > 5
-    assert report.hit_tokens > 500
-    assert report.chunked > 20
-    assert report.finished + report.aborted == 60
+    assert report.compared > 3000
+    assert report.preemptions >= 2
+    assert report.aborted >= 3
+    assert report.hit_tokens >= 64
+    assert report.chunked >= 15
+    assert report.finished + report.aborted == 28
