@@ -96,7 +96,7 @@ def test_density_is_what_an_independent_count_gives(sparse, model_path) -> None:
 def test_sparse_prefill_in_chunks_is_the_reference_in_one_piece(sparse, model_path) -> None:
     """Without a context nearly the whole prompt is sparse; the server cuts it into chunks."""
     config = config_from_dict({"maskers": CONFIGS["oracle-share"]})
-    request = Request("", python_manual(["formatstrings"], 5500))
+    request = Request("", python_manual(["formatstrings"], 4600))
     arguments = {"max_new_tokens": TOKENS}
     served = ModelAdapterVLLM(
         model_path, config, base_url=sparse.server.base_url, sparse_by_default=True
