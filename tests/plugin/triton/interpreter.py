@@ -1,0 +1,64 @@
+"""Triton's interpreter for some tests of a process, and nothing left of it for the others.
+
+Triton decides when a kernel is defined whether it will be interpreted, also for its own library
+(`tl.sum`), and the interpreter replaces functions of `triton.language` for good. Here the kernels
+alone are defined for it; while they run, so is the library, and then all is put back.
+"""
+
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from unittest import mock
+
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.jit import JITFunction
+
+PACKAGE = "vllm_sparse_plugin.paged.triton_kernels"
+_SWITCH = {"TRITON_INTERPRET": "1"}
+
+
+def import_kernels() -> None:
+    """Imports the package of kernels so that they are interpreted."""
+    assert not [name for name in sys.modules if name.startswith(PACKAGE + ".")]
+    with mock.patch.dict(os.environ, _SWITCH):
+        package = importlib.import_module(PACKAGE)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{PACKAGE}.{module.name}")
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Runs interpreted kernels inside."""
+    places: list[ModuleType | type] = [tl, tl.core, tl.standard, tl.math, tl.tensor, tl.dtype]
+    places += [tl.condition, tl.core.tensor_descriptor_base]
+    before = [(place, dict(vars(place))) for place in places]
+    for module in (tl, tl.standard):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                setattr(module, name, interpreter.InterpretedFunction(value.fn))
+
+    def sees_both_modules() -> None:
+        pass
+
+    sees_both_modules = type(sees_both_modules)(
+        sees_both_modules.__code__, {"tl": tl, "core": tl.core}
+    )
+    interpreter._patch_lang(sees_both_modules)
+    # Once is enough; by itself it would do so at each call of a function, which takes longer than
+    # the functions do.
+    with (
+        mock.patch.dict(os.environ, _SWITCH),
+        mock.patch.object(interpreter, "_patch_lang"),
+    ):
+        yield
+    for place, attributes in before:
+        for name in set(vars(place)) - set(attributes):
+            delattr(place, name)
+        for name, value in attributes.items():
+            if vars(place)[name] is not value:
+                setattr(place, name, value)

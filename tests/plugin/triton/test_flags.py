@@ -1,0 +1,85 @@
+"""Flags on the device: as the numba kernels mark them, and nothing past a query's length."""
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_sparse_plugin.paged.kernels import group_flags, selection
+from vllm_sparse_plugin.paged.triton_kernels import flags as kernels
+
+LENGTHS = (0, 1, 8, 4096, 4097, 9000)
+CAPACITY = 9008
+POISON = 77
+
+
+def lengths_of(device: str) -> torch.Tensor:
+    return torch.tensor(LENGTHS, dtype=torch.int32, device=device)
+
+
+def random_flags(rows: int, values: int = 2) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    flags = torch.randint(0, values, (rows, CAPACITY), generator=generator).to(torch.uint8)
+    units = rows // len(LENGTHS)
+    for row in range(rows):
+        flags[row, LENGTHS[row // units] :] = POISON
+    return flags
+
+
+@pytest.mark.parametrize("units", [1, 3])
+def test_clearing_ends_at_the_length(device: str, units: int) -> None:
+    flags = torch.full((len(LENGTHS) * units, CAPACITY), POISON, dtype=torch.uint8, device=device)
+    kernels.clear_flags(flags, lengths_of(device))
+    for row, values in enumerate(flags.cpu()):
+        length = LENGTHS[row // units]
+        assert not values[:length].any()
+        assert (values[length:] == POISON).all()
+
+
+@pytest.mark.parametrize("units", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_ranges(device: str, units: int, dtype: torch.dtype) -> None:
+    """Sinks, windows, whole rows, and ranges of nothing."""
+    lengths = torch.tensor(LENGTHS)
+    found = random_flags(len(LENGTHS) * units, 3)
+    expected = found.clone()
+    for begins, ends in (
+        (torch.zeros(6), torch.minimum(lengths, torch.tensor(4))),
+        ((lengths - 5).clamp(min=0), lengths),
+        (torch.tensor([0, 0, 3, 4095, 4097, 100]), torch.tensor([0, 1, 3, 4096, 4096, 8500])),
+    ):
+        found = found.to(device)
+        kernels.flag_range(
+            found, lengths_of(device), begins.to(device, dtype), ends.to(device, dtype)
+        )
+        selection.flag_range(
+            expected.numpy(), np.array(LENGTHS), begins.long().numpy(), ends.long().numpy()
+        )
+        assert (found.cpu() == expected).all()
+
+
+def test_a_range_may_end_past_the_length(device: str) -> None:
+    flags = random_flags(len(LENGTHS)).to(device)
+    begins = torch.full((len(LENGTHS),), -3, device=device)
+    kernels.flag_range(flags, lengths_of(device), begins, begins + 1_000_000)
+    for row, length in enumerate(LENGTHS):
+        assert (flags[row, :length] == 1).all()
+        assert (flags[row, length:] == POISON).all()
+
+
+@pytest.mark.parametrize("group", [1, 2, 7])
+def test_flags_of_groups_and_back(device: str, group: int) -> None:
+    kv_heads = 2
+    flags = random_flags(len(LENGTHS) * kv_heads * group)
+    flags[flags == 1] = (torch.rand(int((flags == 1).sum())) < 0.3).to(torch.uint8)
+    pooled = torch.full((len(LENGTHS) * kv_heads, CAPACITY), POISON, dtype=torch.uint8)
+    expected = pooled.clone()
+    group_flags.pool_flags(flags.numpy(), np.array(LENGTHS), expected.numpy())
+    found, of_heads = pooled.to(device), flags.to(device)
+    kernels.pool_flags(of_heads, lengths_of(device), found)
+    kernels.spread_flags(found, lengths_of(device), of_heads)
+    group_flags.spread_flags(expected.numpy(), np.array(LENGTHS), flags.numpy())
+    assert (of_heads.cpu() == flags).all()
+    for row, values in enumerate(found.cpu()):
+        length = LENGTHS[row // kv_heads]
+        assert (values[:length] == expected[row, :length]).all()
+        assert (values[length:] == POISON).all()
