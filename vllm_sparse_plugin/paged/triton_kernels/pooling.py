@@ -1,0 +1,166 @@
+"""Scores of query heads as scores of the KV heads that select for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse_plugin.paged.triton_kernels.grids import power_of_2, programs_per_row
+
+POOLING_TILE = 1024
+"""Scores whose sum is taken at once. Fixed: sums in other parts would differ in their last bits."""
+
+
+@triton.jit
+def _weigh_kernel(
+    scores,
+    lengths,
+    peaks,
+    masses,
+    scaling,
+    stride,
+    tiles,
+    PAGE_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Of each tile of a query head's scores: the largest, and the sum of powers relative to it."""
+    row = tl.program_id(0).to(tl.int64)
+    pages = tl.cdiv(tl.load(lengths + row // HEADS), PAGE_SIZE)
+    for tile in range(tl.program_id(1), tl.cdiv(pages, TILE), tl.num_programs(1)):
+        places = tile * TILE + tl.arange(0, TILE)
+        own = tl.load(scores + row * stride + places, mask=places < pages, other=float("-inf"))
+        logits = own * scaling
+        peak = tl.max(logits, 0)
+        # Of nothing but -inf there is no difference to take.
+        mass = tl.sum(tl.exp(logits - tl.where(peak == float("-inf"), 0.0, peak)), 0)
+        tl.store(peaks + row * tiles + tile, peak)
+        tl.store(masses + row * tiles + tile, mass)
+
+
+@triton.jit
+def _share_kernel(
+    scores,
+    lengths,
+    peaks,
+    masses,
+    scaling,
+    stride,
+    tiles,
+    PAGE_SIZE: tl.constexpr,
+    SELECTORS: tl.constexpr,
+    HEADS: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The mean of a group's shares, into the row of its first head."""
+    item = tl.program_id(0).to(tl.int64)
+    pages = tl.cdiv(tl.load(lengths + item // SELECTORS), PAGE_SIZE)
+    live = tl.cdiv(pages, TILE)
+    every = tl.arange(0, TILES)
+    for tile in range(tl.program_id(1), live, tl.num_programs(1)):
+        places = tile * TILE + tl.arange(0, TILE)
+        mask = places < pages
+        shares = tl.zeros([TILE], tl.float32)
+        for head in range(HEADS):
+            row = item * HEADS + head
+            found = tl.load(peaks + row * tiles + every, mask=every < live, other=float("-inf"))
+            parts = tl.load(masses + row * tiles + every, mask=every < live, other=0.0)
+            peak = tl.max(found, 0)
+            peak = tl.where(peak == float("-inf"), 0.0, peak)
+            mass = tl.sum(parts * tl.exp(found - peak), 0) * HEADS
+            own = tl.load(scores + row * stride + places, mask=mask, other=float("-inf"))
+            shares += tl.exp(own * scaling - peak) / tl.where(mass > 0, mass, 1.0)
+        tl.store(scores + item * HEADS * stride + places, shares, mask=mask)
+
+
+@dataclass(frozen=True)
+class PoolingWorkspace:
+    """What programs tell each other.
+
+    Attributes:
+        peaks: `[max_queries * num_heads, tiles]`, float32.
+        masses: Likewise.
+    """
+
+    peaks: torch.Tensor
+    masses: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, max_queries: int, num_heads: int, capacity: int, device: torch.device | str
+    ) -> PoolingWorkspace:
+        """Asks for the memory.
+
+        Args:
+            max_queries: Queries of a launch, at most.
+            num_heads: Query heads.
+            capacity: Scores of a query head, at most.
+            device: Of the kernels.
+        """
+        shape = (max_queries * num_heads, -(-capacity // POOLING_TILE))
+        peaks = torch.empty(shape, dtype=torch.float32, device=device)
+        return cls(peaks, torch.empty_like(peaks))
+
+
+def pool_scores(
+    scores: torch.Tensor,
+    selectors: int,
+    page_size: int,
+    scaling: float,
+    lengths: torch.Tensor,
+    workspace: PoolingWorkspace,
+) -> None:
+    """The mean, over a group's query heads, of the share of attention that scores give each page.
+
+    The rule of `head_groups.pooled_scores`.
+
+    Args:
+        scores: `[num_queries, num_heads, capacity in pages]`, float32, no NaN and no +inf;
+            overwritten: a group's shares are in the row of its first head.
+        selectors: Groups per query, fewer than heads.
+        page_size: Keys of a page.
+        scaling: Of the scores.
+        lengths: `[num_queries]`, int32.
+        workspace: For as many queries and scores.
+
+    Raises:
+        ValueError: The workspace is too small.
+    """
+    num_queries, num_heads, capacity = scores.shape
+    tiles = workspace.peaks.shape[1]
+    rows, items = num_queries * num_heads, num_queries * selectors
+    if len(workspace.peaks) < rows or tiles * POOLING_TILE < capacity:
+        raise ValueError(
+            f"a pooling workspace of {tuple(workspace.peaks.shape)} is too small for scores of "
+            f"{tuple(scores.shape)}"
+        )
+    _weigh_kernel[(rows, programs_per_row(rows, capacity, POOLING_TILE))](
+        scores,
+        lengths,
+        workspace.peaks,
+        workspace.masses,
+        scaling,
+        capacity,
+        tiles,
+        PAGE_SIZE=page_size,
+        HEADS=num_heads,
+        TILE=POOLING_TILE,
+    )
+    _share_kernel[(items, programs_per_row(items, capacity, POOLING_TILE))](
+        scores,
+        lengths,
+        workspace.peaks,
+        workspace.masses,
+        scaling,
+        capacity,
+        tiles,
+        PAGE_SIZE=page_size,
+        SELECTORS=selectors,
+        HEADS=num_heads // selectors,
+        TILES=power_of_2(tiles),
+        TILE=POOLING_TILE,
+    )

@@ -1,0 +1,63 @@
+"""What the programs of a split radix selection tell each other, and when rows are split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_sparse_plugin.paged.triton_kernels.radix import BINS
+
+_LONG_ROW = 8192
+"""Numbers that one program selects from as fast as the launches of a split selection take."""
+_MAX_SPLIT_ROWS = 128
+"""About as many rows as a large GPU has processors: more need no splitting."""
+_PARTS = 16
+
+
+@dataclass(frozen=True)
+class RadixWorkspace:
+    """Memory for rows that are split.
+
+    Attributes:
+        histograms: `[max_rows, 3, BINS]`, int32, of whole rows, per digit.
+        equals: `[max_rows, parts, BINS]`, int32: of each part, the histogram of the last digit.
+        long_row: Rows of at least this capacity are split, if there are no more than `max_rows`.
+    """
+
+    histograms: torch.Tensor
+    equals: torch.Tensor
+    long_row: int
+
+    @classmethod
+    def of(
+        cls,
+        device: torch.device | str,
+        max_rows: int = _MAX_SPLIT_ROWS,
+        parts: int = _PARTS,
+        long_row: int = _LONG_ROW,
+    ) -> RadixWorkspace:
+        """Asks for the memory: 32 MiB, unless it is told otherwise.
+
+        Args:
+            device: Of the kernels.
+            max_rows: Rows that are split.
+            parts: Programs per row.
+            long_row: See the class.
+        """
+        histograms = torch.empty((max_rows, 3, BINS), dtype=torch.int32, device=device)
+        equals = torch.empty((max_rows, parts, BINS), dtype=torch.int32, device=device)
+        return cls(histograms, equals, long_row)
+
+    @property
+    def parts(self) -> int:
+        """Programs per row."""
+        return self.equals.shape[1]
+
+    def splits(self, rows: int, capacity: int) -> bool:
+        """Whether rows of a capacity are split; the result is the same."""
+        return capacity >= self.long_row and rows <= len(self.equals)
+
+    def reset(self, rows: int) -> None:
+        """Makes the histograms of some rows ready to be added to."""
+        self.histograms[:rows].zero_()

@@ -1,0 +1,301 @@
+"""Choosing the best of a row of scores, and marking what was chosen.
+
+The radix selection of `kernels.selection`, see `radix`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse_plugin.paged.triton_kernels.grids import power_of_2
+from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace, pool_scores
+from vllm_sparse_plugin.paged.triton_kernels.radix import (
+    BINS,
+    GIVEN,
+    TILE,
+    add_digit,
+    bound_before,
+    count_digits,
+    count_kernel,
+    equals_before,
+    first_bound,
+    order_of,
+    part_of,
+)
+from vllm_sparse_plugin.paged.triton_kernels.radix_workspace import RadixWorkspace
+
+_KEYS_AT_ONCE = 4096
+
+
+@triton.jit
+def _order_pages(
+    order,
+    flags,
+    begin,
+    end,
+    length,
+    stride,
+    PAGE_SIZE: tl.constexpr,
+    UNITS: tl.constexpr,
+    PAGES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Replaces the scores of pages by numbers: 0 where all units have all keys."""
+    for first in range(begin, end, PAGES):
+        pages = first + tl.arange(0, PAGES)
+        mask = pages < end
+        scores = tl.load(order + pages, mask=mask, other=0).to(tl.float32, bitcast=True)
+        if PAGE_SIZE == 1:
+            least = tl.full([PAGES], 255, tl.uint8)
+            for unit in range(UNITS):
+                own = tl.load(flags + unit * stride + pages, mask=mask, other=255)
+                least = tl.minimum(least, own)
+            is_open = least == 0
+        else:
+            inside = tl.arange(0, WIDTH)[None, :]
+            keys = pages[:, None] * PAGE_SIZE + inside
+            of_page = (inside < PAGE_SIZE) & (keys < length) & mask[:, None]
+            lowest = tl.full([PAGES, WIDTH], 255, tl.uint8)
+            for unit in range(UNITS):
+                own = tl.load(flags + unit * stride + keys, mask=of_page, other=255)
+                lowest = tl.minimum(lowest, own)
+            is_open = tl.min(lowest.to(tl.int32), 1) == 0
+        number = tl.where(is_open, order_of(scores), 0)
+        tl.store(order + pages, number.to(tl.int32, bitcast=True), mask=mask)
+
+
+@triton.jit
+def _mark_pages(
+    order,
+    flags,
+    begin,
+    end,
+    length,
+    stride,
+    bound,
+    room,
+    PAGE_SIZE: tl.constexpr,
+    UNITS: tl.constexpr,
+    PAGES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Selects the pages above a bound, and the first ones that equal it."""
+    left = room
+    for first in range(begin, end, PAGES):
+        pages = first + tl.arange(0, PAGES)
+        mask = pages < end
+        own = tl.load(order + pages, mask=mask, other=0).to(tl.uint32, bitcast=True)
+        is_equal = ((own == bound) & mask).to(tl.int32)
+        place = tl.cumsum(is_equal, 0)
+        chosen = mask & ((own > bound) | ((is_equal > 0) & (place <= left)))
+        left -= tl.sum(is_equal, 0)
+        if PAGE_SIZE == 1:
+            ones = tl.full([PAGES], 1, tl.uint8)
+            for unit in range(UNITS):
+                tl.store(flags + unit * stride + pages, ones, mask=chosen)
+        else:
+            inside = tl.arange(0, WIDTH)[None, :]
+            keys = pages[:, None] * PAGE_SIZE + inside
+            of_page = (inside < PAGE_SIZE) & (keys < length) & chosen[:, None]
+            ones = tl.full([PAGES, WIDTH], 1, tl.uint8)
+            for unit in range(UNITS):
+                tl.store(flags + unit * stride + keys, ones, mask=of_page)
+
+
+@triton.jit
+def _select_kernel(
+    order,
+    flags,
+    lengths,
+    counts,
+    row_stride,
+    stride,
+    PAGE_SIZE: tl.constexpr,
+    SELECTORS: tl.constexpr,
+    HEADS: tl.constexpr,
+    UNITS: tl.constexpr,
+    PAGES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BINS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """A row's selection by one program."""
+    item = tl.program_id(0).to(tl.int64)
+    index = item // SELECTORS
+    length, wanted = tl.load(lengths + index), tl.load(counts + index).to(tl.int32)
+    pages = tl.cdiv(length, PAGE_SIZE)
+    if (pages > 0) & (wanted > 0):
+        order += item * HEADS * row_stride
+        flags += item * UNITS * stride
+        _order_pages(order, flags, 0, pages, length, stride, PAGE_SIZE, UNITS, PAGES, WIDTH)
+        tl.debug_barrier()  # what one thread has written, another one reads
+        histogram = count_digits(order, 0, pages, 0, 0, BINS, TILE)
+        bound, room = first_bound(histogram, wanted, BINS)
+        histogram = count_digits(order, 0, pages, bound, 1, BINS, TILE)
+        bound, room, _ = add_digit(histogram, bound, room, 10, BINS)
+        histogram = count_digits(order, 0, pages, bound, 2, BINS, TILE)
+        bound, room, _ = add_digit(histogram, bound, room, 0, BINS)
+        _mark_pages(
+            order, flags, 0, pages, length, stride, bound, room, PAGE_SIZE, UNITS, PAGES, WIDTH
+        )
+
+
+@triton.jit
+def _order_kernel(
+    order,
+    flags,
+    lengths,
+    histograms,
+    row_stride,
+    stride,
+    PAGE_SIZE: tl.constexpr,
+    SELECTORS: tl.constexpr,
+    HEADS: tl.constexpr,
+    UNITS: tl.constexpr,
+    PAGES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BINS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """A part's numbers, and how often each first digit occurs."""
+    item = tl.program_id(0).to(tl.int64)
+    length = tl.load(lengths + item // SELECTORS)
+    pages = tl.cdiv(length, PAGE_SIZE)
+    begin, end = part_of(pages, tl.program_id(1), tl.num_programs(1), TILE)
+    if begin < end:
+        order += item * HEADS * row_stride
+        flags += item * UNITS * stride
+        _order_pages(order, flags, begin, end, length, stride, PAGE_SIZE, UNITS, PAGES, WIDTH)
+        tl.debug_barrier()
+        histogram = count_digits(order, begin, end, 0, 0, BINS, TILE)
+        every = tl.arange(0, BINS)
+        tl.atomic_add(histograms + item * 3 * BINS + every, histogram, mask=histogram > 0)
+
+
+@triton.jit
+def _mark_kernel(
+    order,
+    flags,
+    lengths,
+    counts,
+    histograms,
+    equals,
+    row_stride,
+    stride,
+    PAGE_SIZE: tl.constexpr,
+    SELECTORS: tl.constexpr,
+    HEADS: tl.constexpr,
+    UNITS: tl.constexpr,
+    PAGES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
+    BINS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Marks a part's pages."""
+    item, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    index = item // SELECTORS
+    length = tl.load(lengths + index)
+    begin, end = part_of(tl.cdiv(length, PAGE_SIZE), part, parts, TILE)
+    if begin < end:
+        own = histograms + item * 3 * BINS
+        bound, room, _, _ = bound_before(own, counts, index, 3, 0, 0.0, 0, BINS)
+        room -= equals_before(equals, item, part, parts, bound, BINS, PARTS)
+        order += item * HEADS * row_stride
+        flags += item * UNITS * stride
+        _mark_pages(
+            order, flags, begin, end, length, stride, bound, room, PAGE_SIZE, UNITS, PAGES, WIDTH
+        )
+
+
+def flag_largest(
+    scores: torch.Tensor,
+    page_size: int,
+    selectors: int,
+    counts: torch.Tensor,
+    scaling: float,
+    lengths: torch.Tensor,
+    flags: torch.Tensor,
+    workspace: RadixWorkspace,
+    pooling: PoolingWorkspace | None = None,
+) -> None:
+    """Selects, per query, the pages with the highest scores that have something left to select.
+
+    With a page size of 1, pages are keys. Equal scores: the lower page wins. Fewer such pages than
+    are wanted: all of them.
+
+    Args:
+        scores: `[num_queries, num_heads, capacity in pages]`, float32, no NaN, contiguous;
+            overwritten.
+        page_size: Keys of a page.
+        selectors: How many select per query: query heads, or KV heads (pooled). Each selects for
+            its share of the units; a page is out when none of them could gain from it.
+        counts: `[num_queries]`, an integer type: pages to select.
+        scaling: Of the scores, for pooling.
+        lengths: `[num_queries]`, int32.
+        flags: `[num_queries * num_units, capacity]`, uint8; written.
+        workspace: For rows that are split.
+        pooling: For scores that are pooled.
+
+    Raises:
+        ValueError: Scores are to be pooled without a workspace for it.
+    """
+    num_queries, num_heads, capacity = scores.shape
+    heads, items = num_heads // selectors, num_queries * selectors
+    if heads > 1:
+        if pooling is None:
+            raise ValueError(f"{num_heads} heads' scores are pooled for {selectors}: no workspace")
+        pool_scores(scores, selectors, page_size, scaling, lengths, pooling)
+    order = scores.view(torch.int32)
+    stride = flags.shape[1]
+    width = power_of_2(page_size)
+    shape = {
+        "PAGE_SIZE": page_size,
+        "SELECTORS": selectors,
+        "HEADS": heads,
+        "UNITS": len(flags) // items,
+        "PAGES": max(16, _KEYS_AT_ONCE // width),
+        "WIDTH": width,
+        "BINS": BINS,
+        "TILE": TILE,
+    }
+    if not workspace.splits(items, capacity):
+        _select_kernel[(items,)](order, flags, lengths, counts, capacity, stride, **shape)
+        return
+    workspace.reset(items)
+    histograms, equals, parts = workspace.histograms, workspace.equals, workspace.parts
+    grid = (items, parts)
+    _order_kernel[grid](order, flags, lengths, histograms, capacity, stride, **shape)
+    for level in (1, 2):
+        count_kernel[grid](
+            order,
+            lengths,
+            counts,
+            histograms,
+            equals,
+            capacity,
+            PAGE_SIZE=page_size,
+            ROWS=selectors,
+            HEADS=heads,
+            COUNTS=selectors,
+            LEVEL=level,
+            MODE=GIVEN,
+            SHARE=0.0,
+            KEYS=0,
+            BINS=BINS,
+            TILE=TILE,
+        )
+    _mark_kernel[grid](
+        order,
+        flags,
+        lengths,
+        counts,
+        histograms,
+        equals,
+        capacity,
+        stride,
+        PARTS=power_of_2(parts),
+        **shape,
+    )
