@@ -1,0 +1,276 @@
+"""Decode attention over lists of tokens: it reads those rows of the cache, and no others.
+
+One pass per list with a running maximum (Milakov and Gimelshein 2018, "Online normalizer
+calculation for softmax"); lists are cut into parts, so that one long row keeps all processors busy,
+and the parts joined by their maxima (Flash-Decoding, Dao et al. 2023). The query heads of a group
+are the rows of one product: each key and value is loaded once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse_plugin.paged.triton_kernels.cache_rows import (
+    LEAST_PART,
+    PARTS,
+    DeviceBatch,
+    block_sizes,
+    key_offsets,
+    load_queries,
+    score_keys,
+    share_of,
+)
+
+_STAGES = 3
+
+
+@triton.jit
+def _attend_kernel(
+    query,
+    cache,
+    block_table,
+    rows,
+    tokens,
+    log_weights,
+    counts,
+    top,
+    mass,
+    sums,
+    scale,
+    width,
+    table_stride,
+    list_stride,
+    KV_HEADS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    IN_FLOAT32: tl.constexpr,
+    TILE: tl.constexpr,
+    IS_RANGE: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    LEAST: tl.constexpr,
+):
+    """One part of a list: the sum of its values, and the weights' sum and maximum (base 2)."""
+    item, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    count = tl.load(counts + item)
+    share = share_of(count, PARTS, LEAST)
+    begin, end = part * share, tl.minimum((part + 1) * share, count)
+    if begin < end:
+        index, kv_head = item // KV_HEADS, item % KV_HEADS
+        blocks = block_table + tl.load(rows + index).to(tl.int64) * table_stride
+        queries = load_queries(query, index, kv_head, KV_HEADS, HEADS, HEAD_SIZE, ROWS, CHANNELS)
+        heads, channels = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
+        largest = tl.full([ROWS], float("-inf"), tl.float32)
+        weight = tl.zeros([ROWS], tl.float32)
+        total = tl.zeros([ROWS, CHANNELS], tl.float32)
+        for first in range(begin, end, TILE):
+            places = first + tl.arange(0, TILE)
+            mask = places < end
+            if IS_RANGE:
+                own = places
+            else:
+                own = tl.load(tokens + item * list_stride + places, mask=mask, other=0)
+            offsets = key_offsets(own, mask, blocks, kv_head, width, BLOCK_SIZE, HEAD_SIZE)
+            scores = score_keys(queries, cache, offsets, mask, HEAD_SIZE, CHANNELS, IN_FLOAT32)
+            scores *= scale
+            is_read = mask[None, :] & (heads < HEADS)[:, None]
+            if WEIGHTS > 0:
+                column = tl.minimum(heads, WEIGHTS - 1)[:, None]
+                at = (item * list_stride + places)[None, :] * WEIGHTS + column
+                logs = tl.load(log_weights + at, mask=is_read, other=-1e30)
+                is_read = is_read & (logs > -1e29)
+                scores += logs * 1.4426950408889634  # to base 2
+            scores = tl.where(is_read, scores, float("-inf"))
+            peak = tl.maximum(largest, tl.max(scores, 1))
+            shift = tl.where(peak == float("-inf"), 0.0, peak)  # where a head reads nothing so far
+            shrink = tl.exp2(largest - shift)
+            powers = tl.exp2(scores - shift[:, None])
+            weight = weight * shrink + tl.sum(powers, 1)
+            at = offsets[:, None] + BLOCK_SIZE * HEAD_SIZE + channels[None, :]
+            inside = mask[:, None] & (channels < HEAD_SIZE)[None, :]
+            values = tl.load(cache + at, mask=inside, other=0.0)
+            if IN_FLOAT32:
+                added = tl.dot(powers, values.to(tl.float32), input_precision="ieee")
+            else:
+                added = tl.dot(powers.to(values.dtype), values)
+            total = total * shrink[:, None] + added
+            largest = peak
+        first = (item * PARTS + part) * HEADS
+        is_head = heads < HEADS
+        tl.store(top + first + heads, largest, mask=is_head)
+        tl.store(mass + first + heads, weight, mask=is_head)
+        at = (first + heads)[:, None] * HEAD_SIZE + channels[None, :]
+        tl.store(sums + at, total, mask=is_head[:, None] & (channels < HEAD_SIZE)[None, :])
+
+
+@triton.jit
+def _join_kernel(
+    top,
+    mass,
+    sums,
+    counts,
+    output,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PARTS: tl.constexpr,
+    LEAST: tl.constexpr,
+):
+    """The parts of one query head."""
+    row = tl.program_id(0).to(tl.int64)
+    item, head = row // HEADS, row % HEADS
+    count = tl.load(counts + item)
+    parts, channels = tl.arange(0, PARTS), tl.arange(0, CHANNELS)
+    is_live = parts * share_of(count, PARTS, LEAST) < count
+    at = (item * PARTS + parts) * HEADS + head
+    peaks = tl.load(top + at, mask=is_live, other=float("-inf"))
+    peak = tl.max(peaks, 0)
+    factors = tl.exp2(peaks - tl.where(peak == float("-inf"), 0.0, peak))
+    weight = tl.sum(factors * tl.load(mass + at, mask=is_live, other=0.0), 0)
+    is_channel = channels < HEAD_SIZE
+    inside = is_live[:, None] & is_channel[None, :]
+    own = tl.load(sums + at[:, None] * HEAD_SIZE + channels[None, :], mask=inside, other=0.0)
+    result = tl.sum(factors[:, None] * own, 0) / tl.where(weight > 0, weight, 1.0)
+    tl.store(
+        output + row * HEAD_SIZE + channels,
+        result.to(output.dtype.element_ty),
+        mask=is_channel,
+    )
+
+
+@dataclass(frozen=True)
+class AttentionWorkspace:
+    """Where the parts of lists leave their results.
+
+    Attributes:
+        top: `[max_queries * num_kv_heads, PARTS, heads of a group]`, float32.
+        mass: Likewise.
+        sums: `[..., head_size]`, float32.
+    """
+
+    top: torch.Tensor
+    mass: torch.Tensor
+    sums: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        max_queries: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        device: torch.device | str,
+    ) -> AttentionWorkspace:
+        """Asks for the memory.
+
+        Args:
+            max_queries: Queries of a launch, at most.
+            num_heads: Query heads.
+            num_kv_heads: KV heads.
+            head_size: Channels of a value.
+            device: Of the kernels.
+        """
+        shape = (max_queries * num_kv_heads, PARTS, num_heads // num_kv_heads)
+        top = torch.empty(shape, dtype=torch.float32, device=device)
+        sums = torch.empty((*shape, head_size), dtype=torch.float32, device=device)
+        return cls(top, torch.empty_like(top), sums)
+
+
+def attend_lists(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    batch: DeviceBatch,
+    tokens: torch.Tensor | None,
+    log_weights: torch.Tensor | None,
+    counts: torch.Tensor,
+    scaling: float,
+    output: torch.Tensor,
+    workspace: AttentionWorkspace,
+) -> None:
+    """`sum_S (exp(s_i) / p_i) v_i / sum_S (exp(s_i) / p_i)` for every query head's selection S.
+
+    Where the cache is of a half-precision type, so are the factors of both products, on tensor
+    cores; sums are float32.
+
+    Args:
+        query: `[num_queries, num_heads, head_size]`, a floating type, contiguous.
+        kv_cache: See `cache_rows`.
+        batch: Of the queries; `lengths` is not looked at.
+        tokens: `[>= num_queries * num_kv_heads, capacity]`, int32 positions; None: every KV head
+            reads the positions before its count.
+        log_weights: `[>= num_queries * num_kv_heads, capacity, heads of a group]`, float32, see
+            `lists`, or `[..., 1]` for all heads of the group; with capacity 0, or None, every query
+            head of a group reads all tokens of its KV head's list, with weight 1.
+        counts: `[>= num_queries * num_kv_heads]`, int32, tokens of each list.
+        scaling: Of the scores.
+        output: `[num_queries, num_heads, head_size]`, a floating type, contiguous; zeros for an
+            empty selection.
+        workspace: For as many queries.
+
+    Raises:
+        ValueError: Something does not fit the queries.
+    """
+    num_queries, num_heads, head_size = query.shape
+    sizes = block_sizes(query, kv_cache)
+    heads, num_lists = sizes["HEADS"], num_queries * kv_cache.shape[1]
+    if output.shape != query.shape or not output.is_contiguous():
+        raise ValueError(f"the output must be contiguous {tuple(query.shape)}")
+    listed = [counts] if tokens is None else [counts, tokens]
+    if min(map(len, listed)) < num_lists:
+        raise ValueError(f"{[len(part) for part in listed]} lists for queries of {num_lists}")
+    expected = (PARTS, heads, head_size)
+    if len(workspace.sums) < num_lists or workspace.sums.shape[1:] != expected:
+        raise ValueError(
+            f"a workspace of {tuple(workspace.sums.shape)} does not fit queries of "
+            f"{tuple(query.shape)}"
+        )
+    width = 0 if log_weights is None or log_weights.shape[1] == 0 else log_weights.shape[2]
+    if width and (
+        width not in (1, heads) or tokens is None or log_weights.shape[:2] != tokens.shape
+    ):
+        raise ValueError(
+            f"log weights of {tuple(log_weights.shape)} do not fit {heads} heads and lists of "
+            f"{None if tokens is None else tuple(tokens.shape)}"
+        )
+    _attend_kernel[(num_lists, PARTS)](
+        query,
+        kv_cache,
+        batch.block_table,
+        batch.rows,
+        counts if tokens is None else tokens,
+        log_weights if width else counts,
+        counts,
+        workspace.top,
+        workspace.mass,
+        workspace.sums,
+        scaling * math.log2(math.e),
+        kv_cache.stride(0),
+        batch.block_table.stride(0),
+        0 if tokens is None else tokens.shape[1],
+        **sizes,
+        IS_RANGE=tokens is None,
+        WEIGHTS=width,
+        PARTS=PARTS,
+        LEAST=LEAST_PART,
+        num_stages=_STAGES,
+    )
+    _join_kernel[(num_queries * num_heads,)](
+        workspace.top,
+        workspace.mass,
+        workspace.sums,
+        counts,
+        output,
+        HEADS=heads,
+        HEAD_SIZE=head_size,
+        CHANNELS=sizes["CHANNELS"],
+        PARTS=PARTS,
+        LEAST=LEAST_PART,
+    )
