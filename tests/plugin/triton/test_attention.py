@@ -121,11 +121,11 @@ def test_lists_with_and_without_weights(heads, kv_heads, head_size, block_size, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_key_before_a_count(dtype: torch.dtype) -> None:
-    """Dense rows, of one part and of many: parts end at multiples of 256, and of 64 from 8192 on.
+    """Dense rows, of one part and of many: parts have 128 keys, and more from 4096 on.
 
-    The longest row has parts of 320 keys.
+    The longest row is cut into parts of 320 keys.
     """
-    rows = device_rows(shape_of(2, 1, 32, 16, dtype), (1, 256, 257, 600, 8250), exact=False)
+    rows = device_rows(shape_of(2, 1, 32, 16, dtype), (1, 128, 129, 600, 8250), exact=False)
     counts = np.array(rows.lengths, np.int32)
     found = attend(rows, None, None, counts)
     assert (found.double() - expected(rows, None, None, counts)).abs().max() <= ATOL[dtype]
@@ -157,7 +157,7 @@ def test_other_blocks_and_other_neighbours_change_no_bit() -> None:
     rows = device_rows(shape_of(4, 2, 32), (300, 1, 900), exact=False)
     tokens, weights, counts = random_lists(rows, 2, share=0.9)
     found = attend(rows, tokens, weights, counts)
-    assert counts.max() > 512  # more than two parts
+    assert counts.max() > 512  # more than four parts
     assert torch.equal(attend(permuted(rows), tokens, weights, counts), found)
     for row in range(len(rows.lengths)):
         own = slice(2 * row, 2 * row + 2)

@@ -37,7 +37,7 @@ class RadixWorkspace:
         parts: int = _PARTS,
         long_row: int = _LONG_ROW,
     ) -> RadixWorkspace:
-        """Asks for the memory: 32 MiB, unless it is told otherwise.
+        """Asks for the memory: 19 MiB, unless it is told otherwise.
 
         Args:
             device: Of the kernels.

@@ -1,0 +1,92 @@
+"""Every launcher with everything it wants, on tensors without memory."""
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_sparse_plugin.paged.triton_kernels import (
+    adaptive_sampling,
+    attention,
+    cache_rows,
+    flags,
+    lists,
+    mass_selection,
+    pooling,
+    radix_workspace,
+    sampling,
+    selected_mass,
+    selection,
+)
+
+QUERIES, KV_HEADS, CAPACITY, DEVICE = 2, 2, 1 << 17, "meta"
+
+
+def _tensor(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=DEVICE)
+
+
+def launches(
+    heads: int, head_size: int, dtype: torch.dtype, by_head: bool, is_split: bool
+) -> dict[str, Callable[[], None]]:
+    """By name; what they need besides launching is done before.
+
+    Args:
+        heads: Query heads of a KV head.
+        head_size: Channels of a key.
+        dtype: Of queries and cache.
+        by_head: Whether units are query heads, not KV heads.
+        is_split: Whether rows of a radix selection are.
+    """
+    num_heads = heads * KV_HEADS
+    units = num_heads if by_head else KV_HEADS
+    lengths = _tensor(QUERIES)
+    scores = _tensor(QUERIES, num_heads, CAPACITY, dtype=torch.float32)
+    query = _tensor(QUERIES, num_heads, head_size, dtype=dtype)
+    output = torch.empty_like(query)
+    cache = _tensor(9, KV_HEADS, 16, 3 * head_size, dtype=dtype)
+    batch = cache_rows.DeviceBatch(_tensor(QUERIES, CAPACITY // 16), lengths, lengths)
+    radix = radix_workspace.RadixWorkspace.of(DEVICE, long_row=1 if is_split else CAPACITY + 1)
+    marks = _tensor(QUERIES * units, CAPACITY, dtype=torch.uint8)
+    of_heads = _tensor(QUERIES * num_heads, CAPACITY, dtype=torch.uint8)
+    of_groups = _tensor(QUERIES * KV_HEADS, CAPACITY, dtype=torch.uint8)
+    share = _tensor(QUERIES * units, dtype=torch.float32)
+    own = _tensor(*marks.shape, dtype=torch.float32)
+    order = _tensor(*marks.shape)
+    pools = pooling.PoolingWorkspace.of(QUERIES, num_heads, CAPACITY, DEVICE)
+    work = adaptive_sampling.AdaptiveWorkspace.of(
+        QUERIES, num_heads, KV_HEADS, units, CAPACITY, DEVICE
+    )
+    found = lists.DeviceLists.of(QUERIES, KV_HEADS, units // KV_HEADS, CAPACITY, True, DEVICE)
+    parts = attention.AttentionWorkspace.of(QUERIES, num_heads, KV_HEADS, head_size, DEVICE)
+    mass = mass_selection.MassWorkspace.of(QUERIES, num_heads, CAPACITY, DEVICE)
+
+    def select(page_size: int) -> None:
+        selection.flag_largest(scores, page_size, units, lengths, 1.0, lengths, marks, radix, pools)
+
+    def attend(tokens: torch.Tensor | None, weights: torch.Tensor | None) -> None:
+        attention.attend_lists(
+            query, cache, batch, tokens, weights, found.counts, 0.1, output, parts
+        )
+
+    return {
+        "clear_flags": lambda: flags.clear_flags(marks, lengths),
+        "flag_range": lambda: flags.flag_range(marks, lengths, lengths, lengths),
+        "pool_flags": lambda: flags.pool_flags(of_heads, lengths, of_groups),
+        "spread_flags": lambda: flags.spread_flags(of_groups, lengths, of_heads),
+        "flag_largest, keys": lambda: select(1),
+        "flag_largest, pages": lambda: select(16),
+        "flag_mass": lambda: mass_selection.flag_mass(scores, 0.9, 1.0, lengths, of_heads, mass),
+        "sample_share": lambda: sampling.sample_share(
+            0.1, 7, 3, num_heads, lengths, marks, share, order, radix
+        ),
+        "sample_adaptively": lambda: adaptive_sampling.sample_adaptively(
+            query, cache, batch, 0.1, 0, 0.05, 0.1, 1.2, 7, 3, marks, share, work, radix
+        ),
+        "list_tokens": lambda: lists.list_tokens(marks, lengths, found, share, own),
+        "sum_selected_mass": lambda: selected_mass.sum_selected_mass(
+            query, cache, batch, found, 0.1, work.static
+        ),
+        "attend_lists, weights": lambda: attend(found.tokens, found.log_weights),
+        "attend_lists": lambda: attend(found.tokens, None),
+        "attend_lists, all": lambda: attend(None, None),
+    }
