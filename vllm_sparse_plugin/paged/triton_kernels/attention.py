@@ -232,14 +232,15 @@ def attend_lists(
             f"a workspace of {tuple(workspace.sums.shape)} does not fit queries of "
             f"{tuple(query.shape)}"
         )
-    width = 0 if log_weights is None or log_weights.shape[1] == 0 else log_weights.shape[2]
-    if width and (
-        width not in (1, heads) or tokens is None or log_weights.shape[:2] != tokens.shape
-    ):
-        raise ValueError(
-            f"log weights of {tuple(log_weights.shape)} do not fit {heads} heads and lists of "
-            f"{None if tokens is None else tuple(tokens.shape)}"
-        )
+    width = 0
+    if log_weights is not None and log_weights.shape[1] > 0:
+        width = log_weights.shape[2]
+        is_like_lists = tokens is not None and log_weights.shape[:2] == tokens.shape
+        if width not in (1, heads) or not is_like_lists:
+            raise ValueError(
+                f"log weights of {tuple(log_weights.shape)} do not fit {heads} heads and lists of "
+                f"{None if tokens is None else tuple(tokens.shape)}"
+            )
     _attend_kernel[(num_lists, PARTS)](
         query,
         kv_cache,
