@@ -9,7 +9,7 @@ from tests.plugin.triton.conftest import DEVICE
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 
-PADDING = 2
+PADDING = 1
 """Queries of length 0 behind the others, whose rows are not in the block table."""
 
 

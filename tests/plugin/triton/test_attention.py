@@ -16,6 +16,7 @@ from vllm_sparse_plugin.paged.triton_kernels.lists import NOT_SELECTED
 # type, as an output in that type would be; the output is compared before it is rounded.
 ATOL = ATTENTION_ATOL
 LENGTHS = (1, 15, 16, 17, 300)
+PARTS = 4
 
 
 def random_lists(rows: DeviceRows, width: int, share: float = 0.4):
@@ -49,7 +50,7 @@ def attend(rows: DeviceRows, tokens, weights, counts, scaling: float | None = No
     num_queries, heads, size = rows.query.shape
     kv_heads = rows.kv_cache.shape[1]
     output = torch.full(rows.query.shape, torch.nan, device=DEVICE)
-    space = AttentionWorkspace.of(num_queries + 1, heads, kv_heads, size, DEVICE)
+    space = AttentionWorkspace.of(num_queries + 1, heads, kv_heads, size, DEVICE, PARTS)
     for part in (space.top, space.mass, space.sums):
         part.fill_(torch.nan)
 
@@ -121,11 +122,8 @@ def test_lists_with_and_without_weights(heads, kv_heads, head_size, block_size, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_key_before_a_count(dtype: torch.dtype) -> None:
-    """Dense rows, of one part and of many: parts have 128 keys, and more from 4096 on.
-
-    The longest row is cut into parts of 320 keys.
-    """
-    rows = device_rows(shape_of(2, 1, 32, 16, dtype), (1, 128, 129, 600, 8250), exact=False)
+    """Dense rows, of one part and of many: of 128 keys each, and of 320 in the longest row."""
+    rows = device_rows(shape_of(2, 1, 32, 16, dtype), (1, 128, 129, 512, 1100), exact=False)
     counts = np.array(rows.lengths, np.int32)
     found = attend(rows, None, None, counts)
     assert (found.double() - expected(rows, None, None, counts)).abs().max() <= ATOL[dtype]
@@ -135,7 +133,7 @@ def test_an_output_in_the_cache_type() -> None:
     rows = device_rows(shape_of(2, 1, 32, 16, torch.float16), LENGTHS, exact=False)
     counts = torch.tensor(rows.lengths, dtype=torch.int32, device=DEVICE)
     output = torch.full_like(rows.query, torch.nan)
-    space = AttentionWorkspace.of(len(counts), 2, 1, 32, DEVICE)
+    space = AttentionWorkspace.of(len(counts), 2, 1, 32, DEVICE, PARTS)
     arguments = (rows.query, rows.kv_cache, rows.batch, None, None, counts, 0.2, output, space)
     attend_lists(*arguments)
     whole = attend(rows, None, None, counts.cpu().numpy(), 0.2)
@@ -174,7 +172,7 @@ def test_other_blocks_and_other_neighbours_change_no_bit() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    rows = device_rows(shape_of(4, 2, 32), (3,))
+    rows = device_rows(shape_of(4, 2, 32), (3, 2))
     lists = torch.zeros(6, 8, dtype=torch.int32, device=DEVICE)
     good = {
         "query": rows.query,
@@ -185,7 +183,7 @@ def test_what_does_not_fit_is_refused() -> None:
         "counts": lists[:, 0].contiguous(),
         "scaling": 1.0,
         "output": torch.empty_like(rows.query),
-        "workspace": AttentionWorkspace.of(3, 4, 2, 32, DEVICE),
+        "workspace": AttentionWorkspace.of(3, 4, 2, 32, DEVICE, PARTS),
     }
     attend_lists(**good)
     for message, change in {

@@ -93,7 +93,7 @@ def test_lists_without_weights(kv_heads: int) -> None:
         assert (lists.tokens[item, count:] == POISON).all()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(data=st.data())
 def test_any_flags(data: st.DataObject) -> None:
     flag = st.sampled_from([0, 0, 0, 1, 2])

@@ -9,7 +9,8 @@ from tests.plugin.triton.unit_flags import poisoned
 from vllm_sparse_plugin.paged.kernels.mass_selection import flag_mass as numba_flag_mass
 from vllm_sparse_plugin.paged.triton_kernels.mass_selection import MassWorkspace, flag_mass
 
-LENGTHS = np.array([0, 1, 2, 33, 1024, 1025, 2500, 300], np.int32)
+HEADS = 1
+LENGTHS = np.array([0, 1, 2, 33, 1024, 2500, 300], np.int32)
 CAPACITY = 2504
 
 
@@ -39,7 +40,7 @@ def numba_selection(scores, top_p, scaling, lengths, flags) -> np.ndarray:
 
 def random_rows(kind: str) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(0)
-    shape = (len(LENGTHS), 2, CAPACITY)
+    shape = (len(LENGTHS), HEADS, CAPACITY)
     scores = {
         "many ties": lambda: random.integers(-8, 9, shape),
         "flat": lambda: random.standard_normal(shape) * 0.01,
@@ -50,20 +51,20 @@ def random_rows(kind: str) -> tuple[np.ndarray, np.ndarray]:
     }[kind]().astype(np.float32)
     for row, length in enumerate(LENGTHS):
         scores[row, :, length:] = np.nan
-    flags = (random.random((2 * len(LENGTHS), CAPACITY)) < 0.2).astype(np.uint8)
-    flags[8] = 1  # everything selected
-    flags[-1, 0], flags[-2, 0] = 2, 0
+    flags = (random.random((HEADS * len(LENGTHS), CAPACITY)) < 0.2).astype(np.uint8)
+    flags[3] = 1  # everything selected
+    flags[-1, :2] = 0, 2
     scores[-1, :, 0] = 0.5  # one of the candidates is finite
     return scores, flags
 
 
 @pytest.mark.parametrize("kind", ["many ties", "flat", "peaked", "out of reach"])
-@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 0.9999, 1.0])
+@pytest.mark.parametrize("top_p", [0.0, 0.6, 0.9999, 1.0])
 def test_the_same_keys_as_numba(kind: str, top_p: float) -> None:
     scores, flags = random_rows(kind)
     if kind == "out of reach":  # where numba has no weights either
         some = np.array([-1])
-        scores, lengths, flags = scores[some], LENGTHS[some], flags[-2:]
+        scores, lengths, flags = scores[some], LENGTHS[some], flags[-HEADS:]
     else:
         lengths = LENGTHS
     expected = numba_selection(scores, top_p, 0.7, lengths, flags)
@@ -85,8 +86,8 @@ def test_infinite_scores() -> None:
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     scores, flags = random_rows("flat")
     together = select_on_device(scores, 0.5, 1.0, LENGTHS, flags)
-    for row in (3, 6):
-        own = slice(2 * row, 2 * row + 2)
+    for row in (2, 5):
+        own = slice(row, row + 1)
         alone = select_on_device(scores[[row]], 0.5, 1.0, LENGTHS[[row]], flags[own])
         assert (alone == together[own]).all()
 
@@ -100,5 +101,5 @@ def test_a_small_workspace_is_refused() -> None:
             1.0,
             torch.from_numpy(LENGTHS),
             torch.from_numpy(flags),
-            MassWorkspace.of(1, 2, CAPACITY, "cpu"),
+            MassWorkspace.of(1, 1, CAPACITY, "cpu"),
         )

@@ -10,7 +10,7 @@ from tests.plugin.triton.device_rows import device_rows, permuted
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists, list_tokens
 from vllm_sparse_plugin.paged.triton_kernels.selected_mass import DeviceMass, sum_selected_mass
 
-LENGTHS = (1, 17, 300, 700)
+LENGTHS = (1, 17, 700)
 
 
 def random_lists(rows, units: int) -> tuple[DeviceLists, np.ndarray, np.ndarray]:
@@ -30,7 +30,7 @@ def random_lists(rows, units: int) -> tuple[DeviceLists, np.ndarray, np.ndarray]
 
 
 def mass_of(rows, lists: DeviceLists, has_spread: bool) -> DeviceMass:
-    mass = DeviceMass.of(len(rows.lengths), rows.query.shape[1], has_spread, DEVICE)
+    mass = DeviceMass.of(len(rows.lengths), rows.query.shape[1], has_spread, DEVICE, 4)
     for part in (mass.top, mass.mass, mass.squares, mass.terms):
         part.fill_(torch.nan)
     scaling = rows.query.shape[2] ** -0.5

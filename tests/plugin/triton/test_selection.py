@@ -97,7 +97,7 @@ def test_more_rows_than_are_split(device: str) -> None:
 finite = st.floats(width=32, allow_nan=False)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     scores=st.lists(
         st.one_of(finite, st.sampled_from([0.0, -0.0, 1.0, math.inf, -math.inf])),

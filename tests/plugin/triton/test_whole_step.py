@@ -21,7 +21,7 @@ from vllm_sparse_plugin.paged.triton_kernels import attention, flags, lists, sam
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 32
 SINK, WINDOW, PAGE_SIZE = 4, 12, 8
 SHARE, SEED, LAYER = 0.1, 3, 9
-LENGTHS = (1, 7, 8, 9, 97, 600)
+LENGTHS = (1, 8, 9, 97, 600)
 CAPACITY = 608
 SCALING = HEAD_SIZE**-0.5
 
@@ -45,7 +45,7 @@ class Step:
         )
         self.lists.tokens.fill_(1 << 28)
         self.lists.log_weights.fill_(torch.nan)
-        self.space = attention.AttentionWorkspace.of(queries, HEADS, KV_HEADS, HEAD_SIZE, DEVICE)
+        self.space = attention.AttentionWorkspace.of(queries, HEADS, KV_HEADS, HEAD_SIZE, DEVICE, 4)
         self.output = torch.full(self.rows.query.shape, torch.nan, device=DEVICE)
 
     def run(self) -> None:

@@ -105,6 +105,7 @@ class AdaptiveWorkspace:
         num_units: int,
         capacity: int,
         device: torch.device | str,
+        parts: int = PARTS,
     ) -> AdaptiveWorkspace:
         """Asks for the memory.
 
@@ -115,6 +116,7 @@ class AdaptiveWorkspace:
             num_units: Query heads or KV heads: who draws.
             capacity: Of the flags.
             device: Of the kernels.
+            parts: Of a list, at most, a power of 2.
         """
         rows, units = max_queries * num_units, num_units // num_kv_heads
 
@@ -124,8 +126,8 @@ class AdaptiveWorkspace:
         return cls(
             DeviceLists.of(max_queries, num_kv_heads, units, capacity, False, device),
             DeviceLists.of(max_queries, num_kv_heads, units, capacity, False, device),
-            DeviceMass.of(max_queries, num_heads, False, device),
-            DeviceMass.of(max_queries, num_heads, True, device),
+            DeviceMass.of(max_queries, num_heads, False, device, parts),
+            DeviceMass.of(max_queries, num_heads, True, device, parts),
             integers(rows, capacity),
             integers(rows, 2),
             integers(rows),
@@ -212,7 +214,7 @@ def sample_adaptively(
         HEADS=num_heads * num_queries // rows,
         EPSILON=epsilon,
         QUANTILE=quantile,
-        PARTS=PARTS,
+        PARTS=static.top.shape[1],
     )
     draw(
         num_heads,

@@ -151,7 +151,7 @@ class AttentionWorkspace:
     """Where the parts of lists leave their results.
 
     Attributes:
-        top: `[max_queries * num_kv_heads, PARTS, heads of a group]`, float32.
+        top: `[max_queries * num_kv_heads, parts, heads of a group]`, float32.
         mass: Likewise.
         sums: `[..., head_size]`, float32.
     """
@@ -168,6 +168,7 @@ class AttentionWorkspace:
         num_kv_heads: int,
         head_size: int,
         device: torch.device | str,
+        parts: int = PARTS,
     ) -> AttentionWorkspace:
         """Asks for the memory.
 
@@ -177,8 +178,9 @@ class AttentionWorkspace:
             num_kv_heads: KV heads.
             head_size: Channels of a value.
             device: Of the kernels.
+            parts: Of a list, at most, a power of 2. A result's last bits depend on it.
         """
-        shape = (max_queries * num_kv_heads, PARTS, num_heads // num_kv_heads)
+        shape = (max_queries * num_kv_heads, parts, num_heads // num_kv_heads)
         top = torch.empty(shape, dtype=torch.float32, device=device)
         sums = torch.empty((*shape, head_size), dtype=torch.float32, device=device)
         return cls(top, torch.empty_like(top), sums)
@@ -226,8 +228,8 @@ def attend_lists(
     listed = [counts] if tokens is None else [counts, tokens]
     if min(map(len, listed)) < num_lists:
         raise ValueError(f"{[len(part) for part in listed]} lists for queries of {num_lists}")
-    expected = (PARTS, heads, head_size)
-    if len(workspace.sums) < num_lists or workspace.sums.shape[1:] != expected:
+    parts = workspace.sums.shape[1]
+    if len(workspace.sums) < num_lists or workspace.sums.shape[2:] != (heads, head_size):
         raise ValueError(
             f"a workspace of {tuple(workspace.sums.shape)} does not fit queries of "
             f"{tuple(query.shape)}"
@@ -241,7 +243,7 @@ def attend_lists(
                 f"log weights of {tuple(log_weights.shape)} do not fit {heads} heads and lists of "
                 f"{None if tokens is None else tuple(tokens.shape)}"
             )
-    _attend_kernel[(num_lists, PARTS)](
+    _attend_kernel[(num_lists, parts)](
         query,
         kv_cache,
         batch.block_table,
@@ -259,7 +261,7 @@ def attend_lists(
         **sizes,
         IS_RANGE=tokens is None,
         WEIGHTS=width,
-        PARTS=PARTS,
+        PARTS=parts,
         LEAST=LEAST_PART,
         num_stages=_STAGES,
     )
@@ -272,6 +274,6 @@ def attend_lists(
         HEADS=heads,
         HEAD_SIZE=head_size,
         CHANNELS=sizes["CHANNELS"],
-        PARTS=PARTS,
+        PARTS=parts,
         LEAST=LEAST_PART,
     )

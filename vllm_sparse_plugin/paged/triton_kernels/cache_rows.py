@@ -15,7 +15,7 @@ import triton.language as tl
 from vllm_sparse_plugin.paged.triton_kernels.grids import power_of_2
 
 PARTS = 32
-"""Of a list, at most: that many programs work on a long one."""
+"""Of a list, at most, a power of 2: that many programs work on a long one."""
 LEAST_PART = 128
 """Tokens of a part, at least."""
 
@@ -145,6 +145,6 @@ def block_sizes(query: torch.Tensor, kv_cache: torch.Tensor) -> dict[str, int | 
         "ROWS": max(16, power_of_2(heads)),
         "CHANNELS": channels,
         "IN_FLOAT32": not is_half or (is_interpreted and kv_cache.dtype == torch.bfloat16),
-        # Three tiles of keys and values in flight take 48 KiB of a processor's shared memory.
+        # A tile of keys and one of values have 16 KiB: so many bytes are asked for ahead.
         "TILE": max(16, min(64, 8192 // (channels * kv_cache.dtype.itemsize))),
     }

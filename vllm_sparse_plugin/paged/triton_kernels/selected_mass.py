@@ -116,11 +116,11 @@ class DeviceMass:
     """Of each query head's list, by parts.
 
     Attributes:
-        top: `[max_queries * num_heads, PARTS]`, float32, the largest log term of a part; -inf
+        top: `[max_queries * num_heads, parts]`, float32, the largest log term of a part; -inf
             where it has none.
         mass: float64, likewise: the part's sum, divided by `exp(top)`.
         squares: float64, likewise: the sum of the terms' squared distances from their mean,
-            divided by `exp(top)**2`; `[0, PARTS]` where nobody asks for it.
+            divided by `exp(top)**2`; `[0, parts]` where nobody asks for it.
         terms: float64, like `squares`: how many there are.
     """
 
@@ -131,7 +131,12 @@ class DeviceMass:
 
     @classmethod
     def of(
-        cls, max_queries: int, num_heads: int, has_spread: bool, device: torch.device | str
+        cls,
+        max_queries: int,
+        num_heads: int,
+        has_spread: bool,
+        device: torch.device | str,
+        parts: int = PARTS,
     ) -> DeviceMass:
         """Asks for the memory.
 
@@ -140,14 +145,15 @@ class DeviceMass:
             num_heads: Query heads.
             has_spread: Whether there is a place for squares.
             device: Of the kernels.
+            parts: Of a list, at most, a power of 2.
         """
         rows = max_queries * num_heads
         held = rows if has_spread else 0
 
         def doubles(count: int) -> torch.Tensor:
-            return torch.empty((count, PARTS), dtype=torch.float64, device=device)
+            return torch.empty((count, parts), dtype=torch.float64, device=device)
 
-        top = torch.empty((rows, PARTS), dtype=torch.float32, device=device)
+        top = torch.empty((rows, parts), dtype=torch.float32, device=device)
         return cls(top, doubles(rows), doubles(held), doubles(held))
 
 
@@ -180,7 +186,8 @@ def sum_selected_mass(
             f"room for the mass of {len(result.top)} heads and {len(lists.counts)} lists does not "
             f"fit queries of {tuple(query.shape)}"
         )
-    _mass_kernel[(num_lists, PARTS)](
+    parts = result.top.shape[1]
+    _mass_kernel[(num_lists, parts)](
         query,
         kv_cache,
         batch.block_table,
@@ -199,6 +206,6 @@ def sum_selected_mass(
         **sizes,
         WEIGHTS=lists.log_weights.shape[2] if lists.log_weights.shape[1] else 0,
         HAS_SPREAD=len(result.squares) > 0,
-        PARTS=PARTS,
+        PARTS=parts,
         LEAST=LEAST_PART,
     )
