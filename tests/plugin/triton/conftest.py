@@ -3,16 +3,14 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
-from tests.plugin.triton import interpreter
+from tests.plugin.triton.interpreter import DEVICE, import_interpreted, interpreted
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
+# Before test modules are imported, which import kernels.
 if DEVICE == "cpu":
-    interpreter.import_kernels()
+    import_interpreted("vllm_sparse_plugin.paged.triton_kernels")
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -20,7 +18,7 @@ def _interpreter() -> Iterator[None]:
     if DEVICE == "cuda":
         yield
         return
-    with interpreter.interpreted():
+    with interpreted():
         yield
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from tests.plugin.paged.paged_rows import Rows, make_rows
-from tests.plugin.triton.conftest import DEVICE
+from tests.plugin.triton.interpreter import DEVICE
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 

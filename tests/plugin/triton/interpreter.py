@@ -10,25 +10,29 @@ import os
 import pkgutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from unittest import mock
 
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
-PACKAGE = "vllm_sparse_plugin.paged.triton_kernels"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _SWITCH = {"TRITON_INTERPRET": "1"}
 
 
-def import_kernels() -> None:
-    """Imports the package of kernels so that they are interpreted."""
-    assert not [name for name in sys.modules if name.startswith(PACKAGE + ".")]
+def import_interpreted(package: str) -> None:
+    """Imports a package's modules so that their kernels are interpreted."""
+    # The first launch would import it, in the middle of `interpreted`.
+    with suppress(ImportError):
+        importlib.import_module("triton.experimental.gluon")
+    for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+        del sys.modules[name]
     with mock.patch.dict(os.environ, _SWITCH):
-        package = importlib.import_module(PACKAGE)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{PACKAGE}.{module.name}")
+        for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+            importlib.import_module(f"{package}.{module.name}")
 
 
 @contextmanager
@@ -51,14 +55,13 @@ def interpreted() -> Iterator[None]:
     interpreter._patch_lang(sees_both_modules)
     # Once is enough; by itself it would do so at each call of a function, which takes longer than
     # the functions do.
-    with (
-        mock.patch.dict(os.environ, _SWITCH),
-        mock.patch.object(interpreter, "_patch_lang"),
-    ):
-        yield
-    for place, attributes in before:
-        for name in set(vars(place)) - set(attributes):
-            delattr(place, name)
-        for name, value in attributes.items():
-            if vars(place)[name] is not value:
-                setattr(place, name, value)
+    try:
+        with mock.patch.dict(os.environ, _SWITCH), mock.patch.object(interpreter, "_patch_lang"):
+            yield
+    finally:
+        for place, attributes in before:
+            for name in set(vars(place)) - set(attributes):
+                delattr(place, name)
+            for name, value in attributes.items():
+                if vars(place)[name] is not value:
+                    setattr(place, name, value)

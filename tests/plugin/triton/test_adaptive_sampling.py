@@ -8,8 +8,8 @@ import torch
 
 from tests.plugin.paged.paged_rows import paged_attention, shape_of
 from tests.plugin.paged.test_adaptive_sampling import adaptive
-from tests.plugin.triton.conftest import DEVICE
 from tests.plugin.triton.device_rows import PADDING, device_rows
+from tests.plugin.triton.interpreter import DEVICE
 from tests.plugin.triton.unit_flags import ONE_PROGRAM, SPLIT, poisoned
 from vllm_sparse_plugin.paged.triton_kernels.adaptive_sampling import (
     AdaptiveWorkspace,

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tests.plugin.paged.paged_rows import shape_of
-from tests.plugin.triton.conftest import DEVICE
 from tests.plugin.triton.device_rows import DeviceRows, device_rows, permuted
+from tests.plugin.triton.interpreter import DEVICE
 from tests.tolerances import ATTENTION_ATOL
 from vllm_sparse_plugin.paged.triton_kernels.attention import AttentionWorkspace, attend_lists
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch

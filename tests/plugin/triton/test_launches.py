@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 from tests.plugin.triton.all_launches import launches
-from tests.plugin.triton.conftest import DEVICE
+from tests.plugin.triton.interpreter import DEVICE
 
 ROOT = Path(__file__).parents[3]
 ALLOWED = {"aten::zero_", "aten::slice.Tensor", "aten::view.dtype", "aten::detach"}
@@ -64,7 +64,7 @@ def test_kernels_compile_for_a_gpu() -> None:
     """Those that do the most, for compute capability 9.0, whether there is a GPU or not."""
     names = ["flag_largest, pages", "sample_share", "list_tokens", "attend_lists, weights"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.plugin.triton.compile_kernels", *names]
+    command = [sys.executable, "-m", "tests.plugin.triton.compile_launches", *names]
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.plugin.triton.conftest import DEVICE
+from tests.plugin.triton.interpreter import DEVICE
 from tests.plugin.triton.unit_flags import poisoned
 from vllm_sparse_plugin.paged.kernels import group_lists
 from vllm_sparse_plugin.paged.kernels import lists as numba_lists

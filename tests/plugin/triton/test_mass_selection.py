@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.plugin.triton.conftest import DEVICE
+from tests.plugin.triton.interpreter import DEVICE
 from tests.plugin.triton.unit_flags import poisoned
 from vllm_sparse_plugin.paged.kernels.mass_selection import flag_mass as numba_flag_mass
 from vllm_sparse_plugin.paged.triton_kernels.mass_selection import MassWorkspace, flag_mass

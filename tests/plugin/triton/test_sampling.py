@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.plugin.triton.conftest import DEVICE
+from tests.plugin.triton.interpreter import DEVICE
 from tests.plugin.triton.unit_flags import ONE_PROGRAM, POISON, SPLIT, WORKSPACES, poisoned
 from vllm_sparse_plugin.paged.kernels.counter_random import number_of, stream_of
 from vllm_sparse_plugin.paged.kernels.sampling import sample_share as numba_sample_share

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tests.plugin.paged.paged_rows import shape_of
-from tests.plugin.triton.conftest import DEVICE
 from tests.plugin.triton.device_rows import device_rows, permuted
+from tests.plugin.triton.interpreter import DEVICE
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists, list_tokens
 from vllm_sparse_plugin.paged.triton_kernels.selected_mass import DeviceMass, sum_selected_mass
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.plugin.triton.conftest import DEVICE
+from tests.plugin.triton.interpreter import DEVICE
 from tests.plugin.triton.unit_flags import ONE_PROGRAM, POISON, SPLIT, WORKSPACES, poisoned
 from vllm_sparse_plugin.paged.kernels import pooling as numba_pooling
 from vllm_sparse_plugin.paged.kernels import selection as numba_selection
@@ -84,6 +84,14 @@ def test_long_rows_in_parts(levels: int, page_size: int) -> None:
     for workspace in (ONE_PROGRAM, SPLIT):
         found = select_on_device(scores, page_size, 1, wanted, lengths, flags, workspace)
         assert (found == poisoned(expected, lengths)).all()
+
+
+@WORKSPACES
+def test_zeros_of_both_signs_are_ties(workspace) -> None:
+    scores = np.array([[[-1.0, -0.0, 0.0, -0.0, 0.0]]], np.float32)
+    lengths, flags = np.array([5], np.int32), np.zeros((1, 8), np.uint8)
+    found = select_on_device(scores, 1, 1, np.array([2]), lengths, flags, workspace)
+    assert found[0, :5].tolist() == [0, 1, 1, 0, 0]
 
 
 def test_more_rows_than_are_split(device: str) -> None:

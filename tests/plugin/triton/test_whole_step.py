@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.plugin.paged.paged_rows import shape_of
-from tests.plugin.triton.conftest import DEVICE
 from tests.plugin.triton.device_rows import DeviceRows, device_rows, permuted
+from tests.plugin.triton.interpreter import DEVICE
 from tests.plugin.triton.unit_flags import SPLIT, poisoned
 from tests.tolerances import ATTENTION_ATOL
 from vllm_sparse_plugin.paged.kernels import attention as numba_attention

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.plugin.triton.conftest import DEVICE
+from tests.plugin.triton.interpreter import DEVICE
 from vllm_sparse_plugin.paged.triton_kernels.radix_workspace import RadixWorkspace
 
 POISON = 77

@@ -1,6 +1,6 @@
 """A program: compiles kernels for a GPU that need not be there.
 
-    python -m tests.plugin.triton.compile_kernels [LAUNCHER ...]
+    python -m tests.plugin.triton.compile_launches [LAUNCHER ...]
 
 Launches become compilations for compute capability 9.0; without names, of every launcher and in
 several shapes. It prints each kernel, how far it got (`cubin`, or `ptx` without an assembler), its
