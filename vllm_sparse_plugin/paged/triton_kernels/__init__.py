@@ -1,16 +1,25 @@
-"""Triton kernels over paged caches: torch tensors of one device in, torch tensors out.
+"""Triton kernels over paged caches: the CUDA twins of `kernels`, on the same bytes.
 
-Names, shapes and units are those of `kernels`, and a cache's memory is the same. Besides:
+What they write is what the numba kernels write, bit for bit, up to the sign of zeros; one layout,
+one index, two sets of kernels. The backend does not use them yet. Names, shapes and units are those
+of `kernels`. Besides:
 
+- `kv_cache` `[num_blocks, num_kv_heads, block_size, width]`: a layer's cache as vLLM has it,
+  contiguous, float32, bfloat16 or float16. The last three axes are a block's memory, and only their
+  product has a meaning (`layout` has the bytes).
 - *Capacity*. The last axis of what has a place per key or page is as long as the longest sequence
-  may be. What lies past a query's own length is neither read nor written.
+  may be; a multiple of 16 is best. What lies past a query's own length is not written, and has no
+  effect. Entries of a block table behind a sequence's blocks may be anything.
 - *CUDA graphs*. No launcher looks at a value on the device, waits for it, or asks for memory: grids
   come from shapes alone, loops end at lengths that programs read themselves, and workspaces are
-  made once. A query of length 0 is padding: it selects nothing, and attends to zeros.
+  made once. A query of length 0 is padding: it selects nothing, and attends to zeros. Negative
+  slots are padding too.
 - *Batch invariance*. Float sums are taken in parts that follow from the query's own length, so
   that a query's result does not depend on what else is in the batch, or on how many programs run.
 
 A file's kernels take pointers, sizes and constants, and start with an underscore; a launcher
-beside them has the arguments' meaning. Where `TRITON_INTERPRET=1` is set before this package is
-imported, they run on the CPU.
+beside them has the arguments' meaning. Kernels that write and scan indices are compiled without
+fusing of products and sums, unless they say `fma`: their numbers have to be rounded as the
+reference rounds them. Where `TRITON_INTERPRET=1` is set before this package is imported, all of
+them run on the CPU.
 """

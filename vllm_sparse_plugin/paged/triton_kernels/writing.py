@@ -1,0 +1,91 @@
+"""Writing new keys and values into their blocks."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse_plugin.paged.triton_kernels.tiles import block_bytes, padded, rows_at_once
+
+
+@triton.jit
+def _write_rows(
+    key,
+    value,
+    cache,
+    slots,
+    count,
+    key_stride,
+    key_head_stride,
+    value_stride,
+    value_head_stride,
+    BLOCK_ELEMENTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEADS_TILE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    slot = tl.load(slots + tokens, mask=tokens < count, other=-1)
+    heads = tl.arange(0, HEADS_TILE)[None, :, None]
+    channels = tl.arange(0, CHANNELS)[None, None, :]
+    mask = (slot >= 0)[:, None, None] & (heads < HEADS) & (channels < HEAD_SIZE)
+    tokens, slot = tokens[:, None, None], slot[:, None, None]
+    keys = tl.load(key + tokens * key_stride + heads * key_head_stride + channels, mask=mask)
+    values = tl.load(
+        value + tokens * value_stride + heads * value_head_stride + channels, mask=mask
+    )
+    target = cache + slot // BLOCK_SIZE * BLOCK_ELEMENTS + slot % BLOCK_SIZE * HEAD_SIZE
+    target += heads * (2 * BLOCK_SIZE * HEAD_SIZE) + channels
+    tl.store(target, keys, mask=mask)
+    tl.store(target + BLOCK_SIZE * HEAD_SIZE, values, mask=mask)
+
+
+def write_rows(
+    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """Writes a row of key and a row of value per token and KV head.
+
+    Args:
+        key: `[num_tokens, num_kv_heads, head_size]`, of the cache's type; channels side by side.
+        value: Likewise.
+        kv_cache: See the package.
+        slots: `[>= num_tokens]`, int64; see the package.
+
+    Raises:
+        ValueError: The types differ, or channels are not side by side.
+    """
+    if not key.dtype == value.dtype == kv_cache.dtype:
+        raise ValueError(
+            f"keys of {key.dtype} and values of {value.dtype} for a cache of {kv_cache.dtype}"
+        )
+    if key.stride(2) != 1 or value.stride(2) != 1:
+        raise ValueError("the channels of keys and values must be side by side")
+    num_tokens, heads, head_size = key.shape
+    count = min(num_tokens, slots.shape[0])
+    if count == 0:
+        return
+    channels = padded(head_size)
+    at_once = rows_at_once(2 * padded(heads), channels, most=16)
+    _write_rows[(-(-count // at_once),)](
+        key,
+        value,
+        kv_cache,
+        slots,
+        count,
+        key.stride(0),
+        key.stride(1),
+        value.stride(0),
+        value.stride(1),
+        BLOCK_ELEMENTS=block_bytes(kv_cache) // kv_cache.itemsize,
+        BLOCK_SIZE=kv_cache.shape[2],
+        HEADS=heads,
+        HEAD_SIZE=head_size,
+        HEADS_TILE=padded(heads),
+        CHANNELS=channels,
+        TOKENS=at_once,
+        enable_fp_fusion=False,
+    )
