@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 NEVER = 1 << 30
 """More keys than any model takes: maskers never pay."""
-_VERSION = 3
+_VERSION = 4
 """Of the kernels: raised when what was measured before no longer holds."""
 
 
