@@ -26,7 +26,9 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
     """
     figure, (by_context, by_density) = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
     names = list(dict.fromkeys(row["name"] for row in rows))
-    for name in names[1:]:  # the first one is what the others are compared with
+    # Not what the others are compared with.
+    shown = [name for name in names if "stock" not in name and "nothing selected" not in name]
+    for name in shown:
         own = [row for row in rows if row["name"] == name]
         lengths = [row["keys"] for row in own]
         ratios = [row["ratio"] for row in own]
@@ -40,9 +42,10 @@ def draw(rows: list[dict[str, Any]], target: Path) -> None:
         axes.axhline(1, color="grey", linewidth=0.8)
         axes.grid(alpha=0.3)
     by_context.set_ylabel("times as fast as stock vLLM")
-    by_density.legend(fontsize=8)
+    lines, labels = by_context.get_legend_handles_labels()
+    figure.legend(lines, labels, loc="lower center", ncols=4, fontsize=9)
     figure.suptitle("Attention of one decode step on two CPU cores")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
     figure.savefig(target, dpi=110)
     pyplot.close(figure)
 
