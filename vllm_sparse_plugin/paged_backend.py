@@ -137,6 +137,11 @@ class PagedAttentionImpl(SparseAttentionImpl):
         self._config = config
         self._views: tuple[int, LayerCache] | None = None
 
+    def prepare_cache(self, layer: Any) -> None:
+        """Puts the layer's cache into large memory pages, which takes a while, at start-up."""
+        if self.can_be_sparse and layer.kv_cache.numel():
+            self._cache(layer, layer.kv_cache)
+
     def do_kv_cache_update(
         self,
         layer: Any,

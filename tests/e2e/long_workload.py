@@ -71,6 +71,7 @@ class WorkloadReport:
         chunked: Steps in which a part of a prompt was computed.
         different: Requests that got other tokens alone than in the workload, in words.
         finished: Requests.
+        prepared: Whether all layers had seen their caches before the first request.
     """
 
     wrong: list[str] = field(default_factory=list)
@@ -82,6 +83,7 @@ class WorkloadReport:
     chunked: int = 0
     different: list[str] = field(default_factory=list)
     finished: int = 0
+    prepared: bool = False
 
 
 def random_workload(count: int, seed: int) -> list[Sent]:
@@ -146,6 +148,7 @@ class Workload:
         worker = self.engine.model_executor.driver_worker.worker
         layers = worker.model_runner.compilation_config.static_forward_context
         self.caches: list[tuple[torch.Tensor, LayerCache]] = []
+        self.report.prepared = all(layer.impl._views is not None for layer in layers.values())
         for layer in layers.values():
             self.caches.append((layer.kv_cache, layer.impl._cache(layer, layer.kv_cache)))
 

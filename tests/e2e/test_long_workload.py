@@ -15,6 +15,7 @@ def test_the_index_is_that_of_the_keys_at_any_moment(model_path: str, tmp_path) 
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, set_environment, (ENVIRONMENT,)) as pool:
         report = pool.submit(run_workload, str(folder), 28, 0).result()
+    assert report.prepared
     assert not report.wrong, report.wrong[:5]
     assert not report.different, report.different[:3]
     # It was the workload that it is meant to be.

@@ -206,6 +206,15 @@ def test_worker_base_gets_the_statistics_method() -> None:
     assert callable(getattr(WorkerBase, compat.STATS_METHOD))
 
 
+def test_workers_allocate_caches_where_the_plugin_looks() -> None:
+    """That it has an effect: tests/e2e/test_long_workload.py."""
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    compat.install()
+    names = inspect.signature(WorkerWrapperBase.initialize_from_config).parameters
+    assert list(names) == ["self", "kv_cache_configs"]
+
+
 def test_kill_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_sparse_plugin import plugin
 

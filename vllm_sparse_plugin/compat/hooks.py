@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from sparse_attention_hub.sparse_attention.serialization import config_to_json
 from vllm_sparse_plugin.compat.engine import (
     attention_shape,
@@ -39,6 +41,7 @@ def install() -> None:
     _hook_block_hashes()
     _hook_cpu_backend_choice()
     _hook_worker_statistics()
+    _hook_cache_allocation()
 
 
 def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
@@ -187,3 +190,29 @@ def _hook_worker_statistics() -> None:
         return row_table(self.vllm_config).statistics.report(tag)
 
     setattr(WorkerBase, STATS_METHOD, sparse_attention_stats)
+
+
+def _hook_cache_allocation() -> None:
+    """Lets layers look at their caches as soon as there are any, before the first request.
+
+    vLLM tells backends of a cache only when a request's keys are written into it.
+    """
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    def wrap(original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def initialize_from_config(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            context = self.vllm_config.compilation_config.static_forward_context
+            layers = [
+                layer
+                for layer in context.values()
+                if hasattr(getattr(layer, "impl", None), "prepare_cache")
+            ]
+            # Takes a second or two for each GiB.
+            for layer in tqdm(layers, desc="sparse attention: preparing the cache", disable=None):
+                layer.impl.prepare_cache(layer)
+
+        return initialize_from_config
+
+    _replace(WorkerWrapperBase, "initialize_from_config", wrap)
