@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +33,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.machine import processor_name
+from benchmarks.paged_report import HOST_KEYS, Row, report
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.double_sparsity_utils import (  # noqa: E501
     channel_key,
 )
@@ -55,8 +56,6 @@ STOCK_ON_TENTH = "vLLM's own operation on 10 % of the blocks, nothing selected"
 PLUGIN_ON_TENTH = "the plugin's kernel on 10 % of the blocks, nothing selected"
 SINK_LOCAL_KEYS = 384
 HOST_ROWS = (1, 8, 64)
-HOST_KEYS = 1
-HOST_BUDGET = "0.15 ms, and 25 us for each request of the batch"
 BARS: dict[str, tuple[float, float, float]] = {
     "dense through the plugin": (1, 1, 1),
     "sink + local, 384 keys": (8, 25, 60),
@@ -68,32 +67,6 @@ BARS: dict[str, tuple[float, float, float]] = {
 }
 """Wanted ratios at 8K, 32K and 128K keys; others are measured to be seen."""
 Step = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One configuration at one context length.
-
-    Attributes:
-        keys: Context length.
-        name: Of the configuration.
-        milliseconds: Median of a step.
-        ratio: Stock's median / this one.
-        bar: Wanted ratio, if there is one.
-        density: Keys read / keys visible, over query heads.
-        megabytes: That had to be read: keys, values and index.
-        bandwidth_share: Of the bandwidth that a plain copy of memory reaches in the same run, reads
-            and writes together.
-    """
-
-    keys: int
-    name: str
-    milliseconds: float
-    ratio: float
-    bar: float | None
-    density: float
-    megabytes: float
-    bandwidth_share: float
 
 
 def configurations(num_keys: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -344,32 +317,6 @@ def measure(num_keys: int, repetitions: int) -> list[Row]:
             )
         )
     return rows
-
-
-def report(rows: list[Row], host: dict[int, float], machine: str) -> str:
-    """A Markdown table."""
-    lines = [
-        machine,
-        "",
-        "| keys | configuration | ms | times stock | bar | density | MB read | of copy bandwidth |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        bar = (
-            "" if row.bar is None else f"{row.bar:g} {'met' if row.ratio >= row.bar else 'MISSED'}"
-        )
-        lines.append(
-            f"| {row.keys} | {row.name} | {row.milliseconds:.2f} | {row.ratio:.2f} | {bar} | "
-            f"{row.density:.3f} | {row.megabytes:.1f} | {row.bandwidth_share:.0%} |"
-        )
-    lines += [
-        "",
-        f"A layer's step with next to nothing to read, Quest at 10 %, requests of {HOST_KEYS} key: "
-        f"planning and index update (budget: {HOST_BUDGET}).",
-        "",
-    ]
-    lines += [f"- {count}: {milliseconds:.2f} ms a layer" for count, milliseconds in host.items()]
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
