@@ -43,7 +43,7 @@ from vllm_sparse_plugin.masked_attention import attend_row, attention_of
 from vllm_sparse_plugin.paged.attention import PagedAttention, QueryBatch, attend_dense
 from vllm_sparse_plugin.paged.huge_pages import prefer_huge_pages
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape, LayerCache
-from vllm_sparse_plugin.paged.prefill import read_blocks
+from vllm_sparse_plugin.paged.prefill import stored_rows
 
 RESULTS = Path(__file__).parent / "results"
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, LAYERS = 32, 8, 128, 128, 4
@@ -202,11 +202,12 @@ def check(maskers: list[dict[str, Any]], attention: PagedAttention, layout: Bloc
     batch = QueryBatch(table[None], np.zeros(1, np.int32), np.array([num_keys], np.int32))
     cache = LayerCache.of(kv_cache, layout, 0)
     found, read = attention.attend(query.numpy(), cache, batch, SCALING)
-    key, value = read_blocks(kv_cache, HEAD_SIZE, torch.from_numpy(table))
-    config = attention_of(config_to_json(config_from_dict({"maskers": maskers})))
-    wanted = attend_row(
-        config, query, key[None, :, :num_keys], value[None, :, :num_keys], SCALING, 0
+    key, value = (
+        rows.transpose(0, 1)[None]
+        for rows in stored_rows(cache, torch.from_numpy(table), num_keys, 0, KV_HEADS)
     )
+    config = attention_of(config_to_json(config_from_dict({"maskers": maskers})))
+    wanted = attend_row(config, query, key, value, SCALING, 0)
     assert abs(int(read.keys[0]) - wanted.read_keys) <= 0.01 * wanted.read_keys, maskers
     error = (torch.from_numpy(found) - wanted.output).norm() / wanted.output.norm()
     assert error < 0.02, (maskers, error)  # a page or key whose scores tie may be another

@@ -24,7 +24,7 @@ from vllm_sparse_plugin.paged import threads
 from vllm_sparse_plugin.paged.attention import attend_dense
 from vllm_sparse_plugin.paged.huge_pages import prefer_huge_pages
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape, LayerCache
-from vllm_sparse_plugin.paged.prefill import attend_prefills, read_blocks
+from vllm_sparse_plugin.paged.prefill import attend_prefills, stored_rows
 from vllm_sparse_plugin.paged.served import indices_of, is_dense_layer, paged_attention_of
 from vllm_sparse_plugin.paged.step import PagedStep, QueryGroup, SparseGroup, paged_step
 from vllm_sparse_plugin.paged.warm_up import warm_up
@@ -186,7 +186,7 @@ class PagedAttentionImpl(SparseAttentionImpl):
         tensors = (layer, query, written, cache, step, output)
         self._attend_densely(step.decodes, step.prefills, *tensors)
         for group in step.sparse:
-            self._attend_group(group, kv_cache, *tensors)
+            self._attend_group(group, *tensors)
         return output
 
     def _attend_densely(
@@ -221,7 +221,6 @@ class PagedAttentionImpl(SparseAttentionImpl):
     def _attend_group(
         self,
         group: SparseGroup,
-        kv_cache: torch.Tensor,
         layer: Any,
         query: torch.Tensor,
         written: tuple[torch.Tensor, torch.Tensor] | None,
@@ -247,27 +246,26 @@ class PagedAttentionImpl(SparseAttentionImpl):
             queries.put(result, output)
             counts.add(read, cache.layout.shape)
             return
-        self._attend_generally(group, query, kv_cache, cache, step, output)
+        self._attend_generally(group, query, cache, step, output)
 
     def _attend_generally(
         self,
         group: SparseGroup,
         query: torch.Tensor,
-        kv_cache: torch.Tensor,
         cache: LayerCache,
         step: PagedStep,
         output: torch.Tensor,
     ) -> None:
         shape = cache.layout.shape
         for place, row in enumerate(group.queries.rows):
-            count = -(-row.seq_len // shape.block_size)
-            key, value = read_blocks(kv_cache, shape.head_size, step.block_table[row.row, :count])
+            blocks = step.block_table[row.row]
+            key, value = stored_rows(cache, blocks, row.seq_len, 0, shape.num_kv_heads)
             part = slice(row.query_start, row.query_end)
             result = attend_row(
                 attention_of(group.config_json),
                 query[part],
-                key[None, :, : row.seq_len],
-                value[None, :, : row.seq_len],
+                key.transpose(0, 1)[None],
+                value.transpose(0, 1)[None],
                 self.scale,
                 cache.layer_index,
             )

@@ -15,7 +15,7 @@ import torch
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict, config_to_json
 from vllm_sparse_plugin.paged.layout import LayerCache
 from vllm_sparse_plugin.paged.page_bounds import PageBounds, stored_bounds
-from vllm_sparse_plugin.paged.prefill import read_blocks
+from vllm_sparse_plugin.paged.prefill import stored_rows
 
 BLOCK_SIZE = 32
 SINK_LOCAL = [{"type": "sink", "sink_size": 4}, {"type": "local", "window_size": 16}]
@@ -233,14 +233,16 @@ class Workload:
         self, kv_cache: torch.Tensor, cache: LayerCache, filled: dict[int, int]
     ) -> LayerCache:
         """A cache whose i-th block has the keys of the i-th of some blocks."""
-        blocks = torch.tensor(list(filled))
-        keys, values = read_blocks(kv_cache, cache.layout.shape.head_size, blocks)
+        blocks = torch.tensor(list(filled), dtype=torch.int32)
+        num_kv_heads = cache.layout.shape.num_kv_heads
+        count = len(blocks) * BLOCK_SIZE
+        keys, values = stored_rows(cache, blocks, count, 0, num_kv_heads)
         anew = torch.zeros(len(blocks), *kv_cache.shape[1:])
         again = LayerCache.of(anew, cache.layout, cache.layer_index)
         slots = torch.cat(
             [torch.arange(count) + i * BLOCK_SIZE for i, count in enumerate(filled.values())]
         )
-        again.write(keys[:, slots].transpose(0, 1), values[:, slots].transpose(0, 1), slots)
+        again.write(keys[slots], values[slots], slots)
         return again
 
     def _compare_bounds(

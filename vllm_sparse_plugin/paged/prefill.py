@@ -127,28 +127,3 @@ def stored_rows(
 def _memory(name: str, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """See `scratch`."""
     return torch.from_numpy(scratch(name, (*size, dtype.itemsize), np.uint8)).view(dtype)[..., 0]
-
-
-def read_blocks(
-    kv_cache: torch.Tensor,
-    head_size: int,
-    blocks: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of some blocks, in token order.
-
-    Args:
-        kv_cache: vLLM's tensor, see `LayerCache.of`.
-        head_size: Channels of a key.
-        blocks: `[n]`, integer.
-
-    Returns:
-        Two `[num_kv_heads, n * block_size, head_size]`.
-    """
-    num_kv_heads, block_size = kv_cache.shape[1:3]
-    width = block_size * head_size
-    rows = kv_cache.view(len(kv_cache), -1)[:, : num_kv_heads * 2 * width]
-    heads = rows.view(len(rows), num_kv_heads, 2 * width)
-    picked = heads[blocks.long()].transpose(0, 1)
-    halves = picked.reshape(picked.shape[0], -1, 2, width)
-    key, value = (halves[:, :, side].reshape(len(halves), -1, head_size) for side in range(2))
-    return key, value

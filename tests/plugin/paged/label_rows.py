@@ -23,7 +23,7 @@ from tests.tolerances import ATTENTION_ATOL
 from vllm_sparse_plugin.paged.attention import PagedAttention
 from vllm_sparse_plugin.paged.layout import BlockLayout, LayerCache
 from vllm_sparse_plugin.paged.maskers.base import PagedQueries
-from vllm_sparse_plugin.paged.prefill import read_blocks
+from vllm_sparse_plugin.paged.prefill import stored_rows
 
 
 def slots_of(rows: Rows, row: int) -> torch.Tensor:
@@ -45,11 +45,12 @@ def rebuilt(rows: Rows) -> LayerCache:
     kv_cache = torch.full_like(rows.kv_cache, torch.nan)
     cache = LayerCache.of(kv_cache, old.layout, old.layer_index)
     shape = old.layout.shape
-    every = torch.arange(len(rows.kv_cache))
-    keys, values = read_blocks(rows.kv_cache, shape.head_size, every)
+    every = torch.arange(len(rows.kv_cache), dtype=torch.int32)
+    count = len(every) * shape.block_size
+    keys, values = stored_rows(old, every, count, 0, shape.num_kv_heads)
     for row in range(len(rows.keys)):
         slots = slots_of(rows, row)
-        cache.write(keys[:, slots].transpose(0, 1), values[:, slots].transpose(0, 1), slots)
+        cache.write(keys[slots], values[slots], slots)
     return cache
 
 
