@@ -6,6 +6,7 @@ import torch
 
 from tests.plugin.paged.paged_rows import Rows, make_rows
 from tests.plugin.triton.interpreter import DEVICE
+from tests.plugin.triton.row_order import for_device
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 
@@ -41,7 +42,7 @@ def on_device(rows: Rows) -> DeviceRows:
     table = torch.from_numpy(rows.batch.block_table)
     return DeviceRows(
         rows,
-        rows.kv_cache.to(DEVICE),
+        for_device(rows.kv_cache, rows.cache.layout.shape),
         DeviceBatch(table.to(DEVICE), owners.to(DEVICE), seen.to(DEVICE)),
         query.to(DEVICE),
         seen.tolist(),

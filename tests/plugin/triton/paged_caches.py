@@ -8,6 +8,7 @@ import torch
 
 from tests.plugin.paged.paged_rows import Rows
 from tests.plugin.triton.interpreter import DEVICE
+from tests.plugin.triton.row_order import from_device
 from vllm_sparse_plugin.paged.triton_kernels.writing import write_rows
 
 UNWRITTEN = -7.0
@@ -79,7 +80,8 @@ def written_again(
 
 def assert_same_bytes(rows: Rows, kv_cache: torch.Tensor) -> None:
     """All of it, what was never written too."""
-    assert torch.equal(kv_cache.cpu().view(torch.uint8), rows.kv_cache.view(torch.uint8))
+    found = from_device(kv_cache, rows.cache.layout.shape)
+    assert torch.equal(found.view(torch.uint8), rows.kv_cache.view(torch.uint8))
 
 
 def empty_scores(rows: Rows, page_size: int = 1) -> torch.Tensor:

@@ -14,9 +14,11 @@ from tests.plugin.triton.paged_caches import (
     UNWRITTEN,
     Batch,
     assert_close_sums,
+    assert_same_bytes,
     empty_scores,
     largest_products,
 )
+from tests.plugin.triton.row_order import for_device
 from vllm_sparse_plugin.paged.centroid_codes import CentroidCodes, stored_codes
 from vllm_sparse_plugin.paged.kernels import centroid_codes as numba_kernels
 from vllm_sparse_plugin.paged.layout import BlockLayout
@@ -175,7 +177,7 @@ def test_bytes_and_scores(
     shape = shape_of(*sizes)
     layout = BlockLayout(shape, (index,))
     rows = make_rows(layout, (0, 1, shape.block_size + 1, 5), exact=exact, spare_keys=2)
-    kv_cache = rows.kv_cache.clone().to(DEVICE)
+    kv_cache = for_device(rows.kv_cache, shape)
     # Two codebooks, of some keys, and of fewer keys than there are centroids.
     keys = rows.keys[2][:, :, :16].float()
     states = np.stack([index.learn(keys).ravel(), index.learn(keys[:, :, 3:4]).ravel()])
@@ -184,7 +186,7 @@ def test_bytes_and_scores(
         short = short_blocks(rows, tag, spare)
         encode(rows, index, short, states)
         encode_on_device(layout, index, kv_cache, short, states)
-        assert torch.equal(kv_cache.cpu().view(torch.uint8), rows.kv_cache.view(torch.uint8))
+        assert_same_bytes(rows, kv_cache)
     found, expected = scores_of(rows, index, kv_cache, states)
     written = expected != UNWRITTEN
     assert torch.equal(found != UNWRITTEN, written)

@@ -19,6 +19,7 @@ from tests.plugin.triton.paged_caches import (
     largest_products,
     written_again,
 )
+from tests.plugin.triton.row_order import for_device
 from vllm_sparse_plugin.paged.channel_labels import ChannelLabels
 from vllm_sparse_plugin.paged.kernels import channel_labels as numba_kernels
 from vllm_sparse_plugin.paged.kernels import label_scores as numba_scores
@@ -167,7 +168,7 @@ def test_of_small_integers_the_scores_are_the_same(sizes: tuple, index: Labels) 
     layout = BlockLayout(shape_of(*sizes), (index,))
     rows = make_rows(layout, edge_lengths(layout.shape.block_size))
     labels, _ = query_labels(rows, index)
-    assert torch.equal(*scores_of(rows, index, rows.kv_cache.to(DEVICE), labels))
+    assert torch.equal(*scores_of(rows, index, for_device(rows.kv_cache, layout.shape), labels))
 
 
 def test_numbers_that_round_to_the_next_power_of_2() -> None:

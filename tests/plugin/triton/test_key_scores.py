@@ -13,6 +13,7 @@ from tests.plugin.triton.paged_caches import (
     empty_scores,
     largest_products,
 )
+from tests.plugin.triton.row_order import for_device
 from vllm_sparse_plugin.paged.kernels import key_scores as numba_kernels
 from vllm_sparse_plugin.paged.layout import BlockLayout
 from vllm_sparse_plugin.paged.triton_kernels import tiles
@@ -45,7 +46,7 @@ def scores_of(rows: Rows, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
         expected,
     )
     found, on_device = empty_scores(rows), Batch.of(rows)
-    kv_cache = rows.kv_cache.to(DEVICE)
+    kv_cache = for_device(rows.kv_cache, shape)
     table, lengths = on_device.block_table, on_device.lengths
     score_keys(query.to(DEVICE), kv_cache, table, on_device.rows, lengths, found)
     return found.cpu(), torch.from_numpy(expected)

@@ -19,6 +19,7 @@ from tests.plugin.triton.paged_caches import (
     empty_scores,
     written_again,
 )
+from tests.plugin.triton.row_order import for_device, from_device
 from vllm_sparse_plugin.paged.kernels import page_scores as numba_kernels
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape, LayerCache
 from vllm_sparse_plugin.paged.page_bounds import STORED_BITS, PageBounds
@@ -155,7 +156,7 @@ def test_bytes_and_scores(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_of_small_integers_the_scores_are_the_same(case: Case) -> None:
     index = PageBounds(case.page_size, 16)
     rows = make_rows(BlockLayout(case.shape, (index,)), case.lengths)
-    found = scored(rows, index, rows.kv_cache.to(DEVICE))
+    found = scored(rows, index, for_device(rows.kv_cache, case.shape))
     assert torch.equal(found, scored_by_numba(rows, index))
 
 
@@ -201,7 +202,7 @@ def test_after_any_history_of_writes(steps: list[tuple[int, int, int]], seed: in
     """Sequences are written on, some from before their ends, as when tokens are rejected."""
     layout = BlockLayout(shape_of(2, 2, 8, 16), (PageBounds(8, 16), PageBounds(16, 4)))
     kv_cache = torch.full((12, 2, 16, layout.bytes_per_token // 4), torch.nan)
-    cache, copy = LayerCache.of(kv_cache, layout, 0), kv_cache.clone().to(DEVICE)
+    cache, copy = LayerCache.of(kv_cache, layout, 0), for_device(kv_cache, layout.shape)
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randperm(12, generator=generator).reshape(3, 4)
     ends = [0, 0, 0]
@@ -214,4 +215,5 @@ def test_after_any_history_of_writes(steps: list[tuple[int, int, int]], seed: in
         cache.write(key, value, slots)
         write_rows(key.to(DEVICE), value.to(DEVICE), copy, slots.to(DEVICE))
         update_all(layout, copy, slots.to(DEVICE))
-        assert torch.equal(copy.cpu().view(torch.uint8), kv_cache.view(torch.uint8))
+        written = from_device(copy, layout.shape)
+        assert torch.equal(written.view(torch.uint8), kv_cache.view(torch.uint8))

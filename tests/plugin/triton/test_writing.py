@@ -27,10 +27,10 @@ def test_slots_may_be_fewer_or_more_than_tokens() -> None:
     key = torch.arange(1, 4.0, device=DEVICE)[:, None, None].expand(3, 2, 8).contiguous()
     write_rows(key, key, kv_cache, torch.tensor([17, -1], device=DEVICE))
     write_rows(key[2:], key[2:], kv_cache, torch.tensor([2, 5, 9], device=DEVICE))
-    flat = kv_cache.view(2, 2, 2, 16, 8)  # blocks, heads, key and value, tokens, channels
+    flat = kv_cache.view(2, 2, 16, 2, 8)  # blocks, heads, tokens, key and value, channels
     expected = torch.zeros_like(flat)
-    expected[1, :, :, 1] = 1.0
-    expected[0, :, :, 2] = 3.0
+    expected[1, :, 1] = 1.0
+    expected[0, :, 2] = 3.0
     assert torch.equal(flat, expected)
 
 

@@ -94,7 +94,7 @@ def _attend_kernel(
             shrink = tl.exp2(largest - shift)
             powers = tl.exp2(scores - shift[:, None])
             weight = weight * shrink + tl.sum(powers, 1)
-            at = offsets[:, None] + BLOCK_SIZE * HEAD_SIZE + channels[None, :]
+            at = offsets[:, None] + HEAD_SIZE + channels[None, :]
             inside = mask[:, None] & (channels < HEAD_SIZE)[None, :]
             values = tl.load(cache + at, mask=inside, other=0.0)
             if IN_FLOAT32:

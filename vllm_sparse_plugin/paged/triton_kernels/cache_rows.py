@@ -41,7 +41,7 @@ def key_offsets(
 ):
     """The first elements of some keys, from the cache's start, int64.
 
-    A value lies `BLOCK_SIZE * HEAD_SIZE` elements behind its key.
+    A value lies `HEAD_SIZE` elements behind its key.
 
     Args:
         tokens: Positions.
@@ -53,8 +53,8 @@ def key_offsets(
         HEAD_SIZE: Channels of a key.
     """
     block = tl.load(blocks + tokens // BLOCK_SIZE, mask=mask, other=0).to(tl.int64)
-    first = block * width + kv_head * (2 * BLOCK_SIZE * HEAD_SIZE)
-    return first + (tokens % BLOCK_SIZE) * HEAD_SIZE
+    row = kv_head * BLOCK_SIZE + tokens % BLOCK_SIZE
+    return block * width + row * (2 * HEAD_SIZE)
 
 
 @triton.jit

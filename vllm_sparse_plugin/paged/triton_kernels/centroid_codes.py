@@ -68,7 +68,7 @@ def _encode_keys(
         for start in tl.range(first, end, TOKENS):
             tokens = start + tl.arange(0, TOKENS)
             present = tokens < end
-            keys = memory + (head * (2 * BLOCK_SIZE) + tokens) * HEAD_SIZE
+            keys = memory + (head * BLOCK_SIZE + tokens) * (2 * HEAD_SIZE)
             packed = tl.zeros([TOKENS], tl.int32)
             for part in tl.static_range(per_byte):
                 m = byte * per_byte + part

@@ -40,7 +40,7 @@ def _write_labels(
     token = (slot % BLOCK_SIZE).to(tl.int32)
     head = row // ROWS_PER_HEAD
     block = cache.to(tl.pointer_type(tl.uint8)) + slot // BLOCK_SIZE * BLOCK_BYTES
-    keys = block.to(cache.dtype) + (head * (2 * BLOCK_SIZE) + token) * HEAD_SIZE
+    keys = block.to(cache.dtype) + (head * BLOCK_SIZE + token) * (2 * HEAD_SIZE)
     records = block + OFFSET + head * STRIDE + row % ROWS_PER_HEAD * ROW_BYTES
     # Byte j of the codes has the j-th channel of each part.
     columns = tl.arange(0, COLUMNS)[None, None, :]

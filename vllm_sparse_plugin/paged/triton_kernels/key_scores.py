@@ -50,7 +50,7 @@ def _score_keys(
         present = places < length
         block = tl.load(table + places // BLOCK_SIZE, mask=present, other=0).to(tl.int64)
         start = block * BLOCK_ELEMENTS
-        start += (kv_head * (2 * BLOCK_SIZE) + places % BLOCK_SIZE) * HEAD_SIZE
+        start += (kv_head * BLOCK_SIZE + places % BLOCK_SIZE) * (2 * HEAD_SIZE)
         keys = tl.load(
             cache + start[:, None] + channels[None, :],
             mask=present[:, None] & inside[None, :],

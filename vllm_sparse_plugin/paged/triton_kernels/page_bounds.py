@@ -32,7 +32,7 @@ def bounds_of_keys(
     KEYS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Smallest and largest elements of some keys that lie side by side.
+    """Smallest and largest elements of some keys in neighbouring rows.
 
     Args:
         elements: Pointer to the first key.
@@ -54,7 +54,8 @@ def bounds_of_keys(
     for first in tl.range(0, count, KEYS):
         # The last key takes the places of those that are missing.
         rows = tl.minimum(first + keys, count - 1)
-        values = tl.load(elements + rows * HEAD_SIZE + channels, mask=columns < PART, other=0.0)
+        at = elements + rows * (2 * HEAD_SIZE) + channels
+        values = tl.load(at, mask=columns < PART, other=0.0)
         values = values.to(tl.float32)
         low = tl.minimum(low, tl.min(values, axis=0))
         high = tl.maximum(high, tl.max(values, axis=0))
@@ -104,7 +105,7 @@ def _update_pages(
         token = (slot % BLOCK_SIZE).to(tl.int32)
         first = token // PAGE_SIZE * PAGE_SIZE
         block = cache.to(tl.pointer_type(tl.uint8)) + slot // BLOCK_SIZE * BLOCK_BYTES
-        keys = block.to(cache.dtype) + (head * (2 * BLOCK_SIZE) + first) * HEAD_SIZE
+        keys = block.to(cache.dtype) + (head * BLOCK_SIZE + first) * (2 * HEAD_SIZE)
         low, high = bounds_of_keys(keys, token + 1 - first, HEAD_SIZE, PARTS, PART, KEYS, COLUMNS)
         record = block + OFFSET + head * STRIDE + token // PAGE_SIZE * RECORD_BYTES
         if BITS == 16:

@@ -120,7 +120,7 @@ def _score_pages(
         # The last page has the bounds of the keys that this query sees: they are made from those.
         block = tl.load(blocks + whole // per_block).to(tl.int64)
         keys = (memory + block * BLOCK_BYTES).to(cache.dtype)
-        keys += (kv_head * (2 * BLOCK_SIZE) + whole % per_block * PAGE_SIZE) * HEAD_SIZE
+        keys += (kv_head * BLOCK_SIZE + whole % per_block * PAGE_SIZE) * (2 * HEAD_SIZE)
         low, high = bounds_of_keys(keys, rest, HEAD_SIZE, PARTS, PART, KEYS, COLUMNS)
         low, high = low[None, :, :], high[None, :, :]
         part = inside[None, None, :]

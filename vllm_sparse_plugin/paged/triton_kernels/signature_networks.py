@@ -78,7 +78,7 @@ def _apply_layer(
         place = slot % BLOCK_SIZE
     if FROM_BLOCKS:
         start = (inputs.to(tl.pointer_type(tl.uint8)) + block).to(inputs.dtype)
-        start += (head // BY_INPUT * (2 * BLOCK_SIZE) + place) * WIDTH_IN
+        start += (head // BY_INPUT * BLOCK_SIZE + place) * (2 * WIDTH_IN)
     else:
         start = inputs + head // BY_INPUT * input_head_stride + tokens * input_token_stride
     columns = word * OUTPUTS + tl.arange(0, OUTPUTS)

@@ -38,10 +38,10 @@ def _write_rows(
     values = tl.load(
         value + tokens * value_stride + heads * value_head_stride + channels, mask=mask
     )
-    target = cache + slot // BLOCK_SIZE * BLOCK_ELEMENTS + slot % BLOCK_SIZE * HEAD_SIZE
-    target += heads * (2 * BLOCK_SIZE * HEAD_SIZE) + channels
+    row = heads * BLOCK_SIZE + slot % BLOCK_SIZE
+    target = cache + slot // BLOCK_SIZE * BLOCK_ELEMENTS + row * (2 * HEAD_SIZE) + channels
     tl.store(target, keys, mask=mask)
-    tl.store(target + BLOCK_SIZE * HEAD_SIZE, values, mask=mask)
+    tl.store(target + HEAD_SIZE, values, mask=mask)
 
 
 def write_rows(
