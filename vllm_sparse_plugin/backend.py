@@ -122,7 +122,8 @@ class SparseAttentionMetadataBuilder(_DenseBuilder):  # type: ignore[misc, valid
                 ", ".join(dense_only),
             )
         self._has_dense_layers = bool(dense_only)
-        self._has_sparse_layers = len(dense_only) < len(layers)
+        self._sparse_layers = [name for name in layers if name not in dense_only]
+        self._has_sparse_layers = bool(self._sparse_layers)
         self._name = layer_names[0]
         if self._has_sparse_layers and self._table.counter is None:
             self._table.counter = self._name

@@ -17,6 +17,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine must run in this process
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "SPARSE_ATTENTION_DENSE_BACKEND": "TRITON_ATTN",  # FlashAttention is compiled for GPUs
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }

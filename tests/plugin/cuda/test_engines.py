@@ -1,6 +1,5 @@
 """vLLM's CUDA code path, on a GPU that is not there, against vLLM's CPU engine."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest

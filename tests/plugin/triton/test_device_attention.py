@@ -137,7 +137,10 @@ def test_adaptive_sampling(granularity: str) -> None:
 def test_queries_in_slices_and_groups_of_three() -> None:
     """More queries than a launch takes, with padding in the last slice."""
     read = assert_like_the_host(
-        [*SINK_LOCAL, QUEST], shape_of(6, 2, 64, 16), (7, 100, 0, 31, 64), max_queries=2
+        [*SINK_LOCAL, {**QUEST, "head_granularity": "kv_head"}],
+        shape_of(6, 2, 64, 16),
+        (7, 100, 0, 31, 64),
+        max_queries=2,
     )
     rows = read.loaded_bytes[:, ROWS_READ]
     assert (rows * 3 == read.keys).all()  # of groups of three that share their lists

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import MaskerConfig
-from vllm_sparse_plugin.paged import maskers as _registers_counterparts  # noqa: F401
+from vllm_sparse_plugin.paged.attention import paged_maskers
 from vllm_sparse_plugin.paged.device import indices as _registers_indices  # noqa: F401
 from vllm_sparse_plugin.paged.device import maskers as _registers_maskers  # noqa: F401
 from vllm_sparse_plugin.paged.device.cache import DeviceCache
 from vllm_sparse_plugin.paged.device.maskers.base import DeviceMasker, device_masker
 from vllm_sparse_plugin.paged.device.queries import DeviceQueries
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
-from vllm_sparse_plugin.paged.maskers.base import PagedMasker, Unsupported, paged_masker
+from vllm_sparse_plugin.paged.layout import BlockShape
+from vllm_sparse_plugin.paged.maskers.base import PagedMasker
 from vllm_sparse_plugin.paged.triton_kernels.attention import AttentionWorkspace, attend_lists
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 from vllm_sparse_plugin.paged.triton_kernels.flags import clear_flags
@@ -83,7 +84,7 @@ class DeviceAttention:
             Unsupported: One of them has no counterpart; says which.
         """
         self.space = space
-        self.paged = paged_maskers(configs, space)
+        self.paged = paged_maskers(configs, space.shape)
         self.maskers: list[DeviceMasker] = [device_masker(paged, space) for paged in self.paged]
         by_head = any(paged.needs_query_heads for paged in self.paged)
         self._num_units = space.shape.num_heads if by_head else space.shape.num_kv_heads
@@ -194,16 +195,15 @@ class DeviceAttention:
         )
 
 
-def paged_maskers(configs: Sequence[MaskerConfig], space: DeviceSpace) -> list[PagedMasker]:
-    """The paged maskers of a list.
+def device_maskers(configs: Sequence[MaskerConfig], shape: BlockShape) -> list[PagedMasker]:
+    """The paged maskers of a list that the device can serve too.
 
     Args:
         configs: At least one masker.
-        space: Of the engine.
+        shape: Of the cache.
 
     Raises:
         Unsupported: There are none, or one has no counterpart.
     """
-    if not configs:
-        raise Unsupported("no maskers")
-    return [paged_masker(config, space.shape) for config in configs]
+    space = DeviceSpace(shape, 1, 16, 1, torch.device("meta"))
+    return DeviceAttention(configs, space).paged
