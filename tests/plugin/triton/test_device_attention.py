@@ -183,7 +183,9 @@ def test_memory_stays_within_its_budget() -> None:
 
 
 def test_what_has_no_counterpart() -> None:
-    configs = config_from_dict({"maskers": [{"type": "magic_pig", "lsh_l": 2}]}).masker_configs
+    configs = config_from_dict(
+        {"maskers": [{"type": "magic_pig", "lsh_l": 2, "lsh_k": 4}]}
+    ).masker_configs
     with pytest.raises(Unsupported, match="no counterpart on CUDA"):
         DeviceAttention(configs, space_of(shape_of()))
 
