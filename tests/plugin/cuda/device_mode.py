@@ -81,6 +81,8 @@ class DeviceMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.device:
+            return func(*args, **kwargs)
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
         special = _SPECIAL.get(func)
         if special is not None and first is not None:
@@ -213,7 +215,10 @@ def _pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
 
 
 def _device_of(tensor: torch.Tensor) -> torch.device:
-    return DEVICE if tensor in ON_DEVICE else torch.Tensor.device.__get__(tensor)
+    if tensor in ON_DEVICE:
+        return DEVICE
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.Tensor.device.__get__(tensor)
 
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {

@@ -103,6 +103,10 @@ def install() -> None:
     for name in dir(custom_ops):
         if "_supports_" in name:
             setattr(custom_ops, name, lambda *_: False)
+    # Runner V1 tries top-k by a kernel that the interpreter cannot run.
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    topk_topp_sampler.HAS_TRITON = False
     # It would import the model's module in a process of its own, since that may initialize CUDA.
     from vllm.model_executor.models import registry
 
