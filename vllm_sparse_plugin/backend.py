@@ -42,6 +42,8 @@ class SparseAttentionBackend(_DenseBackend):  # type: ignore[misc, valid-type]
     """
 
     supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [*compat.SUPPORTED_CACHE_DTYPES]
+    # From vLLM 0.33 on: no model may write the cache itself and call `forward` without keys.
+    supports_kv_cache_update_bypass: ClassVar[bool] = False
 
     @staticmethod
     def get_name() -> str:

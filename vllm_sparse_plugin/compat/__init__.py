@@ -1,7 +1,7 @@
 """The only place that touches private or version-dependent vLLM names.
 
-`TESTED_VLLM` is the range that the tests have run against; `tests/plugin/test_vllm_contract.py`
-asserts every name and signature used here.
+`TESTED_VLLM` is the range that is tested: `tests/plugin/vllm_symbols.py` holds every name and
+signature used here, and is checked against the sources of each of its versions.
 """
 
 from vllm_sparse_plugin.compat.cpu_operations import (

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 SUPPORTED_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+_CPU_BLOCK_SIZE = 128
+"""What both versions ask the CPU backend for where the user says nothing."""
 
 
 def is_selected(vllm_config: VllmConfig) -> bool:
@@ -60,6 +62,19 @@ def block_shape(spec: AttentionSpec, vllm_config: VllmConfig) -> BlockShape:
         head_size=spec.head_size,
         dtype=spec.dtype,
     )
+
+
+def served_block_size(vllm_config: VllmConfig) -> int:
+    """Tokens of a block in the workers of this engine, on a CPU.
+
+    vLLM 0.32 writes its choice into every process's configuration. 0.33 chooses in the workers,
+    after the model is loaded; elsewhere the configuration then still holds a general default.
+    """
+    cache = vllm_config.cache_config
+    if cache.user_specified_block_size:
+        return int(cache.block_size)
+    backend, _, _ = dense_backend()
+    return int(backend.get_preferred_block_size(_CPU_BLOCK_SIZE))
 
 
 def window_restricts(window: int | None, vllm_config: VllmConfig) -> bool:

@@ -13,6 +13,7 @@ from vllm_sparse_plugin.compat.engine import (
     attention_shape,
     check_engine,
     current_vllm_config,
+    served_block_size,
     serving_config,
 )
 from vllm_sparse_plugin.compat.graph_hooks import install_graph_hooks
@@ -110,7 +111,7 @@ def _break_even(vllm_config: VllmConfig, config: ServingConfig) -> int:
     return break_even_of(
         config.attention,
         attention_shape(vllm_config),
-        vllm_config.cache_config.block_size,
+        served_block_size(vllm_config),
         vllm_config.model_config.dtype,
         config.imports,
     )
