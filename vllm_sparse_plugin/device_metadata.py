@@ -184,7 +184,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         if sparse:
             places = np.array([row.row for row in sparse])
             counted = CountedGroup(group.counts, places, lengths[places].astype(np.int64), use)
-            self._open(StepReads((counted,), self._planner.layout.shape, group.reads))
+            self._open((counted,), group.reads)
         return DeviceStep(
             dense=self._build_masked(common, table.dense_lengths[:number], dense, fast_build),
             whole=self._build_whole(common, [use], fast_build),
@@ -244,7 +244,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
             counted.append(CountedGroup(counts, places, lengths.astype(np.int64), use))
             uses.append(use)
             start = end
-        self._open(StepReads(counted, self._planner.layout.shape, self._reads[:start]))
+        self._open(counted, self._reads[:start])
         masked = None
         if has_dense:
             masked = self._build_masked(common, upload(dense, self.device), dense, fast_build)
@@ -300,8 +300,9 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
                 row.parameters.tag, sparse=0, dense=count, fallback=count
             )
 
-    def _open(self, reads: StepReads) -> None:
+    def _open(self, groups: Sequence[CountedGroup], counts: torch.Tensor) -> None:
         """Notes a step whose layers will count what they read."""
+        reads = StepReads(groups, self._planner.layout.shape, counts, self.device)
         self._table.statistics.pending.setdefault(id(self), []).append(reads)
 
     def _collect_reads(self) -> None:

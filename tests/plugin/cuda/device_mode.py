@@ -124,7 +124,8 @@ class DeviceMode(TorchFunctionMode):
         if on_device:
             if func in _FROM_HOST_VALUES and _shares_memory(result, args):
                 result = result.clone()
-            if func not in _HOST_RESULTS:
+            # What an op writes in place stays where it is: a copy to the host too.
+            if func not in _HOST_RESULTS and not (args and result is args[0]):
                 memory.mark_on_device(result)
         elif pinned:
             PINNED.add(result)

@@ -58,6 +58,7 @@ class StepReads:
     groups: Sequence[CountedGroup]
     shape: BlockShape
     counts: torch.Tensor
+    device: torch.device
     _fetched: torch.Tensor | None = None
     _arrived: Any = None  # torch's events have no types
 
@@ -65,14 +66,15 @@ class StepReads:
         """Starts to bring them to the host, once, and makes room for the next step's."""
         if self._fetched is not None:
             return
-        if self.counts.device.type == "cuda":
-            # The allocator of pinned memory takes care not to give it away too early.
-            self._fetched = torch.empty_like(self.counts, device="cpu", pin_memory=True)
-            self._fetched.copy_(self.counts, non_blocking=True)
+        is_cuda = self.device.type == "cuda"
+        # The allocator of pinned memory takes care not to give it away too early.
+        self._fetched = torch.empty(
+            self.counts.shape, dtype=torch.int64, device="cpu", pin_memory=is_cuda
+        )
+        self._fetched.copy_(self.counts, non_blocking=True)
+        if is_cuda:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
-        else:
-            self._fetched = self.counts.clone()
         self.counts.zero_()
 
     @property
