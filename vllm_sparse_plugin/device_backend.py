@@ -136,7 +136,7 @@ class DeviceAttentionImpl(SparseAttentionImpl):
         taken = group.take(query)
         target = output[: len(taken)] if group.tokens is None else torch.empty_like(taken)
         attention.attend(
-            taken.contiguous(),
+            taken,
             cache,
             group.batch,
             group.sizes[attention],
