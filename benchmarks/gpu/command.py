@@ -1,0 +1,75 @@
+"""The command line of a stage: where its result goes, and how quick it is to be."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Stage = Callable[[str, bool, Sequence[str]], dict[str, Any]]
+"""Takes the device, whether it is to be quick, and more options; returns what a file holds."""
+
+
+def run_stage(name: str, text: str, stage: Stage, options: Sequence[str] = ()) -> None:
+    """Runs a stage and writes `OUTPUT/NAME.json`.
+
+    Args:
+        name: Of the file.
+        text: The stage's help.
+        stage: What to do.
+        options: What may be named after the others, for some of the stage.
+
+    Raises:
+        SystemExit: The result says that something is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--quick", action="store_true", help="less of everything")
+    if options:
+        parser.add_argument("only", nargs="*", choices=[*options, []], help="default: all")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    with torch.inference_mode():
+        result = stage(arguments.device, arguments.quick, getattr(arguments, "only", []))
+    result |= {"measured": datetime.now().isoformat(timespec="seconds"), "commit": commit()}
+    result["gpu"] = torch.cuda.get_device_name() if arguments.device == "cuda" else "none (dry run)"
+    write_result(arguments.output, name, result)
+    failures = result.get("failures", [])
+    if failures:
+        raise SystemExit("\n".join(["FAILED:", *map(str, failures)]))
+
+
+def write_result(folder: Path, name: str, result: dict[str, Any]) -> None:
+    """A stage's file, in one go: what stops in between leaves the old one."""
+    part = folder / f"{name}.json.part"
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(folder / f"{name}.json")
+
+
+def commit() -> str:
+    """Of the repository, and whether files differ from it; "unknown" without git.
+
+    GPU_CHECK_COMMIT says it where files came without their history.
+    """
+    if given := os.environ.get("GPU_CHECK_COMMIT"):
+        return given
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return found.stdout.strip() or "unknown"
