@@ -182,7 +182,7 @@ def _of_list(
     }
 
 
-def stage(device: str, is_quick: bool, options: Sequence[str]) -> dict[str, Any]:
+def stage(device: str, is_quick: bool, variant: str) -> dict[str, Any]:
     """The stage's result; see `command.run_stage`."""
     if device == "cpu":
         return measure(TINY, device, stopwatch(device), only=2)

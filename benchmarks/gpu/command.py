@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
-Stage = Callable[[str, bool, Sequence[str]], dict[str, Any]]
-"""Takes the device, whether it is to be quick, and more options; returns what a file holds."""
+Stage = Callable[[str, bool, str], dict[str, Any]]
+"""Takes the device, whether it is to be quick, and the variant; returns what a file holds."""
 
 
-def run_stage(name: str, text: str, stage: Stage, options: Sequence[str] = ()) -> None:
-    """Runs a stage and writes `OUTPUT/NAME.json`.
+def run_stage(name: str, text: str, stage: Stage, variants: Sequence[str] = ()) -> None:
+    """Runs a stage and writes `OUTPUT/NAME.json`, or `OUTPUT/NAME_VARIANT.json`.
 
     Args:
         name: Of the file.
         text: The stage's help.
         stage: What to do.
-        options: What may be named after the others, for some of the stage.
+        variants: Of the stage, if it has any: one of them is named.
 
     Raises:
         SystemExit: The result says that something is wrong.
@@ -36,16 +36,17 @@ def run_stage(name: str, text: str, stage: Stage, options: Sequence[str] = ()) -
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="less of everything")
-    if options:
-        parser.add_argument("only", nargs="*", choices=[*options, []], help="default: all")
+    if variants:
+        parser.add_argument("variant", choices=variants)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     arguments.output.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
-        result = stage(arguments.device, arguments.quick, getattr(arguments, "only", []))
+        result = stage(arguments.device, arguments.quick, getattr(arguments, "variant", ""))
     result |= {"measured": datetime.now().isoformat(timespec="seconds"), "commit": commit()}
     result["gpu"] = torch.cuda.get_device_name() if arguments.device == "cuda" else "none (dry run)"
-    write_result(arguments.output, name, result)
+    full_name = "_".join([name, *([arguments.variant] if variants else [])])
+    write_result(arguments.output, full_name, result)
     failures = result.get("failures", [])
     if failures:
         raise SystemExit("\n".join(["FAILED:", *map(str, failures)]))

@@ -335,7 +335,7 @@ def _of_layout(bench: Bench, is_first: bool) -> Iterator[dict[str, Any]]:
                 }
 
 
-def stage(device: str, is_quick: bool, options: Sequence[str]) -> dict[str, Any]:
+def stage(device: str, is_quick: bool, variant: str) -> dict[str, Any]:
     """The stage's result; see `command.run_stage`."""
     sizes = TINY if device == "cpu" else Sizes()
     return measure(sizes, device, stopwatch(device, 10 if is_quick else 50))

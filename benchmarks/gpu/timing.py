@@ -132,7 +132,7 @@ class GpuStopwatch:
         for _ in range(self._runs + 1):
             self._written.fill_(1.0)
             torch.sum(self._read, dim=0, out=self._sum)
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = (_event() for _ in range(2))
             begin.record()
             replay()
             end.record()
@@ -175,3 +175,7 @@ def copy_bandwidth(device: torch.device | str, watch: Stopwatch, size: int) -> f
     target = torch.empty_like(source)
     timing = watch.time([lambda: target.copy_(source)])
     return 2 * source.nbytes / (1e-6 * timing.microseconds)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
