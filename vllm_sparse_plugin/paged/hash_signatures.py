@@ -107,6 +107,10 @@ class HashSignatures(BlockIndex):
         """See `BlockIndex.bytes_per_block`."""
         return self.rows_per_head(shape) * self.words * _WORD_BYTES * shape.block_size
 
+    def networks(self, layer_index: int) -> dict[str, Networks] | None:
+        """The networks of "key" and "query" of a layer; None: the file has nothing for it."""
+        return _weights(self.weight_file).get(layer_index)
+
     def signatures(
         self, rows: np.ndarray, layer_index: int, side: str, num_heads: int
     ) -> np.ndarray:
@@ -124,10 +128,10 @@ class HashSignatures(BlockIndex):
         Raises:
             ValueError: There are no weights for the layer.
         """
-        weights = _weights(self.weight_file)
-        if layer_index not in weights:
+        sides = self.networks(layer_index)
+        if sides is None:
             raise ValueError(f"the weights have no layer {layer_index}")
-        networks = weights[layer_index][side]
+        networks = sides[side]
         outputs = rows
         for step, (matrices, biases) in enumerate(
             zip(networks.matrices, networks.biases, strict=True)
@@ -144,7 +148,7 @@ class HashSignatures(BlockIndex):
     def update(self, cache: LayerCache, slots: np.ndarray) -> None:
         """See `BlockIndex.update`."""
         shape = cache.layout.shape
-        if cache.layer_index not in _weights(self.weight_file):
+        if self.networks(cache.layer_index) is None:
             return  # No masker can ask for signatures of a layer that the file leaves out.
         written = slots[slots >= 0]
         for start in range(0, len(written), _TOKENS_AT_ONCE):

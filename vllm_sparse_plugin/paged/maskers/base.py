@@ -21,6 +21,7 @@ from vllm_sparse_plugin.paged.kernels.group_flags import pool_flags, spread_flag
 from vllm_sparse_plugin.paged.kernels.selection import flag_largest, flag_range
 from vllm_sparse_plugin.paged.layout import BlockIndex, BlockShape, LayerCache
 from vllm_sparse_plugin.paged.scratch import scratch
+from vllm_sparse_plugin.paged.sizes import ends_within, sizes_of
 from vllm_sparse_plugin.paged.token_lists import NO_KEY_PROBABILITY
 
 
@@ -58,14 +59,8 @@ class PagedQueries:
     key_probability: np.ndarray = field(default_factory=lambda: NO_KEY_PROBABILITY)
 
     def sizes(self, size: Size) -> np.ndarray:
-        """A masker's size in keys, for each query: `[num_queries]`, int64; see `resolve_size`.
-
-        Not `resolve_size` itself: in each layer, torch took as long for it as a kernel.
-        """
-        lengths = self.lengths.astype(np.int64)
-        if isinstance(size, float):
-            return (lengths * size).astype(np.int64)
-        return np.minimum(lengths, np.int64(size))
+        """See `sizes_of`."""
+        return sizes_of(self.lengths, size)
 
     def add_range(self, begins: np.ndarray, ends: np.ndarray) -> None:
         """Selects keys at positions [begin, end) of each query; both int64 `[num_queries]`."""
@@ -112,7 +107,7 @@ class PagedQueries:
     def select_all_within(self, size: Size) -> None:
         """Selects every key of the queries that see no more than a size given in keys."""
         if isinstance(size, int):
-            ends = np.where(self.lengths <= size, self.lengths, 0).astype(np.int64)
+            ends = ends_within(self.lengths, size)
             self.add_range(np.zeros_like(ends), ends)
 
 

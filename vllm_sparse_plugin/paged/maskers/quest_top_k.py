@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.quest_top_k import (  # noqa: E501
     MIN_PAGES,
     QuestTopKMaskerConfig,
@@ -19,6 +17,7 @@ from vllm_sparse_plugin.paged.maskers.base import (
     counterpart_of,
 )
 from vllm_sparse_plugin.paged.page_bounds import PageBounds
+from vllm_sparse_plugin.paged.sizes import page_counts
 
 
 @counterpart_of(QuestTopKMaskerConfig)
@@ -56,10 +55,6 @@ class PagedQuestTopKMasker(PagedMasker):
             queries.lengths,
             queries.scores,
         )
-        lengths = queries.lengths.astype(np.int64)
-        wanted = queries.sizes(self.config.heavy_size)
-        every = -(-lengths // page_size)
-        counts = np.minimum(every, np.maximum(MIN_PAGES, wanted // page_size))
-        counts = np.where(wanted >= lengths, every, counts)
+        counts = page_counts(queries.lengths, self.config.heavy_size, page_size, MIN_PAGES)
         queries.select_all_within(self.config.heavy_size)
         queries.add_largest(page_size, self.config.head_granularity, counts)

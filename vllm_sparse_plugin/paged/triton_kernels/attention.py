@@ -117,14 +117,16 @@ def _join_kernel(
     mass,
     sums,
     counts,
+    lengths,
     output,
+    KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
     PARTS: tl.constexpr,
     LEAST: tl.constexpr,
 ):
-    """The parts of one query head."""
+    """The parts of one query head; padding has no output."""
     row = tl.program_id(0).to(tl.int64)
     item, head = row // HEADS, row % HEADS
     count = tl.load(counts + item)
@@ -139,11 +141,9 @@ def _join_kernel(
     inside = is_live[:, None] & is_channel[None, :]
     own = tl.load(sums + at[:, None] * HEAD_SIZE + channels[None, :], mask=inside, other=0.0)
     result = tl.sum(factors[:, None] * own, 0) / tl.where(weight > 0, weight, 1.0)
-    tl.store(
-        output + row * HEAD_SIZE + channels,
-        result.to(output.dtype.element_ty),
-        mask=is_channel,
-    )
+    if tl.load(lengths + item // KV_HEADS) > 0:
+        target = output + row * HEAD_SIZE + channels
+        tl.store(target, result.to(output.dtype.element_ty), mask=is_channel)
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def attend_lists(
     Args:
         query: `[num_queries, num_heads, head_size]`, a floating type, contiguous.
         kv_cache: See `cache_rows`.
-        batch: Of the queries; `lengths` is not looked at.
+        batch: Of the queries.
         tokens: `[>= num_queries * num_kv_heads, capacity]`, int32 positions; None: every KV head
             reads the positions before its count.
         log_weights: `[>= num_queries * num_kv_heads, capacity, heads of a group]`, float32, see
@@ -214,7 +214,7 @@ def attend_lists(
         counts: `[>= num_queries * num_kv_heads]`, int32, tokens of each list.
         scaling: Of the scores.
         output: `[num_queries, num_heads, head_size]`, a floating type, contiguous; zeros for an
-            empty selection.
+            empty selection, not written for a query of length 0.
         workspace: For as many queries.
 
     Raises:
@@ -270,7 +270,9 @@ def attend_lists(
         workspace.mass,
         workspace.sums,
         counts,
+        batch.lengths,
         output,
+        KV_HEADS=sizes["KV_HEADS"],
         HEADS=heads,
         HEAD_SIZE=head_size,
         CHANNELS=sizes["CHANNELS"],

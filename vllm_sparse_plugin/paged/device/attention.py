@@ -1,0 +1,209 @@
+"""Sparse attention of a layer's queries on the device: select, then read what is selected."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sparse_attention_hub.sparse_attention.research_attention.maskers.base import MaskerConfig
+from vllm_sparse_plugin.paged import maskers as _registers_counterparts  # noqa: F401
+from vllm_sparse_plugin.paged.device import indices as _registers_indices  # noqa: F401
+from vllm_sparse_plugin.paged.device import maskers as _registers_maskers  # noqa: F401
+from vllm_sparse_plugin.paged.device.cache import DeviceCache
+from vllm_sparse_plugin.paged.device.maskers.base import DeviceMasker, device_masker
+from vllm_sparse_plugin.paged.device.queries import DeviceQueries
+from vllm_sparse_plugin.paged.device.space import DeviceSpace
+from vllm_sparse_plugin.paged.maskers.base import PagedMasker, Unsupported, paged_masker
+from vllm_sparse_plugin.paged.triton_kernels.attention import AttentionWorkspace, attend_lists
+from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
+from vllm_sparse_plugin.paged.triton_kernels.flags import clear_flags
+from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists, list_tokens
+from vllm_sparse_plugin.paged.triton_kernels.read_counts import add_sums
+
+KEYS_READ, ROWS_READ, ROWS_SCORED = 0, 1, 2
+"""Columns of a query's counts: keys selected, summed over query heads; rows of key and value that
+were loaded, over KV heads; rows of keys that were loaded in order to select."""
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What the planner itself writes in a launch."""
+
+    flags: torch.Tensor
+    probability: torch.Tensor
+    lists: DeviceLists
+    attention: AttentionWorkspace
+
+    @classmethod
+    def of(cls, space: DeviceSpace, num_units: int, is_sampled: bool) -> _Memory:
+        shape = space.shape
+        rows = space.max_queries * num_units
+        return cls(
+            space.buffer("flags", rows, space.capacity, dtype=torch.uint8),
+            space.buffer("probability", rows, dtype=torch.float32),
+            space.workspace(
+                DeviceLists.of,
+                space.max_queries,
+                shape.num_kv_heads,
+                num_units // shape.num_kv_heads,
+                space.capacity,
+                is_sampled,
+            ),
+            space.workspace(
+                AttentionWorkspace.of,
+                space.max_queries,
+                shape.num_heads,
+                shape.num_kv_heads,
+                shape.head_size,
+            ),
+        )
+
+
+class DeviceAttention:
+    """A list of maskers, applied to queries of any layer that has them.
+
+    Attributes:
+        maskers: In the order they are applied.
+        paged: The same on CPUs.
+        space: Memory of their launches.
+    """
+
+    def __init__(self, configs: Sequence[MaskerConfig], space: DeviceSpace) -> None:
+        """Builds the counterparts, and asks for all memory.
+
+        Args:
+            configs: At least one masker.
+            space: For the engine's layers.
+
+        Raises:
+            Unsupported: One of them has no counterpart; says which.
+        """
+        self.space = space
+        self.paged = paged_maskers(configs, space)
+        self.maskers: list[DeviceMasker] = [device_masker(paged, space) for paged in self.paged]
+        by_head = any(paged.needs_query_heads for paged in self.paged)
+        self._num_units = space.shape.num_heads if by_head else space.shape.num_kv_heads
+        self._is_sampled = any(paged.samples for paged in self.paged)
+        self._memory = _Memory.of(space, self._num_units, self._is_sampled)
+        nothing = np.zeros(0, np.int64)
+        counts = [len(masker.sizes(nothing)) for masker in self.maskers]
+        ends = itertools.accumulate(counts, initial=0)
+        self._parts = [slice(*pair) for pair in itertools.pairwise(ends)]
+
+    @property
+    def num_sizes(self) -> int:
+        """Rows of `sizes`."""
+        return int(self._parts[-1].stop)
+
+    def sizes(self, lengths: np.ndarray) -> np.ndarray:
+        """What follows from lengths alone; computed once per step, on the host.
+
+        Args:
+            lengths: `[num_queries]`, an integer type: keys that each query sees; 0 = padding.
+
+        Returns:
+            `[num_sizes, num_queries]`, int32.
+        """
+        lengths = lengths.astype(np.int64)
+        rows = [row for masker in self.maskers for row in masker.sizes(lengths)]
+        return np.array(rows, np.int32).reshape(self.num_sizes, len(lengths))
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        cache: DeviceCache,
+        batch: DeviceBatch,
+        sizes: torch.Tensor,
+        scaling: float,
+        output: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> None:
+        """Attention of each query over what the maskers select for it.
+
+        It only launches: no value is looked at, no memory asked for.
+
+        Args:
+            query: `[num_queries, num_heads, head_size]`, contiguous.
+            cache: Of the layer, with the indices that the maskers need.
+            batch: Of the queries.
+            sizes: `[num_sizes, num_queries]`, int32: see `sizes`.
+            scaling: Of the scores.
+            output: As `query`; written, but for padding.
+            counts: `[num_queries, 3]`, int64: added to, see `KEYS_READ`.
+        """
+        for start in range(0, len(query), self.space.max_queries):
+            part = slice(start, start + self.space.max_queries)
+            self._attend(
+                query[part],
+                cache,
+                DeviceBatch(batch.block_table, batch.rows[part], batch.lengths[part]),
+                sizes[:, part],
+                scaling,
+                output[part],
+                counts[part],
+            )
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        cache: DeviceCache,
+        batch: DeviceBatch,
+        sizes: torch.Tensor,
+        scaling: float,
+        output: torch.Tensor,
+        counts: torch.Tensor,
+    ) -> None:
+        memory, shape, lengths = self._memory, self.space.shape, batch.lengths
+        rows = len(query) * self._num_units
+        queries = DeviceQueries(
+            query=query,
+            cache=cache,
+            batch=batch,
+            scaling=scaling,
+            flags=memory.flags[:rows],
+            probability=memory.probability[:rows],
+            keys_scored=counts[:, ROWS_SCORED:],
+            space=self.space,
+        )
+        clear_flags(queries.flags, lengths)
+        if self._is_sampled:
+            queries.probability.zero_()
+        for masker, part in zip(self.maskers, self._parts, strict=True):
+            masker.select(queries, sizes[part])
+        lists = memory.lists
+        list_tokens(
+            queries.flags, lengths, lists, queries.probability if self._is_sampled else None
+        )
+        units = self._num_units
+        add_sums(lists.selected, units, shape.num_heads // units, lengths, counts[:, KEYS_READ:])
+        add_sums(lists.counts, shape.num_kv_heads, 1, lengths, counts[:, ROWS_READ:])
+        attend_lists(
+            query,
+            cache.kv_cache,
+            batch,
+            lists.tokens,
+            lists.log_weights,
+            lists.counts,
+            scaling,
+            output,
+            memory.attention,
+        )
+
+
+def paged_maskers(configs: Sequence[MaskerConfig], space: DeviceSpace) -> list[PagedMasker]:
+    """The paged maskers of a list.
+
+    Args:
+        configs: At least one masker.
+        space: Of the engine.
+
+    Raises:
+        Unsupported: There are none, or one has no counterpart.
+    """
+    if not configs:
+        raise Unsupported("no maskers")
+    return [paged_masker(config, space.shape) for config in configs]

@@ -1,0 +1,92 @@
+"""One layer's cache on the device: keys, values and indices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex, device_index
+from vllm_sparse_plugin.paged.device.space import DeviceSpace
+from vllm_sparse_plugin.paged.layout import BlockIndex, BlockLayout
+from vllm_sparse_plugin.paged.triton_kernels.writing import write_rows
+
+
+@dataclass(frozen=True)
+class DeviceCache:
+    """A layer's cache, in vLLM's tensor.
+
+    Attributes:
+        kv_cache: `[num_blocks, num_kv_heads, block_size, width]`, see `triton_kernels`.
+        layout: Of its blocks.
+        layer_index: Of the attention layer.
+        indices: What brings each index of the layout up to date.
+    """
+
+    kv_cache: torch.Tensor
+    layout: BlockLayout
+    layer_index: int
+    indices: dict[BlockIndex, DeviceIndex] = field(repr=False)
+
+    @classmethod
+    def of(
+        cls, kv_cache: torch.Tensor, layout: BlockLayout, layer_index: int, space: DeviceSpace
+    ) -> DeviceCache:
+        """Looks whether the tensor is of the layout, and brings constants to the device.
+
+        Args:
+            kv_cache: See the class.
+            layout: Likewise.
+            layer_index: Likewise.
+            space: Of the engine.
+
+        Raises:
+            ValueError: The tensor is not of this layout.
+        """
+        shape = layout.shape
+        width = layout.bytes_per_token // shape.dtype.itemsize
+        wanted = (shape.num_kv_heads, shape.block_size, width)
+        if (
+            kv_cache.dtype != shape.dtype
+            or tuple(kv_cache.shape[1:]) != wanted
+            or not kv_cache.is_contiguous()
+        ):
+            raise ValueError(
+                f"the KV cache must be contiguous [*, {', '.join(map(str, wanted))}] of "
+                f"{shape.dtype}, got {tuple(kv_cache.shape)} of {kv_cache.dtype} with strides "
+                f"{kv_cache.stride()}"
+            )
+        indices = {
+            index: device_index(index, layout, layer_index, space) for index in layout.indices
+        }
+        return cls(kv_cache, layout, layer_index, indices)
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+        """Writes keys and values, and brings every index up to date.
+
+        Args:
+            key: `[num_tokens, num_kv_heads, head_size]`; `value` likewise.
+            value: See `key`.
+            slots: `[>= num_tokens]`, int64; negative = padding.
+        """
+        slots = slots[: len(key)]
+        write_rows(key, value, self.kv_cache, slots)
+        for index in self.indices.values():
+            index.update(self.kv_cache, slots)
+
+    def rows(self) -> torch.Tensor:
+        """The keys and values alone, as vLLM's own kernels take them: a view.
+
+        Returns:
+            `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
+        """
+        return key_value_rows(self.kv_cache, self.layout.shape.head_size)
+
+
+def key_value_rows(kv_cache: torch.Tensor, head_size: int) -> torch.Tensor:
+    """A cache's keys and values without indices; see `DeviceCache.rows`."""
+    num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+    row = 2 * head_size
+    strides: Sequence[int] = (kv_cache.stride(0), block_size * row, row, 1)
+    return kv_cache.as_strided((num_blocks, num_kv_heads, block_size, row), strides)

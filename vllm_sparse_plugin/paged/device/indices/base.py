@@ -1,0 +1,72 @@
+"""The base of device indices, and the registry that finds them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from vllm_sparse_plugin.paged.device.space import DeviceSpace
+from vllm_sparse_plugin.paged.layout import BlockIndex, BlockLayout
+
+
+class DeviceIndex(ABC):
+    """An index of one layer's cache.
+
+    Attributes:
+        index: What blocks hold.
+        place: Where, see `BlockLayout.place_of`.
+        shape: Of the cache.
+    """
+
+    def __init__(
+        self, index: Any, layout: BlockLayout, layer_index: int, space: DeviceSpace
+    ) -> None:
+        """Brings what is constant to the device.
+
+        Args:
+            index: One of the layout's.
+            layout: Of the blocks.
+            layer_index: Of the attention layer.
+            space: Of the engine.
+        """
+        self.index = index
+        self.place = layout.place_of(index)
+        self.shape = layout.shape
+
+    @abstractmethod
+    def update(self, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
+        """Makes the index right again after keys were written.
+
+        Args:
+            kv_cache: See `triton_kernels`, with the new keys.
+            slots: `[num_tokens]`, int64, where they are; negative = padding.
+        """
+
+
+_INDICES: dict[type[BlockIndex], type[DeviceIndex]] = {}
+Index = TypeVar("Index", bound="type[DeviceIndex]")
+
+
+def device_index_of(index_type: type[BlockIndex]) -> Callable[[Index], Index]:
+    """Class decorator: the device's side of an index class."""
+
+    def decorate(index: Index) -> Index:
+        _INDICES[index_type] = index
+        return index
+
+    return decorate
+
+
+def has_device_index(index: BlockIndex) -> bool:
+    """Whether the device can keep it up to date."""
+    return type(index) in _INDICES
+
+
+def device_index(
+    index: BlockIndex, layout: BlockLayout, layer_index: int, space: DeviceSpace
+) -> DeviceIndex:
+    """The device's side of an index in one layer."""
+    return _INDICES[type(index)](index, layout, layer_index, space)

@@ -1,0 +1,83 @@
+"""HashAttention's signatures of keys on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex, device_index_of
+from vllm_sparse_plugin.paged.device.space import DeviceSpace
+from vllm_sparse_plugin.paged.hash_signatures import HashSignatures, Networks
+from vllm_sparse_plugin.paged.layout import BlockLayout
+from vllm_sparse_plugin.paged.triton_kernels.signature_networks import write_signatures
+
+_TOKENS_AT_ONCE = 1024
+"""Keys that go through the networks together; it bounds the memory of their hidden layers."""
+
+
+@dataclass(frozen=True)
+class DeviceNetworks:
+    """One layer's networks of one side on the device; see `Networks`.
+
+    Attributes:
+        matrices: Per linear layer, `[networks, in, out]`, float32.
+        biases: Likewise, `[networks, out]`.
+    """
+
+    matrices: tuple[torch.Tensor, ...]
+    biases: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, networks: Networks, device: torch.device) -> DeviceNetworks:
+        """Copies them to a device."""
+        return cls(
+            tuple(torch.from_numpy(matrix).to(device) for matrix in networks.matrices),
+            tuple(torch.from_numpy(bias).to(device) for bias in networks.biases),
+        )
+
+    def hidden(self, name: str, rows: int, tokens: int, space: DeviceSpace) -> list[torch.Tensor]:
+        """Scratch of each layer but the last, `[rows, tokens, out]`, float32."""
+        return [
+            space.buffer(f"{name} {place}", rows, tokens, matrix.shape[2], dtype=torch.float32)
+            for place, matrix in enumerate(self.matrices[:-1])
+        ]
+
+
+@device_index_of(HashSignatures)
+class DeviceHashSignatures(DeviceIndex):
+    """See `HashSignatures`.
+
+    Attributes:
+        query_networks: Of the layer; None: the file has nothing for it, and no masker can ask for
+            its signatures.
+    """
+
+    def __init__(
+        self, index: HashSignatures, layout: BlockLayout, layer_index: int, space: DeviceSpace
+    ) -> None:
+        """Brings the layer's networks to the device."""
+        super().__init__(index, layout, layer_index, space)
+        self.query_networks: DeviceNetworks | None = None
+        sides = index.networks(layer_index)
+        if sides is None:
+            return
+        self.query_networks = DeviceNetworks.of(sides["query"], space.device)
+        self._networks = DeviceNetworks.of(sides["key"], space.device)
+        tokens = min(_TOKENS_AT_ONCE, space.max_tokens)
+        self._hidden = self._networks.hidden("hidden keys", sides["key"].count, tokens, space)
+
+    def update(self, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
+        """See `DeviceIndex.update`."""
+        if self.query_networks is None:
+            return
+        for start in range(0, len(slots), _TOKENS_AT_ONCE):
+            write_signatures(
+                kv_cache,
+                self.place,
+                self._networks.matrices,
+                self._networks.biases,
+                self.index.activation,
+                slots[start : start + _TOKENS_AT_ONCE],
+                self._hidden,
+            )

@@ -1,0 +1,26 @@
+"""Quest's bounds of pages on the device."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex, device_index_of
+from vllm_sparse_plugin.paged.page_bounds import PageBounds
+from vllm_sparse_plugin.paged.triton_kernels.page_bounds import update_pages
+
+
+@device_index_of(PageBounds)
+class DevicePageBounds(DeviceIndex):
+    """See `PageBounds`."""
+
+    def update(self, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
+        """See `DeviceIndex.update`."""
+        update_pages(
+            kv_cache,
+            self.place,
+            self.index.record_bytes(self.shape),
+            self.shape.head_size,
+            self.index.page_size,
+            self.index.label_bits,
+            slots,
+        )

@@ -1,0 +1,24 @@
+"""Sink masker on the device."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vllm_sparse_plugin.paged.device.maskers.base import DeviceMasker, device_masker_of
+from vllm_sparse_plugin.paged.device.queries import DeviceQueries
+from vllm_sparse_plugin.paged.maskers.sink import PagedSinkMasker
+from vllm_sparse_plugin.paged.sizes import sizes_of
+
+
+@device_masker_of(PagedSinkMasker)
+class DeviceSinkMasker(DeviceMasker):
+    """See `SinkMasker`."""
+
+    def sizes(self, lengths: np.ndarray) -> list[np.ndarray]:
+        """Where the range begins and ends."""
+        return [np.zeros_like(lengths), sizes_of(lengths, self.config.sink_size)]
+
+    def select(self, queries: DeviceQueries, sizes: torch.Tensor) -> None:
+        """See `DeviceMasker.select`."""
+        queries.add_range(sizes[0], sizes[1])
