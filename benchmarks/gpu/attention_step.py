@@ -2,19 +2,18 @@
 
     python -m benchmarks.gpu.attention_step --output FOLDER [--quick]
 
-Sparse: everything from the query to the output, for as many layers as fit (at most four), one after
-the other; what is planned once per step is measured by itself, and counted as a model of 32 layers
-shares it. Dense: the fastest of what vLLM has, see `dense_baselines`. Neither writes the cache.
-Each sparse list is compared with the reference's own masker objects before it is measured. Queries
-and keys are random: query heads of a group select different pages then, unlike those of a trained
-model, so that lists of single query heads are longer here.
+Sparse: everything from the query to the output, for as many layers as fit (at most four), one
+after the other; what the host plans once per step is measured by itself, and counted as a model of
+32 layers shares it. Dense: the fastest of what vLLM has, see `dense_baselines`. Neither writes the
+cache. Each sparse list is compared with the reference's own masker objects before it is measured.
+Queries and keys are random: query heads of a group select different pages then, unlike those of a
+trained model, so that lists of single query heads are longer here.
 """
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from benchmarks.gpu.command import run_stage
 from benchmarks.gpu.dense_baselines import DenseCase, measure_dense
 from benchmarks.gpu.device_step import DeviceStep, relative_error
 from benchmarks.gpu.sparse_configs import MOST_LAYERS, SparseCase, sparse_cases
-from benchmarks.gpu.timing import Stopwatch, stopwatch
+from benchmarks.gpu.timing import Stopwatch, host_microseconds, stopwatch
 from vllm_sparse_plugin.paged.layout import BlockShape
 
 logger = logging.getLogger(__name__)
@@ -125,7 +124,7 @@ def _of_context(
             plan.checked_keys, folder, plan.shape.num_kv_heads, plan.shape.head_size
         )
         for sparse, small in list(zip(cases, checked, strict=True))[:only]:
-            record: dict[str, Any] = {"name": sparse.name, "bar": sparse.bars.get(keys)}
+            record: dict[str, Any] = {"name": sparse.name}
             try:
                 record |= _of_list(plan, sparse, small, case, watch, layers)
                 record["speed_up"] = fastest / record["microseconds"]
@@ -164,21 +163,22 @@ def _of_list(
     step = DeviceStep.of(
         sparse.maskers, plan.shape, plan.batch, dense.sequences.keys, layers, device
     )
-    planned = watch.time([step.plan])
     timing = watch.time([partial(step.attend, layer) for layer in range(layers)])
-    total = timing.microseconds + planned.microseconds / LAYERS
-    density, index = step.density(), step.index_share
+    planned = host_microseconds(step.plan)
+    total = timing.microseconds + planned / LAYERS
+    (density, loaded), index = step.densities(), step.index_share
     return {
         **timing.to_dict(),
         "microseconds": total,
         "attend_microseconds": timing.microseconds,
-        "plan_microseconds": planned.microseconds,
+        "plan_microseconds": planned,
         "error": None,
         "relative_error": error,
         "density": density,
         "nominal_density": sparse.density,
+        "loaded": loaded,
         "index_share": index,
-        "ceiling": byte_counts.ceiling(1.0, density, index),
+        "ceiling": byte_counts.ceiling(1.0, loaded, index),
     }
 
 

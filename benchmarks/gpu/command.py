@@ -14,6 +14,10 @@ from typing import Any
 
 import torch
 
+logger = logging.getLogger(__name__)
+
+SKIPPED = 77
+"""Exit status of a stage that this machine cannot run; its log says why."""
 Stage = Callable[[str, bool, str], dict[str, Any]]
 """Takes the device, whether it is to be quick, and the variant; returns what a file holds."""
 
@@ -28,7 +32,7 @@ def run_stage(name: str, text: str, stage: Stage, variants: Sequence[str] = ()) 
         variants: Of the stage, if it has any: one of them is named.
 
     Raises:
-        SystemExit: The result says that something is wrong.
+        SystemExit: The result says that something is wrong, or was skipped.
     """
     parser = argparse.ArgumentParser(
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -47,6 +51,9 @@ def run_stage(name: str, text: str, stage: Stage, variants: Sequence[str] = ()) 
     result["gpu"] = torch.cuda.get_device_name() if arguments.device == "cuda" else "none (dry run)"
     full_name = "_".join([name, *([arguments.variant] if variants else [])])
     write_result(arguments.output, full_name, result)
+    if "skipped" in result:
+        logger.warning("skipped: %s", result["skipped"])
+        raise SystemExit(SKIPPED)
     failures = result.get("failures", [])
     if failures:
         raise SystemExit("\n".join(["FAILED:", *map(str, failures)]))

@@ -22,7 +22,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,9 +139,7 @@ def start(run: Run, folder: Path, device: str) -> Any:
     if run.is_sparse:
         keys = max(cell.keys for cell in run.cells)
         options["attention_backend"] = "CUSTOM"
-        options["additional_config"] = {
-            "sparse_attention": {"maskers": quest(keys, run.density)}
-        }
+        options["additional_config"] = {"sparse_attention": {"maskers": quest(keys, run.density)}}
     elif device == "cuda":
         options["attention_backend"] = "FLASH_ATTN"
     return LLM(str(folder), skip_tokenizer_init=True, seed=0, **options)

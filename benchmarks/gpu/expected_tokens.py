@@ -27,12 +27,15 @@ def main() -> None:
     prepare_environment()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        content = {"commit": commit(), "weights": write_model(folder), "answers": {}}
-        for config, maskers in tqdm(token_configs(folder).items()):
-            content["answers"][config] = {
+        fingerprint = write_model(folder)
+        found = {
+            config: {
                 request: answer.to_dict()
                 for request, answer in answers_of(folder, maskers, "cpu").items()
             }
+            for config, maskers in tqdm(token_configs(folder).items())
+        }
+    content = {"commit": commit(), "weights": fingerprint, "answers": found}
     EXPECTED.write_text(json.dumps(content, indent=1) + "\n")
 
 

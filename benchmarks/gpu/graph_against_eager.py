@@ -48,9 +48,7 @@ def schedule(steps: int = 100) -> list[Asked]:
         tokens = steps if number == 0 else 1 + (steps * (7 * number % 12)) // 14
         mode = "off" if number % 3 == 2 else "on"
         start = number * steps // 14
-        found.append(
-            Asked(f"request-{number}", prompt, tokens, {"sparse_attention": mode}, start)
-        )
+        found.append(Asked(f"request-{number}", prompt, tokens, {"sparse_attention": mode}, start))
     return found
 
 

@@ -10,7 +10,7 @@ the other, so that launches follow each other as a model's layers do.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.gpu import byte_counts
 from benchmarks.gpu.command import run_stage
-from benchmarks.gpu.paged_data import Sequences, filled_cache, random_heads
+from benchmarks.gpu.paged_data import Sequences, empty_cache, fill, random_heads
 from benchmarks.gpu.timing import Stopwatch, Timing, copy_bandwidth, stopwatch
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape
 from vllm_sparse_plugin.paged.page_bounds import PageBounds
@@ -140,10 +140,11 @@ class Bench:
         self.query = random_heads(sizes.batch, sizes.query_heads, shape, generator)
         self.new_keys = random_heads(sizes.batch, sizes.kv_heads, shape, generator)
         self.output = torch.empty_like(self.query)
-        self.caches = [
-            filled_cache(self.layout, self.sequences, self.write, seed)
-            for seed in range(copies_that_fit(self.layout, self.sequences))
-        ]
+        self.caches = []
+        for seed in range(copies_that_fit(self.layout, self.sequences)):
+            cache = empty_cache(self.layout, self.sequences)
+            fill(partial(self.write, cache), shape, self.sequences, seed)
+            self.caches.append(cache)
 
     def write(
         self, cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor

@@ -10,10 +10,10 @@ import torch
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 
-_AT_ONCE = 1 << 15
+WRITTEN_AT_ONCE = 1 << 15
 """Tokens that are written in one go."""
-Write = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], object]
-"""Takes a cache, keys, values, and where they go."""
+Write = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], object]
+"""Takes keys, values, and where they go."""
 
 
 @dataclass(frozen=True)
@@ -85,34 +85,36 @@ def random_heads(
     ).to(shape.dtype)
 
 
-def filled_cache(
-    layout: BlockLayout, sequences: Sequences, write: Write, seed: int = 0
-) -> torch.Tensor:
-    """A layer's cache with random keys and values, and what else is written with them.
+def empty_cache(layout: BlockLayout, sequences: Sequences) -> torch.Tensor:
+    """A layer's cache for all of the sequences' blocks, of zeros.
 
     Args:
-        layout: Of its blocks.
-        sequences: What it holds.
-        write: Of some tokens.
-        seed: Of the numbers.
+        layout: Of the blocks.
+        sequences: What it will hold.
     """
     shape = layout.shape
-    device = sequences.batch.rows.device
-    generator = torch.Generator(device).manual_seed(seed)
     width = layout.bytes_per_token // shape.dtype.itemsize
-    cache = torch.zeros(
-        sequences.num_blocks,
-        shape.num_kv_heads,
-        shape.block_size,
-        width,
+    return torch.zeros(
+        (sequences.num_blocks, shape.num_kv_heads, shape.block_size, width),
         dtype=shape.dtype,
-        device=device,
+        device=sequences.batch.rows.device,
     )
+
+
+def fill(write: Write, shape: BlockShape, sequences: Sequences, seed: int) -> None:
+    """Writes random keys and values.
+
+    Args:
+        write: Of some tokens, into a cache.
+        shape: Of the cache.
+        sequences: What it holds.
+        seed: Of the numbers.
+    """
+    generator = torch.Generator(sequences.batch.rows.device).manual_seed(seed)
     for sequence in range(sequences.count):
-        for begin in range(0, sequences.keys, _AT_ONCE):
-            slots = sequences.slots(sequence, begin, min(begin + _AT_ONCE, sequences.keys))
+        for begin in range(0, sequences.keys, WRITTEN_AT_ONCE):
+            slots = sequences.slots(sequence, begin, min(begin + WRITTEN_AT_ONCE, sequences.keys))
             key, value = (
                 random_heads(len(slots), shape.num_kv_heads, shape, generator) for _ in range(2)
             )
-            write(cache, key, value, slots)
-    return cache
+            write(key, value, slots)

@@ -163,6 +163,21 @@ def stopwatch(device: torch.device | str, runs: int = 50) -> Stopwatch:
     return GpuStopwatch(device, runs) if device.type == "cuda" else DryStopwatch()
 
 
+def host_microseconds(work: Launch, runs: int = 20) -> float:
+    """Median of what the host itself takes, what it has launched not waited for.
+
+    Args:
+        work: Of the host.
+        runs: Of it; the first does not count.
+    """
+    times = []
+    for _ in range(runs + 1):
+        started = time.perf_counter()
+        work()
+        times.append(1e6 * (time.perf_counter() - started))
+    return statistics.median(times[1:])
+
+
 def copy_bandwidth(device: torch.device | str, watch: Stopwatch, size: int) -> float:
     """Bytes per second that a copy reads and writes: what other kernels are compared with.
 
