@@ -182,6 +182,7 @@ def _of_list(
     }
 
 
+@torch.inference_mode()
 def stage(device: str, is_quick: bool, variant: str) -> dict[str, Any]:
     """The stage's result; see `command.run_stage`."""
     if device == "cpu":

@@ -45,8 +45,7 @@ def run_stage(name: str, text: str, stage: Stage, variants: Sequence[str] = ()) 
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    with torch.inference_mode():
-        result = stage(arguments.device, arguments.quick, getattr(arguments, "variant", ""))
+    result = stage(arguments.device, arguments.quick, getattr(arguments, "variant", ""))
     result |= {"measured": datetime.now().isoformat(timespec="seconds"), "commit": commit()}
     result["gpu"] = torch.cuda.get_device_name() if arguments.device == "cuda" else "none (dry run)"
     full_name = "_".join([name, *([arguments.variant] if variants else [])])

@@ -24,7 +24,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -53,6 +53,7 @@ class Run:
         model: Configuration of the model.
         options: Of `vllm.LLM`.
         seconds: After which no new cell is begun.
+        min_sparse_keys: Of the server.
     """
 
     engine: str
@@ -62,6 +63,7 @@ class Run:
     model: dict[str, Any]
     options: dict[str, Any]
     seconds: float
+    min_sparse_keys: int | Literal["auto"] = "auto"
 
     @property
     def is_sparse(self) -> bool:
@@ -95,7 +97,7 @@ def gpu_run(engine: str, is_quick: bool) -> Run:
         "compilation_config": GRAPHS
         | {"cudagraph_capture_sizes": [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= most]},
     }
-    return Run(engine, chosen, 64, 2 if is_quick else 3, cells.LLAMA_8B, options, 480)
+    return Run(engine, chosen, 64, 2 if is_quick else 3, cells.LLAMA_8B, options, 420)
 
 
 def dry_run(engine: str) -> Run:
@@ -119,6 +121,7 @@ def dry_run(engine: str) -> Run:
         model,
         options,
         60,
+        min_sparse_keys=256,
     )
 
 
@@ -139,7 +142,8 @@ def start(run: Run, folder: Path, device: str) -> Any:
     if run.is_sparse:
         keys = max(cell.keys for cell in run.cells)
         options["attention_backend"] = "CUSTOM"
-        options["additional_config"] = {"sparse_attention": {"maskers": quest(keys, run.density)}}
+        config = {"maskers": quest(keys, run.density), "min_sparse_keys": run.min_sparse_keys}
+        options["additional_config"] = {"sparse_attention": config}
     elif device == "cuda":
         options["attention_backend"] = "FLASH_ATTN"
     return LLM(str(folder), skip_tokenizer_init=True, seed=0, **options)

@@ -336,6 +336,7 @@ def _of_layout(bench: Bench, is_first: bool) -> Iterator[dict[str, Any]]:
                 }
 
 
+@torch.inference_mode()
 def stage(device: str, is_quick: bool, variant: str) -> dict[str, Any]:
     """The stage's result; see `command.run_stage`."""
     sizes = TINY if device == "cpu" else Sizes()

@@ -73,6 +73,7 @@ def measure(device: torch.device, only: int | None = None) -> dict[str, Any]:
     return {"records": records, "failures": failures}
 
 
+@torch.inference_mode()
 def stage(device: str, is_quick: bool, variant: str) -> dict[str, Any]:
     """The stage's result; see `command.run_stage`."""
     return measure(torch.device(device), only=2 if device == "cpu" else 4 if is_quick else None)
