@@ -1,0 +1,89 @@
+"""Runs engines one after the other: `python -m tests.plugin.cuda.engines JOB RESULT`, JSON files.
+
+With `tests.plugin.cuda.dry_cuda` in front it does so on the GPU that is not there. The job:
+
+    {"engines": [{
+        "options": {...},       # of vllm.LLM, its model included
+        "environment": {...},   # optional: variables that vLLM reads when it builds the engine
+        "batches": [[{          # asked one after the other, greedily
+            "prompt_token_ids": [...],
+            "max_tokens": 6,
+            "arrives": 0,       # optional: after so many steps of its batch
+            "extra_args": {}    # optional: what a client would send as `vllm_xargs`
+        }]],
+        "calls": [["method", [arguments]]]  # optional: collective_rpc after the last batch
+    }]}
+
+The result has for each engine: `runner`, `platform`, `tokens` (batches of requests), `captured` and
+`replays` (CUDA graphs), `steps` (of all batches) and `calls` (their answers).
+"""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def run_engine(engine: dict[str, Any]) -> dict[str, Any]:
+    """Starts one engine and asks it its batches."""
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    os.environ.update(engine.get("environment", {}))
+    llm = LLM(skip_tokenizer_init=True, **engine["options"])
+    core: Any = llm.llm_engine.engine_core.engine_core
+    runner = type(core.model_executor.driver_worker.worker.model_runner)
+    result: dict[str, Any] = {
+        "runner": f"{runner.__module__}.{runner.__qualname__}",
+        "platform": type(current_platform).__name__,
+        "tokens": [],
+        "steps": 0,
+    }
+    for batch in engine["batches"]:
+        tokens, steps = _ask(llm.llm_engine, batch)
+        result["tokens"].append(tokens)
+        result["steps"] += steps
+    result["calls"] = [
+        llm.collective_rpc(method, args=tuple(args)) for method, args in engine.get("calls", [])
+    ]
+    return result
+
+
+def _ask(engine: Any, batch: list[dict[str, Any]]) -> tuple[list[list[int]], int]:
+    """The tokens of each request, and after how many steps all were there."""
+    from vllm import SamplingParams
+
+    waiting = dict(enumerate(batch))
+    tokens: dict[str, list[int]] = {}
+    step = 0
+    while waiting or engine.has_unfinished_requests():
+        for index in [i for i, request in waiting.items() if request.get("arrives", 0) <= step]:
+            request = waiting.pop(index)
+            parameters = SamplingParams(
+                temperature=0,
+                max_tokens=request["max_tokens"],
+                ignore_eos=True,
+                detokenize=False,
+                extra_args=request.get("extra_args"),
+            )
+            prompt = {"prompt_token_ids": request["prompt_token_ids"]}
+            engine.add_request(str(index), prompt, parameters)
+        for output in engine.step():
+            if output.finished:
+                tokens[output.request_id] = list(output.outputs[0].token_ids)
+        step += 1
+    return [tokens[str(index)] for index in range(len(batch))], step
+
+
+def main(job: Path, result: Path) -> None:
+    engines = []
+    for engine in json.loads(job.read_text())["engines"]:
+        engines.append(run_engine(engine))
+        gc.collect()  # the engine is gone, and with it its distributed groups
+    result.write_text(json.dumps({"engines": engines}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
