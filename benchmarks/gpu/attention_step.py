@@ -186,7 +186,7 @@ def _of_list(
 def stage(device: str, is_quick: bool, variant: str) -> dict[str, Any]:
     """The stage's result; see `command.run_stage`."""
     if device == "cpu":
-        return measure(TINY, device, stopwatch(device), only=2)
+        return measure(TINY, device, stopwatch(device), only=1)
     watch = stopwatch(device, 10 if is_quick else 50)
     return measure(FULL, device, watch, only=3 if is_quick else None)
 
