@@ -42,6 +42,8 @@ class SparseAttentionBackend(_DenseBackend):  # type: ignore[misc, valid-type]
     """
 
     supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [*compat.SUPPORTED_CACHE_DTYPES]
+    # From vLLM 0.33 on: no model may write the cache itself and call `forward` without keys.
+    supports_kv_cache_update_bypass: ClassVar[bool] = False
 
     @staticmethod
     def get_name() -> str:
@@ -122,7 +124,8 @@ class SparseAttentionMetadataBuilder(_DenseBuilder):  # type: ignore[misc, valid
                 ", ".join(dense_only),
             )
         self._has_dense_layers = bool(dense_only)
-        self._has_sparse_layers = len(dense_only) < len(layers)
+        self._sparse_layers = [name for name in layers if name not in dense_only]
+        self._has_sparse_layers = bool(self._sparse_layers)
         self._name = layer_names[0]
         if self._has_sparse_layers and self._table.counter is None:
             self._table.counter = self._name

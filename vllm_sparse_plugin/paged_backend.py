@@ -72,7 +72,7 @@ class PagedAttentionBackend(SparseAttentionBackend):
         if spec.state_content_bytes is not None:  # done before
             return spec
         vllm_config = compat.engine_being_built()
-        shape = _block_shape(spec, vllm_config)
+        shape = compat.block_shape(spec, vllm_config)
         config = compat.serving_config(vllm_config)
         assert config is not None  # else this backend would not have been chosen
         return replace(spec, state_content_bytes=block_layout(config, shape).bytes_per_token)
@@ -94,7 +94,7 @@ class PagedMetadataBuilder(SparseAttentionMetadataBuilder):
         config = self._config
         assert config is not None  # else this backend would not have been chosen
         if self._has_sparse_layers:
-            layout = block_layout(config, _block_shape(kv_cache_spec, vllm_config))
+            layout = block_layout(config, compat.block_shape(kv_cache_spec, vllm_config))
             warm_up(config.indexed(), layout)
 
     def build(
@@ -289,16 +289,6 @@ class PagedAttentionImpl(SparseAttentionImpl):
             self._views = (kv_cache.data_ptr(), cache)
             prefer_huge_pages(kv_cache)
         return self._views[1]
-
-
-def _block_shape(spec: AttentionSpec, vllm_config: VllmConfig) -> BlockShape:
-    return BlockShape(
-        block_size=vllm_config.cache_config.block_size,
-        num_heads=compat.attention_shape(vllm_config).num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        head_size=spec.head_size,
-        dtype=spec.dtype,
-    )
 
 
 def _without_index(kv_cache: torch.Tensor, head_size: int) -> torch.Tensor:

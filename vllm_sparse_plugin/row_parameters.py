@@ -8,6 +8,7 @@ runner V2 which request slot was filled. This processor never touches logits.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,25 @@ class Row:
 
 
 @dataclass
+class GraphState:
+    """What CUDA graphs of decode steps hold, and which step is about to run.
+
+    Attributes:
+        config_json: The maskers that are captured; None: graphs hold dense steps alone.
+        captures_sparse: Whether graphs that are captured now have maskers in them.
+        has_dense_graphs: Whether there are graphs without maskers besides.
+        step_is_sparse: Whether the step that was planned last has sparse queries.
+        fits: Whether graphs have the maskers of the batch that is prepared (runner V2).
+    """
+
+    config_json: str | None = None
+    captures_sparse: bool = True
+    has_dense_graphs: bool = False
+    step_is_sparse: bool = False
+    fits: bool = True
+
+
+@dataclass
 class RowTable:
     """The rows of one engine's running batch that are not plain dense ones.
 
@@ -47,11 +67,23 @@ class RowTable:
         statistics: What the rows' attention has read so far.
         counter: First layer of the KV cache group whose plans count queries: each is counted once,
             however many groups there are.
+        graphs: What this engine's CUDA graphs hold.
     """
 
     rows: dict[int, Row] = field(default_factory=dict)
     statistics: Statistics = field(default_factory=Statistics)
     counter: str | None = None
+    graphs: GraphState = field(default_factory=GraphState)
+
+    def fits_graphs(self, keys: Iterable[int]) -> bool:
+        """Whether the sparse requests among some have the maskers that graphs were captured with.
+
+        Args:
+            keys: Of `rows`.
+        """
+        allowed = (None, self.graphs.config_json)
+        found = (self.rows.get(key) for key in keys)
+        return all(row is None or row.parameters.config_json in allowed for row in found)
 
 
 _TABLES: dict[int, RowTable] = {}

@@ -18,6 +18,8 @@ class ReadCount:
         sparse_queries: Query tokens that attended sparsely, counted once (not per layer).
         dense_queries: Query tokens that attended densely.
         automatic_dense_queries: Those of them that did because so few keys are not worth a masker.
+        fallback_queries: Those of them that did because the engine cannot serve them sparsely
+            (speculative decoding).
         read_keys: Keys read by sparse queries, summed over layers and query heads.
         visible_keys: Keys a dense step would have read for the same queries, likewise.
         read_bytes: Bytes of keys, values and index that were loaded for them, summed over layers.
@@ -29,6 +31,7 @@ class ReadCount:
     sparse_queries: int = 0
     dense_queries: int = 0
     automatic_dense_queries: int = 0
+    fallback_queries: int = 0
     read_keys: int = 0
     visible_keys: int = 0
     read_bytes: int = 0
@@ -46,6 +49,13 @@ _NAMES = tuple(member.name for member in fields(ReadCount))
 
 class PendingCounts(Protocol):
     """Counts of a step that its layers still add to."""
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether `settle` need not wait for a device."""
+
+    def fetch(self) -> None:
+        """Starts to bring them to the host; layers have added all there is."""
 
     def settle(self, statistics: Statistics) -> None:
         """Adds them up, per request."""
@@ -81,12 +91,17 @@ class Statistics:
                 self.tagged.popitem(last=False)
         return [self.totals, self.tagged[tag]]
 
-    def add_queries(self, tag: str | None, sparse: int, dense: int, automatic: int = 0) -> None:
+    def add_queries(
+        self, tag: str | None, sparse: int, dense: int, automatic: int = 0, fallback: int = 0
+    ) -> None:
         """Counts one row of one step."""
         self.add(
             tag,
             ReadCount(
-                sparse_queries=sparse, dense_queries=dense, automatic_dense_queries=automatic
+                sparse_queries=sparse,
+                dense_queries=dense,
+                automatic_dense_queries=automatic,
+                fallback_queries=fallback,
             ),
         )
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from vllm_sparse_plugin.request_parameters import RequestParameters
@@ -101,6 +102,27 @@ def split_rows(
         if row is not None and num_dense < count:
             sparse.append(SparseRow(index, start + num_dense, end, seq_len, row.parameters))
     return dense, sparse
+
+
+def flat_queries(rows: Sequence[DenseRow | SparseRow]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The queries of some rows, one after the other.
+
+    Args:
+        rows: At least one.
+
+    Returns:
+        Their places among the step's flat queries, int64; their rows of the block table, and the
+        keys that each sees, int32.
+    """
+    counts = [row.query_end - row.query_start for row in rows]
+    tokens = np.concatenate([np.arange(row.query_start, row.query_end) for row in rows])
+    lengths = np.concatenate(
+        [
+            np.arange(row.seq_len - count + 1, row.seq_len + 1, dtype=np.int32)
+            for row, count in zip(rows, counts, strict=True)
+        ]
+    )
+    return tokens, np.repeat(np.array([row.row for row in rows], np.int32), counts), lengths
 
 
 def dense_part(

@@ -7,7 +7,7 @@ from vllm_sparse_plugin.statistics import ReadCount, Statistics
 
 def test_counts_add_up_per_tag_and_in_total() -> None:
     counts = Statistics()
-    counts.add_queries("a", sparse=1, dense=10, automatic=4)
+    counts.add_queries("a", sparse=1, dense=10, automatic=4, fallback=2)
     counts.add_keys("a", read=5, visible=20)
     counts.add_keys("a", read=5, visible=20)
     counts.add_queries(None, sparse=1, dense=0)
@@ -17,6 +17,7 @@ def test_counts_add_up_per_tag_and_in_total() -> None:
         "sparse_queries": 1,
         "dense_queries": 10,
         "automatic_dense_queries": 4,
+        "fallback_queries": 2,
         "read_keys": 10,
         "visible_keys": 40,
         "read_bytes": 7,
@@ -54,6 +55,7 @@ def test_workers_hold_different_heads_of_the_same_queries() -> None:
         "sparse_queries": 1,
         "dense_queries": 2,
         "automatic_dense_queries": 0,
+        "fallback_queries": 0,
         "read_keys": 8,
         "visible_keys": 16,
         "read_bytes": 8,

@@ -1,7 +1,7 @@
 """The only place that touches private or version-dependent vLLM names.
 
-`TESTED_VLLM` is the range that the tests have run against; `tests/plugin/test_vllm_contract.py`
-asserts every name and signature used here.
+`TESTED_VLLM` is the range that is tested: `tests/plugin/vllm_symbols.py` holds every name and
+signature used here, and is checked against the sources of each of its versions.
 """
 
 from vllm_sparse_plugin.compat.cpu_operations import (
@@ -13,9 +13,11 @@ from vllm_sparse_plugin.compat.cpu_operations import (
 from vllm_sparse_plugin.compat.engine import (
     SUPPORTED_CACHE_DTYPES,
     attention_shape,
+    block_shape,
     check_engine,
     current_vllm_config,
     dense_backend,
+    device_type,
     engine_being_built,
     is_selected,
     processor_bases,
@@ -42,6 +44,7 @@ __all__ = [
     "SUPPORTED_CACHE_DTYPES",
     "TESTED_VLLM",
     "attention_shape",
+    "block_shape",
     "check_engine",
     "check_vllm_version",
     "cpu_attend",
@@ -49,6 +52,7 @@ __all__ = [
     "cpu_write_key_value",
     "current_vllm_config",
     "dense_backend",
+    "device_type",
     "engine_being_built",
     "install",
     "installed_vllm_version",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from vllm_sparse_plugin.paged.layout import BlockShape
 from vllm_sparse_plugin.serving_config import NAMESPACE, ServingConfig
 from vllm_sparse_plugin.trial import AttentionShape
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder
+    from vllm.v1.kv_cache_interface import AttentionSpec
 
 SUPPORTED_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+_CPU_BLOCK_SIZE = 128
+"""What both versions ask the CPU backend for where the user says nothing."""
 
 
 def is_selected(vllm_config: VllmConfig) -> bool:
@@ -46,6 +51,30 @@ def attention_shape(vllm_config: VllmConfig) -> AttentionShape:
         num_kv_heads=model.get_num_kv_heads(parallel),
         head_size=model.get_head_size(),
     )
+
+
+def block_shape(spec: AttentionSpec, vllm_config: VllmConfig) -> BlockShape:
+    """The shape of a layer's cache in a worker of this engine."""
+    return BlockShape(
+        block_size=vllm_config.cache_config.block_size,
+        num_heads=attention_shape(vllm_config).num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        dtype=spec.dtype,
+    )
+
+
+def served_block_size(vllm_config: VllmConfig) -> int:
+    """Tokens of a block in the workers of this engine, on a CPU.
+
+    vLLM 0.32 writes its choice into every process's configuration. 0.33 chooses in the workers,
+    after the model is loaded; elsewhere the configuration then still holds a general default.
+    """
+    cache = vllm_config.cache_config
+    if cache.user_specified_block_size:
+        return int(cache.block_size)
+    backend, _, _ = dense_backend()
+    return int(backend.get_preferred_block_size(_CPU_BLOCK_SIZE))
 
 
 def window_restricts(window: int | None, vllm_config: VllmConfig) -> bool:
@@ -133,6 +162,33 @@ def dense_backend() -> tuple[
             cpu_attn.CPUAttentionBackendImpl,
         )
     if current_platform.is_cuda():
+        return _cuda_dense_backend()
+    raise RuntimeError(
+        f"vllm_sparse_plugin supports CPU and CUDA, not {current_platform.device_name}"
+    )
+
+
+_DENSE_BACKEND = "SPARSE_ATTENTION_DENSE_BACKEND"
+
+
+def _cuda_dense_backend() -> tuple[
+    type[AttentionBackend], type[AttentionMetadataBuilder[Any]], type[AttentionImpl[Any]]
+]:
+    """FlashAttention where its library runs on the device, else vLLM's Triton kernel.
+
+    The environment variable `SPARSE_ATTENTION_DENSE_BACKEND` chooses one of them. (No configuration
+    can: vLLM asks for the class before there is one.)
+    """
+    chosen = os.environ.get(_DENSE_BACKEND) or _default_dense_backend()
+    if chosen == "FLASH_ATTN":
+        from vllm.v1.attention.backends import flash_attn
+
+        return (
+            flash_attn.FlashAttentionBackend,
+            flash_attn.FlashAttentionMetadataBuilder,
+            flash_attn.FlashAttentionImpl,
+        )
+    if chosen == "TRITON_ATTN":
         from vllm.v1.attention.backends import triton_attn
 
         return (
@@ -140,9 +196,24 @@ def dense_backend() -> tuple[
             triton_attn.TritonAttentionMetadataBuilder,
             triton_attn.TritonAttentionImpl,
         )
-    raise RuntimeError(
-        f"vllm_sparse_plugin supports CPU and CUDA, not {current_platform.device_name}"
-    )
+    raise RuntimeError(f"{_DENSE_BACKEND} must be FLASH_ATTN or TRITON_ATTN, got {chosen!r}")
+
+
+def _default_dense_backend() -> str:
+    try:
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+        is_there = get_flash_attn_version() is not None
+    except (ImportError, OSError, AssertionError):
+        is_there = False
+    return "FLASH_ATTN" if is_there else "TRITON_ATTN"
+
+
+def device_type() -> str:
+    """Torch's name of the devices of this platform."""
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
 
 
 def processor_bases() -> tuple[type, ...]:

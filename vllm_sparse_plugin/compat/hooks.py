@@ -13,8 +13,11 @@ from vllm_sparse_plugin.compat.engine import (
     attention_shape,
     check_engine,
     current_vllm_config,
+    served_block_size,
     serving_config,
 )
+from vllm_sparse_plugin.compat.graph_hooks import install_graph_hooks
+from vllm_sparse_plugin.compat.replacing import MARK, replace_once
 from vllm_sparse_plugin.paged.break_even import break_even_of
 from vllm_sparse_plugin.prefix_cache import sparse_hash_keys
 from vllm_sparse_plugin.request_parameters import RequestParameters, resolve_request
@@ -25,33 +28,35 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 BACKEND_PATH = "vllm_sparse_plugin.backend.SparseAttentionBackend"
+DEVICE_BACKEND_PATH = "vllm_sparse_plugin.device_backend.DeviceAttentionBackend"
 PAGED_BACKEND_PATH = "vllm_sparse_plugin.paged_backend.PagedAttentionBackend"
+CUDA_BREAK_EVEN = 32_768
+"""Keys from which on maskers are taken to be worth their cost on a GPU: computed, not measured.
+
+One request's keys and values of a layer with 8 KV heads of 128 channels are 4 KiB a key; a GPU of
+3 to 5 TB/s reads 32,768 of them in 25 to 40 us, which is about what a dozen small launches take.
+Larger batches are worth it from fewer keys on, but a request must not attend otherwise beside other
+requests than it does alone.
+"""
 STATS_METHOD = "sparse_attention_stats"
-_MARK = "_sparse_attention_hook"
 
 
 def install() -> None:
     """Registers the backend and installs the hooks of this process, once."""
+    from vllm.platforms import current_platform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    is_cuda = current_platform.is_cuda()
     # CUSTOM, not a name of our own: a new enum member does not unpickle in a process where the
     # plugin has not been loaded yet, and registering it twice raises.
-    register_backend(AttentionBackendEnum.CUSTOM, BACKEND_PATH)
+    register_backend(AttentionBackendEnum.CUSTOM, DEVICE_BACKEND_PATH if is_cuda else BACKEND_PATH)
     _hook_request_admission()
     _hook_block_hashes()
     _hook_cpu_backend_choice()
     _hook_worker_statistics()
     _hook_cache_allocation()
-
-
-def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-    """Replaces `owner.name` by `wrap(original)`, unless that was done before."""
-    original = getattr(owner, name)
-    if getattr(original, _MARK, False):
-        return
-    replacement = wrap(original)
-    setattr(replacement, _MARK, True)
-    setattr(owner, name, replacement)
+    if is_cuda:
+        install_graph_hooks()
 
 
 def _hook_request_admission() -> None:
@@ -91,20 +96,22 @@ def _hook_request_admission() -> None:
 
         return init
 
-    _replace(InputProcessor, "__init__", wrap)
+    replace_once(InputProcessor, "__init__", wrap)
 
 
 def _break_even(vllm_config: VllmConfig, config: ServingConfig) -> int:
     """Keys from which on the server's maskers are worth their cost; measured if it asks for it."""
     from vllm.platforms import current_platform
 
-    is_paged = config.fast_path and current_platform.is_cpu() and not config.attention.is_dense
+    is_paged = config.fast_path and not config.attention.is_dense
     if config.min_sparse_keys != "auto" or not is_paged:
         return 0
+    if current_platform.is_cuda():
+        return CUDA_BREAK_EVEN
     return break_even_of(
         config.attention,
         attention_shape(vllm_config),
-        vllm_config.cache_config.block_size,
+        served_block_size(vllm_config),
         vllm_config.model_config.dtype,
         config.imports,
     )
@@ -134,7 +141,7 @@ def _hook_block_hashes() -> None:
 
     # block_pool imports the function by name, so it is replaced in both modules.
     for module in (kv_cache_utils, block_pool):
-        _replace(module, "generate_block_hash_extra_keys", wrap)
+        replace_once(module, "generate_block_hash_extra_keys", wrap)
 
 
 def _hook_cpu_backend_choice() -> None:
@@ -171,9 +178,9 @@ def _hook_cpu_backend_choice() -> None:
         return classmethod(get_attn_backend_cls)
 
     descriptor = CpuPlatform.__dict__["get_attn_backend_cls"]
-    if not getattr(descriptor.__func__, _MARK, False):
+    if not getattr(descriptor.__func__, MARK, False):
         replacement = wrap(descriptor)
-        setattr(replacement.__func__, _MARK, True)
+        setattr(replacement.__func__, MARK, True)
         CpuPlatform.get_attn_backend_cls = replacement
 
 
@@ -215,4 +222,4 @@ def _hook_cache_allocation() -> None:
 
         return initialize_from_config
 
-    _replace(WorkerWrapperBase, "initialize_from_config", wrap)
+    replace_once(WorkerWrapperBase, "initialize_from_config", wrap)

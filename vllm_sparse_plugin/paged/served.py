@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import MaskerConfig
 from vllm_sparse_plugin.masked_attention import attention_of
-from vllm_sparse_plugin.paged.attention import PagedAttention
+from vllm_sparse_plugin.paged.attention import PagedAttention, paged_maskers
 from vllm_sparse_plugin.paged.layout import BlockIndex, BlockLayout, BlockShape
-from vllm_sparse_plugin.paged.maskers.base import Unsupported
+from vllm_sparse_plugin.paged.maskers.base import PagedMasker, Unsupported
 
 logger = logging.getLogger(__name__)
+
+MaskersOf = Callable[[Sequence[MaskerConfig], BlockShape], Sequence[PagedMasker]]
+"""The counterparts of a list of maskers on some device."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -31,21 +34,31 @@ def paged_attention_of(
     """
     try:
         attention = PagedAttention(_configs(config_json, layer_index), layout.shape)
-        for masker in attention.maskers:
-            for index in masker.indices:
-                if index not in layout.indices:
-                    raise Unsupported(
-                        f"the blocks hold no {index}; name its masker in the server's own "
-                        'configuration, or in its "index"'
-                    )
+        require_indices(attention.maskers, layout)
     except Unsupported as reason:
-        _say_once(config_json, str(reason))
+        say_once(config_json, str(reason))
         return None
     return attention
 
 
+def require_indices(maskers: Iterable[PagedMasker], layout: BlockLayout) -> None:
+    """Looks whether blocks hold what maskers need.
+
+    Raises:
+        Unsupported: They do not; says what is missing.
+    """
+    for masker in maskers:
+        for index in masker.indices:
+            if index not in layout.indices:
+                raise Unsupported(
+                    f"the blocks hold no {index}; name its masker in the server's own "
+                    'configuration, or in its "index"'
+                )
+
+
 @functools.lru_cache(maxsize=1024)
-def _say_once(config_json: str, reason: str) -> None:
+def say_once(config_json: str, reason: str) -> None:
+    """Logs, once per configuration, why the general path serves it."""
     logger.warning(
         "sparse attention: the general path serves %s, slower than dense: %s", config_json, reason
     )
@@ -60,7 +73,13 @@ def is_dense_layer(config_json: str, layer_index: int) -> bool:
     return not attention_of(config_json).maskers_of_layer(layer_index)
 
 
-def indices_of(configs: Iterable[ResearchAttentionConfig], shape: BlockShape) -> list[BlockIndex]:
+def indices_of(
+    configs: Iterable[ResearchAttentionConfig],
+    shape: BlockShape,
+    maskers_of: Callable[
+        [Sequence[MaskerConfig], BlockShape], Sequence[PagedMasker]
+    ] = paged_maskers,
+) -> list[BlockIndex]:
     """What blocks must hold for some configurations to run on pages, each index once.
 
     Maskers that have no counterpart on such blocks need none: the general path serves them.
@@ -68,6 +87,7 @@ def indices_of(configs: Iterable[ResearchAttentionConfig], shape: BlockShape) ->
     Args:
         configs: Of the server.
         shape: Of the blocks.
+        maskers_of: The counterparts of a list of maskers; raises `Unsupported` without one.
     """
     found: dict[BlockIndex, None] = {}
     for config in configs:
@@ -75,10 +95,10 @@ def indices_of(configs: Iterable[ResearchAttentionConfig], shape: BlockShape) ->
             if not maskers:
                 continue
             try:
-                attention = PagedAttention(maskers, shape)
+                counterparts = maskers_of(maskers, shape)
             except Unsupported as reason:
                 logger.warning("sparse attention: no index for %s: %s", maskers, reason)
                 continue
-            for masker in attention.maskers:
+            for masker in counterparts:
                 found.update(dict.fromkeys(masker.indices))
     return list(found)

@@ -11,7 +11,7 @@ import torch
 
 from vllm_sparse_plugin.paged.attention import QueryBatch
 from vllm_sparse_plugin.paged.group_counts import GroupCounts
-from vllm_sparse_plugin.step_plan import DenseRow, SparseRow
+from vllm_sparse_plugin.step_plan import DenseRow, SparseRow, flat_queries
 
 AnyRow = TypeVar("AnyRow", DenseRow, SparseRow)
 
@@ -145,13 +145,5 @@ def _split_dense(
 
 
 def _group(rows: Sequence[DenseRow | SparseRow], table: np.ndarray) -> QueryGroup:
-    counts = [row.query_end - row.query_start for row in rows]
-    tokens = np.concatenate([np.arange(row.query_start, row.query_end) for row in rows])
-    lengths = np.concatenate(
-        [
-            np.arange(row.seq_len - count + 1, row.seq_len + 1, dtype=np.int32)
-            for row, count in zip(rows, counts, strict=True)
-        ]
-    )
-    owners = np.repeat(np.array([row.row for row in rows], np.int32), counts)
+    tokens, owners, lengths = flat_queries(rows)
     return QueryGroup(torch.from_numpy(tokens), QueryBatch(table, owners, lengths), tuple(rows))

@@ -81,6 +81,8 @@ class DeviceMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.device:
+            return func(*args, **kwargs)
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
         special = _SPECIAL.get(func)
         if special is not None and first is not None:
@@ -122,7 +124,8 @@ class DeviceMode(TorchFunctionMode):
         if on_device:
             if func in _FROM_HOST_VALUES and _shares_memory(result, args):
                 result = result.clone()
-            if func not in _HOST_RESULTS:
+            # What an op writes in place stays where it is: a copy to the host too.
+            if func not in _HOST_RESULTS and not (args and result is args[0]):
                 memory.mark_on_device(result)
         elif pinned:
             PINNED.add(result)
@@ -213,7 +216,10 @@ def _pin_memory(tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
 
 
 def _device_of(tensor: torch.Tensor) -> torch.device:
-    return DEVICE if tensor in ON_DEVICE else torch.Tensor.device.__get__(tensor)
+    if tensor in ON_DEVICE:
+        return DEVICE
+    with torch._C.DisableTorchFunctionSubclass():
+        return torch.Tensor.device.__get__(tensor)
 
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {

@@ -25,26 +25,33 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.plugin.cuda.graphs import DryGraph
+
 
 def run_engine(engine: dict[str, Any]) -> dict[str, Any]:
     """Starts one engine and asks it its batches."""
     from vllm import LLM
     from vllm.platforms import current_platform
 
+    gc.freeze()  # vLLM collects garbage often, and there are its own modules to look through
     os.environ.update(engine.get("environment", {}))
+    captured = DryGraph.captured
     llm = LLM(skip_tokenizer_init=True, **engine["options"])
     core: Any = llm.llm_engine.engine_core.engine_core
     runner = type(core.model_executor.driver_worker.worker.model_runner)
     result: dict[str, Any] = {
         "runner": f"{runner.__module__}.{runner.__qualname__}",
         "platform": type(current_platform).__name__,
+        "captured": DryGraph.captured - captured,
         "tokens": [],
         "steps": 0,
     }
+    replayed = DryGraph.replayed
     for batch in engine["batches"]:
         tokens, steps = _ask(llm.llm_engine, batch)
         result["tokens"].append(tokens)
         result["steps"] += steps
+    result["replays"] = DryGraph.replayed - replayed
     result["calls"] = [
         llm.collective_rpc(method, args=tuple(args)) for method, args in engine.get("calls", [])
     ]

@@ -4,11 +4,13 @@ Device memory is host memory here, so nothing is copied before and after a launc
 launcher would do.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
@@ -22,13 +24,13 @@ class Launch:
         function: The kernel, rewritten for the interpreter.
         arguments: By name: numbers and addresses of tensors.
         grid: Numbers of programs.
-        tensors: Kept alive: the arguments have their addresses only.
+        tensors: By name; kept alive, for the arguments have their addresses only.
     """
 
     function: Callable[..., Any]
     arguments: dict[str, Any]
     grid: tuple[int, int, int]
-    tensors: tuple[torch.Tensor, ...]
+    tensors: dict[str, torch.Tensor]
 
     def run(self) -> None:
         builder = interpreter.interpreter_builder
@@ -57,7 +59,7 @@ def prepare(executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lau
         function=executor.fn,
         arguments=arguments,
         grid=(*grid, 1, 1)[:3],
-        tensors=tuple(value for value in given.values() if isinstance(value, torch.Tensor)),
+        tensors={name: value for name, value in given.items() if isinstance(value, torch.Tensor)},
     )
 
 
@@ -67,10 +69,10 @@ class _NothingToRestore:
 
 
 def patch_language_once() -> None:
-    """Lets `triton.language` compute with numpy for good.
+    """Lets `triton.language` compute with numpy, for good.
 
     By itself the interpreter does so at each call of a function, which takes longer than the
-    functions do.
+    functions do. As much takes what it does to find integers that overflow.
     """
 
     def sees_both_modules() -> None:
@@ -78,17 +80,26 @@ def patch_language_once() -> None:
 
     names = {"tl": tl, "core": tl.core}
     interpreter._patch_lang(type(sees_both_modules)(sees_both_modules.__code__, names))
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    # Lanes that are masked off compute too, with whatever is there.
+    np.seterr(all="ignore")
     interpreter._patch_lang = lambda function: _NothingToRestore()
 
 
-def install(launched: Callable[[Launch], None]) -> None:
-    """Replaces Triton's launcher.
+def launcher(launched: Callable[[Launch], None]) -> Callable[..., None]:
+    """What can stand for `GridExecutor.__call__`.
 
     Args:
-        launched: Called with each launch, in its place.
+        launched: Called with each launch, to run it.
     """
 
     def call(executor: Any, *args: Any, **kwargs: Any) -> None:
         launched(prepare(executor, args, kwargs))
 
-    interpreter.GridExecutor.__call__ = call
+    return call
+
+
+def install(launched: Callable[[Launch], None]) -> None:
+    """Replaces Triton's launcher, for good."""
+    interpreter.GridExecutor.__call__ = launcher(launched)

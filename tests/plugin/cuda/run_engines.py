@@ -16,7 +16,7 @@ _REPOSITORY = Path(__file__).parents[3]
 
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
-    "max_model_len": 256,
+    "max_model_len": 128,
     "max_num_batched_tokens": 64,
     "max_num_seqs": 4,
     "num_gpu_blocks_override": 96,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.plugin.cuda.device_mode import DEVICE
+from tests.plugin.cuda.device_mode import DEVICE, CaptureError, State
 
 _FREE = 150_000_000_000
 
@@ -32,6 +32,16 @@ class Properties:
     uuid = "dry"
 
 
+def synchronize(*_: Any, **__: Any) -> None:
+    """Nothing is to be waited for.
+
+    Raises:
+        CaptureError: In a capture.
+    """
+    if State.capturing:
+        raise CaptureError("synchronize")
+
+
 class Stream:
     """Everything on it is done when it is asked for."""
 
@@ -55,7 +65,7 @@ class Stream:
         return event or Event()
 
     def synchronize(self) -> None:
-        pass
+        synchronize()
 
     def wait_event(self, event: "Event") -> None:
         pass
@@ -77,7 +87,7 @@ class Event:
         pass
 
     def synchronize(self) -> None:
-        pass
+        synchronize()
 
     def wait(self, stream: Stream | None = None) -> None:
         pass
@@ -99,6 +109,13 @@ class StreamContext:
         pass
 
 
+class Generator(torch.Generator):
+    """Of the CPU, whatever is asked for."""
+
+    def __new__(cls, device: Any = None) -> "Generator":
+        return super().__new__(cls, "cpu")
+
+
 _STREAM = Stream()
 
 
@@ -115,7 +132,7 @@ def install() -> None:
     shared = {
         "is_available": _gives(True),
         "device_count": _gives(1),
-        "synchronize": _gives(None),
+        "synchronize": synchronize,
         "empty_cache": _gives(None),
         "current_stream": _gives(_STREAM),
         "set_stream": _gives(None),
@@ -162,5 +179,6 @@ def install() -> None:
     torch.cuda.memory.get_allocator_backend = _gives("cudaMallocAsync")
     # Imported by name by the compiler's modules, which are imported though never used.
     torch._C._cuda_getCurrentRawStream = _gives(0)
+    torch.Generator = Generator  # type: ignore[misc]
     torch.Stream = Stream  # type: ignore[assignment, misc]
     torch.Event = Event  # type: ignore[assignment, misc]

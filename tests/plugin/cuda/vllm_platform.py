@@ -9,7 +9,6 @@ import torch
 from tests.plugin.cuda import memory, torch_cuda
 from tests.plugin.cuda.device_mode import CUSTOM_OPS, DEVICE
 
-
 _COMPILED = ("vllm._C_stable_libtorch", "vllm.vllm_flash_attn._vllm_fa3_C")
 """Imported on an H200; nothing in them is called."""
 
@@ -24,7 +23,7 @@ def _missing(*_: Any, **__: Any) -> Any:
 class _Driver:
     """Triton's driver of an H200, asked for numbers only."""
 
-    class utils:  # noqa: N801
+    class utils:
         @staticmethod
         def get_device_properties(device: int) -> dict[str, int]:
             properties = torch_cuda.Properties
@@ -104,6 +103,10 @@ def install() -> None:
     for name in dir(custom_ops):
         if "_supports_" in name:
             setattr(custom_ops, name, lambda *_: False)
+    # Runner V1 tries top-k by a kernel that the interpreter cannot run.
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    topk_topp_sampler.HAS_TRITON = False
     # It would import the model's module in a process of its own, since that may initialize CUDA.
     from vllm.model_executor.models import registry
 

@@ -183,7 +183,7 @@ def test_the_log_says_what_held_the_fast_path_back(impl, caplog) -> None:
     layout = block_layout(impl._config, SHAPE)
     for maskers, reason in ((SOCKET, "socket has no paged counterpart"), (OTHER_PAGES, "hold no")):
         config = config_to_json(config_from_dict({"maskers": [*maskers, SINK_LOCAL[0]]}))
-        served._say_once.cache_clear()
+        served.say_once.cache_clear()
         for layer in range(3):
             assert served.paged_attention_of(config, layout, layer + 20) is None
         said = [record.getMessage() for record in caplog.records if reason in record.getMessage()]
@@ -211,7 +211,7 @@ def test_room_is_made_in_vllms_own_accounting(monkeypatch: pytest.MonkeyPatch) -
     config = ServingConfig.parse({"maskers": QUEST, "index": OTHER_PAGES})
     monkeypatch.setattr(compat, "engine_being_built", lambda: engine)
     monkeypatch.setattr(compat, "serving_config", lambda engine: config)
-    monkeypatch.setattr(compat, "attention_shape", lambda engine: SimpleNamespace(num_heads=9))
+    monkeypatch.setattr(compat.engine, "attention_shape", lambda engine: SimpleNamespace(num_heads=9))
     spec = FullAttentionSpec(block_size=128, num_kv_heads=3, head_size=64, dtype=torch.float32)
     made = PagedAttentionBackend.customize_spec(spec)
     # Two rows of 64 float32 per page of 8, and of 16.

@@ -13,6 +13,7 @@ from vllm_sparse_plugin.paged.triton_kernels import (
     mass_selection,
     pooling,
     radix_workspace,
+    read_counts,
     sampling,
     selected_mass,
     selection,
@@ -58,6 +59,7 @@ def launches(
     )
     found = lists.DeviceLists.of(QUERIES, KV_HEADS, units // KV_HEADS, CAPACITY, True, DEVICE)
     parts = attention.AttentionWorkspace.of(QUERIES, num_heads, KV_HEADS, head_size, DEVICE)
+    reads = _tensor(QUERIES, 3, dtype=torch.int64)
     mass = mass_selection.MassWorkspace.of(QUERIES, num_heads, CAPACITY, DEVICE)
 
     def select(page_size: int) -> None:
@@ -69,7 +71,7 @@ def launches(
         )
 
     return {
-        "clear_flags": lambda: flags.clear_flags(marks, lengths),
+        "start_flags": lambda: flags.start_flags(marks, lengths, _tensor(4, QUERIES)),
         "flag_range": lambda: flags.flag_range(marks, lengths, lengths, lengths),
         "pool_flags": lambda: flags.pool_flags(of_heads, lengths, of_groups),
         "spread_flags": lambda: flags.spread_flags(of_groups, lengths, of_heads),
@@ -85,6 +87,12 @@ def launches(
         "list_tokens": lambda: lists.list_tokens(marks, lengths, found, share, own),
         "sum_selected_mass": lambda: selected_mass.sum_selected_mass(
             query, cache, batch, found, 0.1, work.static
+        ),
+        "add_reads": lambda: read_counts.add_reads(
+            found.selected, units, heads, found.counts, KV_HEADS, lengths, reads
+        ),
+        "add_scored": lambda: read_counts.add_scored(
+            found.counts, found.counts, KV_HEADS, lengths, reads
         ),
         "attend_lists, weights": lambda: attend(found.tokens, found.log_weights),
         "attend_lists": lambda: attend(found.tokens, None),

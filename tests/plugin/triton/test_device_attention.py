@@ -137,7 +137,10 @@ def test_adaptive_sampling(granularity: str) -> None:
 def test_queries_in_slices_and_groups_of_three() -> None:
     """More queries than a launch takes, with padding in the last slice."""
     read = assert_like_the_host(
-        [*SINK_LOCAL, QUEST], shape_of(6, 2, 64, 16), (7, 100, 0, 31, 64), max_queries=2
+        [*SINK_LOCAL, {**QUEST, "head_granularity": "kv_head"}],
+        shape_of(6, 2, 64, 16),
+        (7, 100, 0, 31, 64),
+        max_queries=2,
     )
     rows = read.loaded_bytes[:, ROWS_READ]
     assert (rows * 3 == read.keys).all()  # of groups of three that share their lists
@@ -180,7 +183,9 @@ def test_memory_stays_within_its_budget() -> None:
 
 
 def test_what_has_no_counterpart() -> None:
-    configs = config_from_dict({"maskers": [{"type": "magic_pig", "lsh_l": 2}]}).masker_configs
+    configs = config_from_dict(
+        {"maskers": [{"type": "magic_pig", "lsh_l": 2, "lsh_k": 4}]}
+    ).masker_configs
     with pytest.raises(Unsupported, match="no counterpart on CUDA"):
         DeviceAttention(configs, space_of(shape_of()))
 

@@ -26,13 +26,36 @@ def random_flags(rows: int, values: int = 2) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("units", [1, 3])
-def test_clearing_ends_at_the_length(device: str, units: int) -> None:
+def test_starting_ends_at_the_length(device: str, units: int) -> None:
     flags = torch.full((len(LENGTHS) * units, CAPACITY), POISON, dtype=torch.uint8, device=device)
-    kernels.clear_flags(flags, lengths_of(device))
+    kernels.start_flags(flags, lengths_of(device))
     for row, values in enumerate(flags.cpu()):
         length = LENGTHS[row // units]
         assert not values[:length].any()
         assert (values[length:] == POISON).all()
+
+
+@pytest.mark.parametrize("units", [1, 3])
+def test_starting_with_ranges(device: str, units: int) -> None:
+    """As clearing, and marking one range after the other: a sink, a window, and anything."""
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+    ranges = torch.stack(
+        [
+            torch.zeros(6),
+            lengths.clamp(max=4),
+            lengths - 5,
+            lengths,
+            torch.tensor([0, 0, 3, 4095, 4097, 100]),
+            torch.tensor([0, 1, 3, 4096, 4096, 18500]),
+        ]
+    ).to(device, torch.int32)
+    found = random_flags(len(LENGTHS) * units, 3).to(device)
+    expected = found.clone()
+    kernels.start_flags(found, lengths_of(device), ranges)
+    kernels.start_flags(expected, lengths_of(device))
+    for begins, ends in ranges.view(3, 2, 6):
+        kernels.flag_range(expected, lengths_of(device), begins, ends)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("units", [1, 3])

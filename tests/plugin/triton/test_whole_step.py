@@ -52,7 +52,7 @@ class Step:
 
     def run(self) -> None:
         lengths = self.rows.batch.lengths
-        flags.clear_flags(self.flags, lengths)
+        flags.start_flags(self.flags, lengths)
         flags.flag_range(self.flags, lengths, lengths * 0, lengths.clamp(max=SINK))
         flags.flag_range(self.flags, lengths, lengths - WINDOW, lengths)
         selection.flag_largest(

@@ -10,19 +10,20 @@ import numpy as np
 import torch
 
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import MaskerConfig
-from vllm_sparse_plugin.paged import maskers as _registers_counterparts  # noqa: F401
+from vllm_sparse_plugin.paged.attention import paged_maskers
 from vllm_sparse_plugin.paged.device import indices as _registers_indices  # noqa: F401
 from vllm_sparse_plugin.paged.device import maskers as _registers_maskers  # noqa: F401
 from vllm_sparse_plugin.paged.device.cache import DeviceCache
 from vllm_sparse_plugin.paged.device.maskers.base import DeviceMasker, device_masker
 from vllm_sparse_plugin.paged.device.queries import DeviceQueries
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
-from vllm_sparse_plugin.paged.maskers.base import PagedMasker, Unsupported, paged_masker
+from vllm_sparse_plugin.paged.layout import BlockShape
+from vllm_sparse_plugin.paged.maskers.base import PagedMasker
 from vllm_sparse_plugin.paged.triton_kernels.attention import AttentionWorkspace, attend_lists
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
-from vllm_sparse_plugin.paged.triton_kernels.flags import clear_flags
+from vllm_sparse_plugin.paged.triton_kernels.flags import start_flags
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists, list_tokens
-from vllm_sparse_plugin.paged.triton_kernels.read_counts import add_sums
+from vllm_sparse_plugin.paged.triton_kernels.read_counts import add_reads
 
 KEYS_READ, ROWS_READ, ROWS_SCORED = 0, 1, 2
 """Columns of a query's counts: keys selected, summed over query heads; rows of key and value that
@@ -83,12 +84,15 @@ class DeviceAttention:
             Unsupported: One of them has no counterpart; says which.
         """
         self.space = space
-        self.paged = paged_maskers(configs, space)
+        self.paged = paged_maskers(configs, space.shape)
         self.maskers: list[DeviceMasker] = [device_masker(paged, space) for paged in self.paged]
         by_head = any(paged.needs_query_heads for paged in self.paged)
         self._num_units = space.shape.num_heads if by_head else space.shape.num_kv_heads
         self._is_sampled = any(paged.samples for paged in self.paged)
         self._memory = _Memory.of(space, self._num_units, self._is_sampled)
+        # The first maskers' ranges are marked by the launch that clears the flags.
+        is_first = itertools.takewhile(lambda masker: masker.is_range, self.maskers)
+        self._num_ranges = len(list(is_first))
         nothing = np.zeros(0, np.int64)
         counts = [len(masker.sizes(nothing)) for masker in self.maskers]
         ends = itertools.accumulate(counts, initial=0)
@@ -127,12 +131,12 @@ class DeviceAttention:
         It only launches: no value is looked at, no memory asked for.
 
         Args:
-            query: `[num_queries, num_heads, head_size]`, contiguous.
+            query: `[num_queries, num_heads, head_size]`, the heads of a query side by side.
             cache: Of the layer, with the indices that the maskers need.
             batch: Of the queries.
             sizes: `[num_sizes, num_queries]`, int32: see `sizes`.
             scaling: Of the scores.
-            output: As `query`; written, but for padding.
+            output: As `query`, contiguous; written, but for padding.
             counts: `[num_queries, 3]`, int64: added to, see `KEYS_READ`.
         """
         for start in range(0, len(query), self.space.max_queries):
@@ -166,21 +170,29 @@ class DeviceAttention:
             scaling=scaling,
             flags=memory.flags[:rows],
             probability=memory.probability[:rows],
-            keys_scored=counts[:, ROWS_SCORED:],
+            reads=counts,
             space=self.space,
         )
-        clear_flags(queries.flags, lengths)
+        start_flags(queries.flags, lengths, sizes[: 2 * self._num_ranges])
         if self._is_sampled:
             queries.probability.zero_()
-        for masker, part in zip(self.maskers, self._parts, strict=True):
+        maskers = list(zip(self.maskers, self._parts, strict=True))
+        for masker, part in maskers[self._num_ranges :]:
             masker.select(queries, sizes[part])
         lists = memory.lists
         list_tokens(
             queries.flags, lengths, lists, queries.probability if self._is_sampled else None
         )
         units = self._num_units
-        add_sums(lists.selected, units, shape.num_heads // units, lengths, counts[:, KEYS_READ:])
-        add_sums(lists.counts, shape.num_kv_heads, 1, lengths, counts[:, ROWS_READ:])
+        add_reads(
+            lists.selected,
+            units,
+            shape.num_heads // units,
+            lists.counts,
+            shape.num_kv_heads,
+            lengths,
+            counts,
+        )
         attend_lists(
             query,
             cache.kv_cache,
@@ -194,16 +206,15 @@ class DeviceAttention:
         )
 
 
-def paged_maskers(configs: Sequence[MaskerConfig], space: DeviceSpace) -> list[PagedMasker]:
-    """The paged maskers of a list.
+def device_maskers(configs: Sequence[MaskerConfig], shape: BlockShape) -> list[PagedMasker]:
+    """The paged maskers of a list that the device can serve too.
 
     Args:
         configs: At least one masker.
-        space: Of the engine.
+        shape: Of the cache.
 
     Raises:
         Unsupported: There are none, or one has no counterpart.
     """
-    if not configs:
-        raise Unsupported("no maskers")
-    return [paged_masker(config, space.shape) for config in configs]
+    space = DeviceSpace(shape, 1, 16, 1, torch.device("meta"))
+    return DeviceAttention(configs, space).paged

@@ -22,7 +22,7 @@ class DeviceQueries:
     """Queries of one layer and step; see `PagedQueries`.
 
     Attributes:
-        query: `[num_queries, num_heads, head_size]`, contiguous.
+        query: `[num_queries, num_heads, head_size]`, the heads of a query side by side.
         cache: Of the layer.
         batch: What they see.
         scaling: Of the scores.
@@ -39,7 +39,7 @@ class DeviceQueries:
     scaling: float
     flags: torch.Tensor
     probability: torch.Tensor
-    keys_scored: torch.Tensor
+    reads: torch.Tensor
     space: DeviceSpace
 
     def scores(self, page_size: int = 1) -> torch.Tensor:

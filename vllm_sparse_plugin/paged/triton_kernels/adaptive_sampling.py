@@ -156,7 +156,7 @@ def sample_adaptively(
     but where float32 powers' last bits decide on a budget's rounding.
 
     Args:
-        query: `[num_queries, num_heads, head_size]`, a floating type, contiguous.
+        query: `[num_queries, num_heads, head_size]`, a floating type, its heads side by side.
         kv_cache: See `cache_rows`.
         batch: Of the queries.
         scaling: Of the scores.

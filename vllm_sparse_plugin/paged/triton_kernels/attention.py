@@ -42,6 +42,7 @@ def _attend_kernel(
     mass,
     sums,
     scale,
+    query_stride,
     width,
     table_stride,
     list_stride,
@@ -66,7 +67,9 @@ def _attend_kernel(
     if begin < end:
         index, kv_head = item // KV_HEADS, item % KV_HEADS
         blocks = block_table + tl.load(rows + index).to(tl.int64) * table_stride
-        queries = load_queries(query, index, kv_head, KV_HEADS, HEADS, HEAD_SIZE, ROWS, CHANNELS)
+        queries = load_queries(
+            query, index, query_stride, kv_head, HEADS, HEAD_SIZE, ROWS, CHANNELS
+        )
         heads, channels = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
         largest = tl.full([ROWS], float("-inf"), tl.float32)
         weight = tl.zeros([ROWS], tl.float32)
@@ -203,7 +206,7 @@ def attend_lists(
     cores; sums are float32.
 
     Args:
-        query: `[num_queries, num_heads, head_size]`, a floating type, contiguous.
+        query: `[num_queries, num_heads, head_size]`, a floating type, its heads side by side.
         kv_cache: See `cache_rows`.
         batch: Of the queries.
         tokens: `[>= num_queries * num_kv_heads, capacity]`, int32 positions; None: every KV head
@@ -255,6 +258,7 @@ def attend_lists(
         workspace.mass,
         workspace.sums,
         scaling * math.log2(math.e),
+        query.stride(0),
         kv_cache.stride(0),
         batch.block_table.stride(0),
         0 if tokens is None else tokens.shape[1],

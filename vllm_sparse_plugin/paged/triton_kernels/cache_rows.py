@@ -68,8 +68,8 @@ def share_of(count, PARTS: tl.constexpr, LEAST: tl.constexpr):
 def load_queries(
     query,
     index,
+    query_stride,
     kv_head,
-    KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -77,7 +77,7 @@ def load_queries(
 ):
     """The queries of a group's heads, `[ROWS, CHANNELS]`, with zeros around them."""
     heads, channels = tl.arange(0, ROWS)[:, None], tl.arange(0, CHANNELS)[None, :]
-    first = (index * KV_HEADS + kv_head) * HEADS * HEAD_SIZE
+    first = index * query_stride + kv_head * HEADS * HEAD_SIZE
     mask = (heads < HEADS) & (channels < HEAD_SIZE)
     return tl.load(query + first + heads * HEAD_SIZE + channels, mask=mask, other=0.0)
 
@@ -116,7 +116,7 @@ def block_sizes(query: torch.Tensor, kv_cache: torch.Tensor) -> dict[str, int | 
     """What kernels need to know at compile time of queries and their cache.
 
     Args:
-        query: `[num_queries, num_heads, head_size]`.
+        query: `[num_queries, num_heads, head_size]`, the heads of a query side by side.
         kv_cache: See above.
 
     Raises:
@@ -124,10 +124,11 @@ def block_sizes(query: torch.Tensor, kv_cache: torch.Tensor) -> dict[str, int | 
     """
     _, num_heads, head_size = query.shape
     num_kv_heads, block_size, width = kv_cache.shape[1:]
-    if num_heads % num_kv_heads or width < 2 * head_size or not query.is_contiguous():
+    is_packed = query.stride()[1:] == (head_size, 1)
+    if num_heads % num_kv_heads or width < 2 * head_size or not is_packed:
         raise ValueError(
-            f"queries of {tuple(query.shape)} (contiguous: {query.is_contiguous()}) do not fit a "
-            f"cache of {tuple(kv_cache.shape)}"
+            f"queries of {tuple(query.shape)} with strides {query.stride()} do not fit a cache of "
+            f"{tuple(kv_cache.shape)}"
         )
     if not kv_cache.is_contiguous():
         raise ValueError("the KV cache must be contiguous")

@@ -1,4 +1,4 @@
-"""Clearing and marking flags, and flags of query heads as flags of their KV heads."""
+"""Starting and marking flags, and flags of query heads as flags of their KV heads."""
 
 from __future__ import annotations
 
@@ -33,13 +33,28 @@ def _fill_kernel(
 
 
 @triton.jit
-def _clear_kernel(flags, lengths, stride, UNITS: tl.constexpr, TILE: tl.constexpr):
+def _start_kernel(
+    flags,
+    lengths,
+    ranges,
+    stride,
+    ranges_stride,
+    UNITS: tl.constexpr,
+    RANGES: tl.constexpr,
+    TILE: tl.constexpr,
+):
     unit = tl.program_id(0).to(tl.int64)
-    end = tl.load(lengths + unit // UNITS)
+    index = unit // UNITS
+    length = tl.load(lengths + index)
     row = flags + unit * stride
-    for first in range(tl.program_id(1) * TILE, end, tl.num_programs(1) * TILE):
+    for first in range(tl.program_id(1) * TILE, length, tl.num_programs(1) * TILE):
         keys = first + tl.arange(0, TILE)
-        tl.store(row + keys, tl.zeros([TILE], tl.uint8), mask=keys < end)
+        found = tl.zeros([TILE], tl.uint8)
+        for place in tl.static_range(RANGES):
+            own = ranges + 2 * place * ranges_stride + index
+            begin, end = tl.load(own), tl.load(own + ranges_stride)
+            found |= ((keys >= begin) & (keys < end)).to(tl.uint8)
+        tl.store(row + keys, found, mask=keys < length)
 
 
 @triton.jit
@@ -71,17 +86,30 @@ def _spread_kernel(
             tl.store(flags + (unit * GROUP + head) * stride + keys, found, mask=mask)
 
 
-def clear_flags(flags: torch.Tensor, lengths: torch.Tensor) -> None:
-    """Unselects every key that a query sees.
+def start_flags(
+    flags: torch.Tensor, lengths: torch.Tensor, ranges: torch.Tensor | None = None
+) -> None:
+    """Selects some ranges of each query's keys for all its units, and no other key.
 
     Args:
         flags: `[num_queries * num_units, capacity]`, uint8; written before each length.
         lengths: `[num_queries]`, int32.
+        ranges: `[2 * num_ranges, num_queries]`, an integer type: of each range, where it begins,
+            and where it ends.
     """
     rows, capacity = flags.shape
     grid = (rows, programs_per_row(rows, capacity, _TILE))
-    units = rows // len(lengths)
-    _clear_kernel[grid](flags, lengths, capacity, units, _TILE)
+    held = lengths[None] if ranges is None or len(ranges) == 0 else ranges
+    _start_kernel[grid](
+        flags,
+        lengths,
+        held,
+        capacity,
+        held.stride(0),
+        UNITS=rows // len(lengths),
+        RANGES=0 if ranges is None else len(ranges) // 2,
+        TILE=_TILE,
+    )
 
 
 def flag_range(

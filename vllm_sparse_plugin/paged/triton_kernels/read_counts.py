@@ -10,41 +10,108 @@ from vllm_sparse_plugin.paged.triton_kernels.grids import power_of_2
 
 
 @triton.jit
+def _sum_of(values, index, COUNT: tl.constexpr, COLUMNS: tl.constexpr):
+    columns = tl.arange(0, COLUMNS)
+    own = tl.load(values + index * COUNT + columns, mask=columns < COUNT, other=0)
+    return tl.sum(own.to(tl.int64), 0)
+
+
+@triton.jit
 def _add_kernel(
-    values,
+    keys,
+    loaded,
+    scored,
     lengths,
     totals,
     stride,
     factor,
-    COUNT: tl.constexpr,
+    KEYS: tl.constexpr,
+    LOADED: tl.constexpr,
+    SCORED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
     if tl.load(lengths + index) > 0:
-        columns = tl.arange(0, COLUMNS)
-        own = tl.load(values + index * COUNT + columns, mask=columns < COUNT, other=0)
-        at = totals + index * stride
-        tl.store(at, tl.load(at) + tl.sum(own.to(tl.int64), 0) * factor)
+        own = totals + index * stride
+        if KEYS > 0:
+            tl.store(own, tl.load(own) + _sum_of(keys, index, KEYS, COLUMNS) * factor)
+            more = _sum_of(loaded, index, LOADED, COLUMNS)
+            tl.store(own + 1, tl.load(own + 1) + more)
+        if SCORED > 0:
+            more = _sum_of(loaded, index, SCORED, COLUMNS) + _sum_of(scored, index, SCORED, COLUMNS)
+            tl.store(own + 2, tl.load(own + 2) + more)
 
 
-def add_sums(
-    values: torch.Tensor, count: int, factor: int, lengths: torch.Tensor, totals: torch.Tensor
+def add_reads(
+    selected: torch.Tensor,
+    units: int,
+    heads_per_unit: int,
+    listed: torch.Tensor,
+    lists: int,
+    lengths: torch.Tensor,
+    totals: torch.Tensor,
 ) -> None:
-    """Adds to each query's total the sum of its numbers, times a factor.
+    """Counts what attention reads.
 
     Args:
-        values: `[>= num_queries * count]`, int32.
-        count: Numbers of a query.
-        factor: Whole.
-        lengths: `[num_queries]`, int32; nothing is added for padding (0).
-        totals: `[num_queries, 1]`, int64, of any stride; written.
+        selected: `[>= num_queries * units]`, int32: keys that each unit has selected.
+        units: Of a query.
+        heads_per_unit: Query heads that read them.
+        listed: `[>= num_queries * lists]`, int32: rows of each list.
+        lists: Of a query.
+        lengths: `[num_queries]`, int32; nothing is counted for padding (0).
+        totals: `[num_queries, 3]`, int64; the first two columns are added to: keys that query heads
+            read, and rows of key and value that are loaded.
     """
+    _launch(
+        selected,
+        listed,
+        listed,
+        lengths,
+        totals,
+        heads_per_unit,
+        KEYS=units,
+        LOADED=lists,
+        SCORED=0,
+    )
+
+
+def add_scored(
+    first: torch.Tensor,
+    second: torch.Tensor,
+    lists: int,
+    lengths: torch.Tensor,
+    totals: torch.Tensor,
+) -> None:
+    """Counts rows that were loaded in order to select.
+
+    Args:
+        first: `[>= num_queries * lists]`, int32: rows of each list.
+        second: Likewise.
+        lists: Of a query.
+        lengths: See `add_reads`.
+        totals: `[num_queries, 3]`, int64; the last column is added to.
+    """
+    _launch(first, first, second, lengths, totals, 1, KEYS=0, LOADED=0, SCORED=lists)
+
+
+def _launch(
+    keys: torch.Tensor,
+    loaded: torch.Tensor,
+    scored: torch.Tensor,
+    lengths: torch.Tensor,
+    totals: torch.Tensor,
+    factor: int,
+    **counts: int,
+) -> None:
     _add_kernel[(len(lengths),)](
-        values,
+        keys,
+        loaded,
+        scored,
         lengths,
         totals,
         totals.stride(0),
         factor,
-        COUNT=count,
-        COLUMNS=power_of_2(count),
+        **counts,
+        COLUMNS=power_of_2(max(counts.values())),
     )

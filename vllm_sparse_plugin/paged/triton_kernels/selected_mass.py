@@ -38,6 +38,7 @@ def _mass_kernel(
     squares,
     terms,
     scale,
+    query_stride,
     width,
     table_stride,
     list_stride,
@@ -68,7 +69,9 @@ def _mass_kernel(
     number = tl.zeros([ROWS], tl.float64)
     if begin < end:
         blocks = block_table + tl.load(rows + index).to(tl.int64) * table_stride
-        queries = load_queries(query, index, kv_head, KV_HEADS, HEADS, HEAD_SIZE, ROWS, CHANNELS)
+        queries = load_queries(
+            query, index, query_stride, kv_head, HEADS, HEAD_SIZE, ROWS, CHANNELS
+        )
         for first in range(begin, end, TILE):
             places = first + tl.arange(0, TILE)
             mask = places < end
@@ -168,7 +171,7 @@ def sum_selected_mass(
     """`sum_S exp(s_i) / p_i` over each query head's selection S, by parts of its list.
 
     Args:
-        query: `[num_queries, num_heads, head_size]`, a floating type, contiguous.
+        query: `[num_queries, num_heads, head_size]`, a floating type, its heads side by side.
         kv_cache: See `cache_rows`.
         batch: Of the queries; `lengths` is not looked at.
         lists: Of their KV heads.
@@ -200,6 +203,7 @@ def sum_selected_mass(
         result.squares,
         result.terms,
         scaling,
+        query.stride(0),
         kv_cache.stride(0),
         batch.block_table.stride(0),
         lists.tokens.shape[1],

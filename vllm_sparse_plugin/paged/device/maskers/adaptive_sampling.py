@@ -17,7 +17,7 @@ from vllm_sparse_plugin.paged.triton_kernels.adaptive_sampling import (
     AdaptiveWorkspace,
     sample_adaptively,
 )
-from vllm_sparse_plugin.paged.triton_kernels.read_counts import add_sums
+from vllm_sparse_plugin.paged.triton_kernels.read_counts import add_scored
 
 
 @device_masker_of(PagedAdaptiveSamplingMasker)
@@ -71,5 +71,10 @@ class DeviceAdaptiveSamplingMasker(DeviceMasker):
                 space,
                 radix_workspace(queries.space),
             )
-            for read in (space.selected.counts, space.base.counts):
-                add_sums(read, self.shape.num_kv_heads, 1, batch.lengths, queries.keys_scored)
+            add_scored(
+                space.selected.counts,
+                space.base.counts,
+                self.shape.num_kv_heads,
+                batch.lengths,
+                queries.reads,
+            )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,10 @@ class DeviceMasker(ABC):
 
     Attributes:
         paged: The masker on CPUs, with the configuration, the shape and the indices.
+        is_range: Whether it selects the keys of a range, whose begin and end are its sizes.
     """
+
+    is_range: ClassVar[bool] = False
 
     def __init__(self, paged: PagedMasker, space: DeviceSpace) -> None:
         """Asks for memory.

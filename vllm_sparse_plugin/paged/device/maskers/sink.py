@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 import torch
 
@@ -14,6 +16,8 @@ from vllm_sparse_plugin.paged.sizes import sizes_of
 @device_masker_of(PagedSinkMasker)
 class DeviceSinkMasker(DeviceMasker):
     """See `SinkMasker`."""
+
+    is_range: ClassVar[bool] = True
 
     def sizes(self, lengths: np.ndarray) -> list[np.ndarray]:
         """Where the range begins and ends."""

@@ -1,0 +1,162 @@
+"""Hooks into how vLLM captures and chooses CUDA graphs; each says why no extension point does.
+
+A graph of a decode step that has maskers in it serves dense requests too, but their steps would pay
+for launches that find nothing to do. So runner V2 gets two sets of graphs, and each step takes the
+set that it needs. Steps whose maskers no graph has run without one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm_sparse_plugin.compat.engine import is_selected
+from vllm_sparse_plugin.compat.replacing import replace_once
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_sparse_plugin.row_parameters import RowTable
+
+
+def install_graph_hooks() -> None:
+    """Installs the hooks of both model runners, once."""
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+    from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    replace_once(
+        ModelCudaGraphManager,
+        "capture",
+        functools.partial(_capture_twice, full=CUDAGraphMode.FULL),
+    )
+    replace_once(ModelCudaGraphManager, "run_fullgraph", _choose_set)
+    replace_once(ModelCudaGraphManager, "dispatch", _avoid_decode_graphs)
+    replace_once(GPUModelRunner, "gather_batch_req_state", _look_at_batch)
+    replace_once(CudagraphDispatcher, "dispatch", _avoid_uniform_graphs)
+
+
+def _table_of(vllm_config: VllmConfig) -> RowTable | None:
+    """The engine's rows; None when its attention does not run through the plugin."""
+    from vllm_sparse_plugin.row_parameters import row_table
+
+    return row_table(vllm_config) if is_selected(vllm_config) else None
+
+
+def _capture_twice(original: Callable[..., None], full: Any) -> Callable[..., None]:
+    """Runner V2: captures the graphs of decode steps a second time, with maskers."""
+
+    @functools.wraps(original)
+    def capture(self: Any, *arguments: Any, **named: Any) -> None:
+        table = _table_of(self.vllm_config)
+        if table is None:
+            original(self, *arguments, **named)
+            return
+        graphs = table.graphs
+        graphs.has_dense_graphs, graphs.captures_sparse = True, False
+        original(self, *arguments, **named)
+        descriptions, dense, samples = self._capture_descs, self.graphs, self._capture_mem_samples
+        if graphs.config_json is None or full not in descriptions:
+            return
+        graphs.captures_sparse = True
+        self.graphs, self._capture_descs = {}, {full: descriptions[full]}
+        if samples is not None:
+            self._capture_mem_samples = []
+        named["progress_bar_desc"] = "Capturing CUDA graphs with sparse attention"
+        try:
+            original(self, *arguments, **named)
+            self.sparse_attention_graphs = self.graphs
+            if samples is not None:
+                # vLLM extrapolates from samples of each size: both sets are needed of each.
+                both = zip(samples, self._capture_mem_samples, strict=True)
+                samples[:] = [first + second for first, second in both]
+        finally:
+            self.graphs, self._capture_descs = dense, descriptions
+            self._capture_mem_samples = samples
+
+    return capture
+
+
+def _choose_set(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Runner V2: replays the graph of the set that the planned step needs."""
+
+    @functools.wraps(original)
+    def run_fullgraph(self: Any, desc: Any) -> Any:
+        table = _table_of(self.vllm_config)
+        if table is None or not table.graphs.step_is_sparse:
+            return original(self, desc)
+        dense = self.graphs
+        self.graphs = self.sparse_attention_graphs
+        try:
+            return original(self, desc)
+        finally:
+            self.graphs = dense
+
+    return run_fullgraph
+
+
+def _look_at_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Runner V2: looks, before a graph is chosen, whether one has the batch's maskers.
+
+    What chooses is told how many requests there are, not which.
+    """
+
+    @functools.wraps(original)
+    def gather_batch_req_state(self: Any, scheduler_output: Any, dummy_run: Any) -> Any:
+        table = _table_of(self.vllm_config)
+        if table is not None:
+            slots = self.req_states.req_id_to_index
+            scheduled = () if dummy_run else scheduler_output.num_scheduled_tokens
+            table.graphs.fits = not table.rows or table.fits_graphs(
+                slots[request] for request in scheduled if request in slots
+            )
+        return original(self, scheduler_output, dummy_run)
+
+    return gather_batch_req_state
+
+
+def _avoid_decode_graphs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Runner V2: no graph of a whole decode step for maskers that none has."""
+
+    @functools.wraps(original)
+    def dispatch(
+        self: Any,
+        num_reqs: int,
+        num_tokens: int,
+        uniform_token_count: int | None,
+        num_active_loras: int,
+        max_query_len: int | None = None,
+        **named: Any,
+    ) -> Any:
+        table = _table_of(self.vllm_config)
+        if table is not None and not table.graphs.fits:
+            # As for a batch whose requests have different numbers of queries.
+            uniform_token_count = max_query_len = None
+        return original(
+            self,
+            num_reqs,
+            num_tokens,
+            uniform_token_count,
+            num_active_loras,
+            max_query_len=max_query_len,
+            **named,
+        )
+
+    return dispatch
+
+
+def _avoid_uniform_graphs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Runner V1: likewise; its table holds the rows of the batch, and of no other."""
+
+    @functools.wraps(original)
+    def dispatch(
+        self: Any, num_tokens: int, uniform_decode: bool = False, *arguments: Any, **named: Any
+    ) -> Any:
+        table = _table_of(self.vllm_config)
+        if uniform_decode and table is not None and not table.fits_graphs(table.rows):
+            uniform_decode = False
+        return original(self, num_tokens, uniform_decode, *arguments, **named)
+
+    return dispatch

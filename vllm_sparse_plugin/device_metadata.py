@@ -1,0 +1,314 @@
+"""The plan of each step on CUDA, made on the host while the device still works on the last one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+
+from sparse_attention_hub.sparse_attention.serialization import config_to_json
+from vllm_sparse_plugin import compat
+from vllm_sparse_plugin.backend import SparseAttentionMetadataBuilder
+from vllm_sparse_plugin.device_planners import planner_of
+from vllm_sparse_plugin.paged.device.planner import LayerUse
+from vllm_sparse_plugin.paged.device.read_counts import CountedGroup, StepReads
+from vllm_sparse_plugin.paged.device.step import (
+    DeviceGroup,
+    DeviceStep,
+    StepTable,
+    dense_lengths,
+    upload,
+)
+from vllm_sparse_plugin.paged.group_counts import GroupCounts
+from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
+from vllm_sparse_plugin.step_plan import SparseRow, flat_queries, split_rows
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+
+class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
+    """Plans each step, once for all layers of a KV cache group.
+
+    The dense backend's metadata are those of the whole step in any case; where a row has no dense
+    query, they let it see next to nothing, and its output is overwritten. So nothing is gathered,
+    and a CUDA graph of a decode step holds dense and sparse requests in any mixture.
+    """
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        """Asks for the memory that CUDA graphs know."""
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        assert self._config is not None  # else this backend would not have been chosen
+        self._planner = planner_of(vllm_config, compat.block_shape(kv_cache_spec, vllm_config))
+        # The index of another layer's keys would be wrong: those take the general path.
+        layers = get_layers_from_vllm_config(vllm_config, Attention, self._sparse_layers)
+        own_cache = [
+            name for name, layer in layers.items() if not layer.kv_sharing_target_layer_name
+        ]
+        self._layers = tuple(extract_layer_index(name) for name in own_cache)
+        self._is_speculative = vllm_config.speculative_config is not None
+        self._has_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        limits, own = self._planner.limits, config_to_json(self._config.attention)
+        use = self._planner.use(own, self._layers)
+        # What graphs hold: the engine's own maskers, if all layers take the fast path.
+        is_captured = use.fast_layers > 0 and use.general_layers == 0
+        is_captured &= len(own_cache) == len(self._sparse_layers) and not self._is_speculative
+        self._captured: str | None = own if is_captured else None
+        self._step_table = StepTable(
+            use.attentions if is_captured else (), limits.max_queries, device
+        )
+        self._reads = torch.zeros(
+            (max(limits.max_queries, limits.max_tokens), 3), dtype=torch.int64, device=device
+        )
+        self._second_schedule: torch.Tensor | None = None
+        if self._has_sparse_layers:
+            self._table.graphs.config_json = self._captured
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: AttentionSpec
+    ) -> AttentionCGSupport:
+        """Decode steps of one query per request; with speculation, what the dense backend can.
+
+        Steps with maskers that are not captured run without: see `RowTable.fits_graphs`.
+        """
+        _, dense_builder, _ = compat.dense_backend()
+        support = dense_builder.get_cudagraph_support(vllm_config, kv_cache_spec)
+        if vllm_config.speculative_config is not None:
+            return support
+        return min(
+            support, AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, key=lambda level: level.value
+        )
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Any:
+        """A `DeviceStep`; the dense backend's metadata for a step without sparse queries."""
+        common = common_attn_metadata
+        rows = self._rows_of_batch(common)
+        starts: list[int] = common.query_start_loc_cpu.tolist()
+        seq_lens = self._host_seq_lens(common)
+        dense, sparse = split_rows(starts, seq_lens, rows)
+        if self._is_speculative:
+            self._count_fallback(sparse)
+            sparse = []
+        self._count_queries(rows, dense, sparse)
+        if not self._has_sparse_layers:
+            return self._build_dense(common, fast_build)
+        self._collect_reads()
+        graphs = self._table.graphs
+        graphs.step_is_sparse = bool(sparse)
+        fits = (
+            self._captured is not None
+            and common.max_query_len <= 1
+            and all(row.parameters.config_json == self._captured for row in sparse)
+            and all(row.query_start == row.row for row in sparse)
+        )
+        if fits and (sparse or (self._has_graphs and not graphs.has_dense_graphs)):
+            lengths = np.zeros(common.num_reqs, np.int32)
+            lengths[[row.row for row in sparse]] = [row.seq_len for row in sparse]
+            return self._decode_step(
+                common, dense_lengths(starts, seq_lens, dense), lengths, sparse, fast_build
+            )
+        if not sparse:
+            return self._build_dense(common, fast_build)
+        return self._mixed_step(
+            common, dense_lengths(starts, seq_lens, dense), bool(dense), sparse, fast_build
+        )
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        """A decode step in which every request is padding, with all the launches of any other."""
+        if (
+            self._captured is None
+            or not self._has_sparse_layers
+            or not self._table.graphs.captures_sparse
+        ):
+            # Past the parent, to the dense backend, which may come back to `build`.
+            return super(SparseAttentionMetadataBuilder, self).build_for_cudagraph_capture(
+                common_attn_metadata
+            )
+        number = common_attn_metadata.num_reqs
+        # One key each: a capture with the longest sequences would take long.
+        ones, zeros = np.ones(number, np.int32), np.zeros(number, np.int32)
+        return self._decode_step(common_attn_metadata, ones, zeros, [], fast_build=False)
+
+    def _decode_step(
+        self,
+        common: CommonAttentionMetadata,
+        dense: np.ndarray,
+        lengths: np.ndarray,
+        sparse: Sequence[SparseRow],
+        fast_build: bool,
+    ) -> DeviceStep:
+        """A step in memory that CUDA graphs know.
+
+        Args:
+            common: Of the step, of one query per row.
+            dense: `[num_rows]`, int32, see `dense_lengths`.
+            lengths: `[num_rows]`, int32: keys that sparse rows see, 0 for others.
+            sparse: The rows.
+            fast_build: See `build`.
+        """
+        assert self._captured is not None
+        table, number = self._step_table, common.num_reqs
+        table.fill(dense, lengths)
+        use = self._planner.use(self._captured, self._layers)
+        group = DeviceGroup(
+            config_json=self._captured,
+            tokens=None,
+            batch=DeviceBatch(
+                common.block_table_tensor, table.rows[:number], table.lengths[:number]
+            ),
+            sizes=table.sizes(number),
+            reads=self._reads[:number],
+            rows=tuple(sparse),
+            counts=GroupCounts.of(sparse),
+        )
+        if sparse:
+            places = np.array([row.row for row in sparse])
+            counted = CountedGroup(group.counts, places, lengths[places].astype(np.int64), use)
+            self._open((counted,), group.reads)
+        return DeviceStep(
+            dense=self._build_masked(common, table.dense_lengths[:number], dense, fast_build),
+            whole=self._build_whole(common, [use], fast_build),
+            groups=(group,),
+            block_table=common.block_table_tensor,
+        )
+
+    def _mixed_step(
+        self,
+        common: CommonAttentionMetadata,
+        dense: np.ndarray,
+        has_dense: bool,
+        sparse: Sequence[SparseRow],
+        fast_build: bool,
+    ) -> DeviceStep:
+        """Any other step, in memory of its own.
+
+        Args:
+            common: Of the step.
+            dense: `[num_rows]`, int32, see `dense_lengths`.
+            has_dense: Whether any query is dense.
+            sparse: The sparse parts of rows.
+            fast_build: See `build`.
+        """
+        by_config: dict[str, list[SparseRow]] = {}
+        for row in sparse:
+            assert row.parameters.config_json is not None
+            by_config.setdefault(row.parameters.config_json, []).append(row)
+        groups, counted, uses, start = [], [], [], 0
+        for config_json, rows in by_config.items():
+            use = self._planner.use(config_json, self._layers)
+            tokens, owners, lengths = flat_queries(rows)
+            end = start + len(tokens)
+            counts = GroupCounts.of(rows)
+            sizes = [attention.sizes(lengths) for attention in use.attentions]
+            table = upload(
+                np.concatenate([owners[None], lengths[None], *sizes]).astype(np.int32), self.device
+            )
+            ends = itertools.accumulate(map(len, sizes), initial=2)
+            groups.append(
+                DeviceGroup(
+                    config_json=config_json,
+                    tokens=upload(tokens, self.device),
+                    batch=DeviceBatch(common.block_table_tensor, table[0], table[1]),
+                    sizes={
+                        attention: table[first:last]
+                        for attention, (first, last) in zip(
+                            use.attentions, itertools.pairwise(ends), strict=True
+                        )
+                    },
+                    reads=self._reads[start:end],
+                    rows=tuple(rows),
+                    counts=counts,
+                )
+            )
+            places = np.arange(start, end)
+            counted.append(CountedGroup(counts, places, lengths.astype(np.int64), use))
+            uses.append(use)
+            start = end
+        self._open(counted, self._reads[:start])
+        masked = None
+        if has_dense:
+            masked = self._build_masked(common, upload(dense, self.device), dense, fast_build)
+        return DeviceStep(
+            dense=masked,
+            whole=self._build_whole(common, uses, fast_build),
+            groups=tuple(groups),
+            block_table=common.block_table_tensor,
+        )
+
+    def _build_dense(self, common: CommonAttentionMetadata, fast_build: bool) -> Any:
+        return super(SparseAttentionMetadataBuilder, self).build(0, common, fast_build)
+
+    def _build_whole(
+        self, common: CommonAttentionMetadata, uses: Sequence[LayerUse], fast_build: bool
+    ) -> Any:
+        """The dense metadata for layers that stay dense; None where there are none."""
+        if self._has_dense_layers or any(use.dense_layers for use in uses):
+            return self._build_dense(common, fast_build)
+        return None
+
+    def _build_masked(
+        self,
+        common: CommonAttentionMetadata,
+        seq_lens: torch.Tensor,
+        host_seq_lens: np.ndarray,
+        fast_build: bool,
+    ) -> Any:
+        """The dense metadata of other lengths, beside those of the step itself."""
+        first = getattr(self, "scheduler_metadata", None)
+        if first is not None:  # FlashAttention keeps its schedule in one place for all graphs
+            if self._second_schedule is None:
+                self._second_schedule = torch.zeros_like(first)
+            self.scheduler_metadata = self._second_schedule
+        masked = replace(
+            common,
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=torch.from_numpy(host_seq_lens),
+            _num_computed_tokens_cache=None,
+        )
+        try:
+            return self._build_dense(masked, fast_build)
+        finally:
+            if first is not None:
+                self.scheduler_metadata = first
+
+    def _count_fallback(self, sparse: Sequence[SparseRow]) -> None:
+        if self._table.counter != self._name:
+            return
+        for row in sparse:
+            count = row.query_end - row.query_start
+            self._table.statistics.add_queries(
+                row.parameters.tag, sparse=0, dense=count, fallback=count
+            )
+
+    def _open(self, groups: Sequence[CountedGroup], counts: torch.Tensor) -> None:
+        """Notes a step whose layers will count what they read."""
+        reads = StepReads(groups, self._planner.layout.shape, counts, self.device)
+        self._table.statistics.pending.setdefault(id(self), []).append(reads)
+
+    def _collect_reads(self) -> None:
+        """Starts to fetch the counts of the former step, and takes in what has arrived."""
+        pending = self._table.statistics.pending.get(id(self), [])
+        for reads in pending:
+            reads.fetch()
+        while pending and pending[0].has_arrived:
+            pending.pop(0).settle(self._table.statistics)
