@@ -94,12 +94,12 @@ def selection_share(results: Results, density: float) -> float | None:
     """Time of scores and top-k pages, of the whole step's attention."""
     records = list(results.get("bandwidth", {}).get("records", []))
     wanted = {"per": "KV head", "density": density, "bits": 4}
-    selecting = _found(records, kernel="clear, score and select", **wanted)
-    clearing = _found(records, kernel="clear flags", **wanted)
+    selecting = _found(records, kernel="start, score and select", **wanted)
+    starting = _found(records, kernel="start flags", **wanted)
     step = attention_record(results, KEYS, _QUEST[density])
-    if selecting is None or clearing is None or step is None:
+    if selecting is None or starting is None or step is None:
         return None
-    took: float = selecting["microseconds"] - clearing["microseconds"]
+    took: float = selecting["microseconds"] - starting["microseconds"]
     return took / float(step["attend_microseconds"])
 
 

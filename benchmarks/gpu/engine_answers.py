@@ -52,18 +52,25 @@ class Answered:
         return asdict(self)
 
 
-def prepare_environment() -> None:
-    """Before vLLM is imported: one process, nothing from a network, products of real float32s."""
+def prepare_environment(is_float32: bool = True) -> None:
+    """Before vLLM is imported: one process, and nothing from a network.
+
+    Args:
+        is_float32: Whether engines compute in it.
+    """
     for name, value in {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        # Triton's own default rounds float32s to 10 bits before it multiplies them.
-        "TRITON_F32_DEFAULT": "ieee",
     }.items():
         os.environ.setdefault(name, value)
+    if is_float32:
+        # Triton's own default rounds float32s to 10 bits before it multiplies them.
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+        # FlashAttention has no float32.
+        os.environ.setdefault("SPARSE_ATTENTION_DENSE_BACKEND", "TRITON_ATTN")
 
 
 def small_engine(folder: str, maskers: list[dict[str, Any]], device: str, **options: Any) -> Any:
@@ -190,6 +197,8 @@ def _other_counts(
         return None if expected is found else "one engine has no statistics"
     if expected["sparse_queries"] != found["sparse_queries"]:
         return f"{found['sparse_queries']} sparse queries, not {expected['sparse_queries']}"
+    if expected["general_rows"] != found["general_rows"]:
+        return f"{found['general_rows']} rows on the general path, not {expected['general_rows']}"
     for name in ("read_keys", "visible_keys") if is_same_text else ("visible_keys",):
         # A selection is a page more here or there when two scores tie within float noise.
         if abs(expected[name] - found[name]) > 0.02 * expected[name]:

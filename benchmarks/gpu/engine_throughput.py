@@ -299,7 +299,7 @@ def measure(run: Run, device: str) -> dict[str, Any]:
 
 def stage(device: str, is_quick: bool, variant: str) -> dict[str, Any]:
     """The stage's result; see `command.run_stage`."""
-    prepare_environment()
+    prepare_environment(is_float32=False)
     run = dry_run(variant) if device == "cpu" else gpu_run(variant, is_quick)
     return measure(run, device)
 

@@ -24,7 +24,7 @@ from benchmarks.gpu.timing import Stopwatch, Timing, copy_bandwidth, stopwatch
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape
 from vllm_sparse_plugin.paged.page_bounds import PageBounds
 from vllm_sparse_plugin.paged.triton_kernels.attention import AttentionWorkspace, attend_lists
-from vllm_sparse_plugin.paged.triton_kernels.flags import clear_flags
+from vllm_sparse_plugin.paged.triton_kernels.flags import start_flags
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists, list_tokens
 from vllm_sparse_plugin.paged.triton_kernels.page_bounds import update_pages
 from vllm_sparse_plugin.paged.triton_kernels.page_scores import score_pages
@@ -228,7 +228,7 @@ class Bench:
         scaling = sizes.head_size**-0.5
 
         def select(cache: torch.Tensor) -> None:
-            clear_flags(flags, batch.lengths)
+            start_flags(flags, batch.lengths)
             self.score(cache, scores)
             flag_largest(
                 scores,
@@ -243,8 +243,8 @@ class Bench:
             )
 
         return {
-            "clear flags": self.watch.time([lambda: clear_flags(flags, batch.lengths)]),
-            "clear, score and select": self.on_each_cache(select),
+            "start flags": self.watch.time([lambda: start_flags(flags, batch.lengths)]),
+            "start, score and select": self.on_each_cache(select),
             "list tokens": self.watch.time([lambda: list_tokens(flags, batch.lengths, lists)]),
         }
 

@@ -32,8 +32,8 @@ def bandwidth() -> dict[str, Any]:
         records.append({"kernel": "write and update", "bits": bits, **timing(3)})
     for density in (0.05, 0.1):
         of = {"per": "KV head", "density": density, "bits": 4}
-        records.append({"kernel": "clear flags", **of, **timing(2)})
-        records.append({"kernel": "clear, score and select", **of, **timing(12)})
+        records.append({"kernel": "start flags", **of, **timing(2)})
+        records.append({"kernel": "start, score and select", **of, **timing(12)})
     return result(copy_bytes_per_second=4e12, records=records)
 
 

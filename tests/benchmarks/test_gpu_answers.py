@@ -10,7 +10,7 @@ from benchmarks.gpu.graph_against_eager import CONFIGS, schedule
 from benchmarks.gpu.tiny_llama import write_model
 from benchmarks.gpu.token_configs import TOKENS, requests, token_configs
 
-COUNTS = {"sparse_queries": 2, "read_keys": 100, "visible_keys": 1000}
+COUNTS = {"sparse_queries": 2, "general_rows": 0, "read_keys": 100, "visible_keys": 1000}
 ANSWER = Answered([1, 2, 3], [-0.1, -0.2, -0.3], [1.0, 0.001, 1.0], COUNTS)
 
 
@@ -33,6 +33,8 @@ def test_other_problems() -> None:
     assert "2 tokens instead of 3" in str(compare(ANSWER, short, 0.002).problem)
     dense = replace(ANSWER, counts={**COUNTS, "sparse_queries": 0})
     assert "0 sparse queries" in str(compare(ANSWER, dense, 0.002).problem)
+    slow = replace(ANSWER, counts={**COUNTS, "general_rows": 3})
+    assert "general path" in str(compare(ANSWER, slow, 0.002).problem)
     more = replace(ANSWER, counts={**COUNTS, "read_keys": 110})
     assert "read_keys" in str(compare(ANSWER, more, 0.002).problem)
 
