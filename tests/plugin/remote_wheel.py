@@ -4,6 +4,7 @@ A CUDA wheel of vLLM is hundreds of megabytes and cannot be installed on a CPU m
 that the plugin touches are one or two of them.
 """
 
+import html
 import io
 import os
 import re
@@ -169,16 +170,9 @@ def _index_url() -> str:
 
 def _wheel_url(session: requests.Session, project: str, version: Version) -> str:
     """The address of the release's wheel for Linux on x86-64."""
-    page = session.get(
-        f"{_index_url().rstrip('/')}/{project}/",
-        headers={"Accept": "application/vnd.pypi.simple.v1+json, text/html;q=0.1"},
-        timeout=TIMEOUT,
-    )
+    page = session.get(f"{_index_url().rstrip('/')}/{project}/", timeout=TIMEOUT)
     page.raise_for_status()
-    if "json" in page.headers.get("Content-Type", ""):
-        links = [file["url"] for file in page.json()["files"]]
-    else:
-        links = re.findall(r'<a[^>]*\shref="([^"]+)"', page.text)
+    links = map(html.unescape, re.findall(r'<a[^>]*\shref="([^"]+)"', page.text))
     for link in links:
         name = link.partition("#")[0].rpartition("/")[2]
         try:

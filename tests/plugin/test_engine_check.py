@@ -20,6 +20,7 @@ def engine(**changes: Any) -> Any:
     options = {**dict.fromkeys(PARALLEL, 1), "cache_dtype": "auto"} | changes
     return SimpleNamespace(
         speculative_config=options.get("speculative_config"),
+        use_v2_model_runner=options.get("use_v2_model_runner", False),
         kv_transfer_config=options.get("kv_transfer_config"),
         cache_config=SimpleNamespace(
             cache_dtype=options["cache_dtype"],

@@ -104,8 +104,9 @@ def check_engine(vllm_config: VllmConfig) -> None:
         reason
         for refused, reason in (
             (
-                vllm_config.speculative_config is not None,
-                "speculative decoding: vLLM hands no per-request parameters to the worker then",
+                vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner,
+                "speculative decoding with model runner V1: vLLM hands no per-request parameters "
+                "to the worker then (with V2, requests attend densely)",
             ),
             (
                 vllm_config.kv_transfer_config is not None,

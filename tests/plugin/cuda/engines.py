@@ -14,8 +14,9 @@ With `tests.plugin.cuda.dry_cuda` in front it does so on the GPU that is not the
         "calls": [["method", [arguments]]]  # optional: collective_rpc after the last batch
     }]}
 
-The result has for each engine: `runner`, `platform`, `tokens` (batches of requests), `captured` and
-`replays` (CUDA graphs), `steps` (of all batches) and `calls` (their answers).
+The result has for each engine: `runner`, `platform`, `tokens` and their `logprobs` (batches of
+requests), `captured` and `replays` (CUDA graphs), `steps` (of all batches) and `calls` (their
+answers).
 """
 
 import gc
@@ -24,6 +25,7 @@ import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.plugin.cuda.graphs import DryGraph
 
@@ -34,7 +36,6 @@ def run_engine(engine: dict[str, Any]) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     gc.freeze()  # vLLM collects garbage often, and there are its own modules to look through
-    os.environ.update(engine.get("environment", {}))
     captured = DryGraph.captured
     llm = LLM(skip_tokenizer_init=True, **engine["options"])
     core: Any = llm.llm_engine.engine_core.engine_core
@@ -44,12 +45,14 @@ def run_engine(engine: dict[str, Any]) -> dict[str, Any]:
         "platform": type(current_platform).__name__,
         "captured": DryGraph.captured - captured,
         "tokens": [],
+        "logprobs": [],
         "steps": 0,
     }
     replayed = DryGraph.replayed
     for batch in engine["batches"]:
-        tokens, steps = _ask(llm.llm_engine, batch)
-        result["tokens"].append(tokens)
+        answers, steps = _ask(llm.llm_engine, batch)
+        result["tokens"].append([list(answer.token_ids) for answer in answers])
+        result["logprobs"].append([_logprobs(answer) for answer in answers])
         result["steps"] += steps
     result["replays"] = DryGraph.replayed - replayed
     result["calls"] = [
@@ -58,12 +61,12 @@ def run_engine(engine: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _ask(engine: Any, batch: list[dict[str, Any]]) -> tuple[list[list[int]], int]:
-    """The tokens of each request, and after how many steps all were there."""
+def _ask(engine: Any, batch: list[dict[str, Any]]) -> tuple[list[Any], int]:
+    """The answer to each request, and after how many steps all were there."""
     from vllm import SamplingParams
 
     waiting = dict(enumerate(batch))
-    tokens: dict[str, list[int]] = {}
+    answers: dict[str, Any] = {}
     step = 0
     while waiting or engine.has_unfinished_requests():
         for index in [i for i, request in waiting.items() if request.get("arrives", 0) <= step]:
@@ -73,21 +76,28 @@ def _ask(engine: Any, batch: list[dict[str, Any]]) -> tuple[list[list[int]], int
                 max_tokens=request["max_tokens"],
                 ignore_eos=True,
                 detokenize=False,
+                logprobs=0,  # of the token itself
                 extra_args=request.get("extra_args"),
             )
             prompt = {"prompt_token_ids": request["prompt_token_ids"]}
             engine.add_request(str(index), prompt, parameters)
         for output in engine.step():
             if output.finished:
-                tokens[output.request_id] = list(output.outputs[0].token_ids)
+                answers[output.request_id] = output.outputs[0]
         step += 1
-    return [tokens[str(index)] for index in range(len(batch))], step
+    return [answers[str(index)] for index in range(len(batch))], step
+
+
+def _logprobs(answer: Any) -> list[float]:
+    pairs = zip(answer.token_ids, answer.logprobs, strict=True)
+    return [found[token].logprob for token, found in pairs]
 
 
 def main(job: Path, result: Path) -> None:
     engines = []
     for engine in json.loads(job.read_text())["engines"]:
-        engines.append(run_engine(engine))
+        with mock.patch.dict(os.environ, engine.get("environment", {})):
+            engines.append(run_engine(engine))
         gc.collect()  # the engine is gone, and with it its distributed groups
     result.write_text(json.dumps({"engines": engines}))
 

@@ -276,7 +276,7 @@ def launch(kernel: Launch) -> None:
     recorder = DryGraph._recorder
     unseen = recorder.paused() if recorder else contextlib.nullcontext()
     with torch._C.DisableTorchFunction(), unseen:
-        for name, tensor in kernel.tensors.items():
+        for name, tensor in kernel.tensors:
             if tensor not in ON_DEVICE and tensor not in PINNED:
                 raise ValueError(
                     f"Pointer argument {name} cannot be accessed from Triton (cpu tensor?)"

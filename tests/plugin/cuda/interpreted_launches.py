@@ -15,6 +15,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from tests.plugin.cuda.memory import tensors_in
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -24,13 +26,13 @@ class Launch:
         function: The kernel, rewritten for the interpreter.
         arguments: By name: numbers and addresses of tensors.
         grid: Numbers of programs.
-        tensors: By name; kept alive, for the arguments have their addresses only.
+        tensors: With their names, kept alive: the arguments have their addresses only.
     """
 
     function: Callable[..., Any]
     arguments: dict[str, Any]
     grid: tuple[int, int, int]
-    tensors: dict[str, torch.Tensor]
+    tensors: tuple[tuple[str, torch.Tensor], ...]
 
     def run(self) -> None:
         builder = interpreter.interpreter_builder
@@ -59,7 +61,9 @@ def prepare(executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lau
         function=executor.fn,
         arguments=arguments,
         grid=(*grid, 1, 1)[:3],
-        tensors={name: value for name, value in given.items() if isinstance(value, torch.Tensor)},
+        tensors=tuple(
+            (name, tensor) for name, value in given.items() for tensor in tensors_in(value)
+        ),
     )
 
 

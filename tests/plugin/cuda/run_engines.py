@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from tests.plugin.cuda.dry_cuda import ENGINE_OPTIONS
 
 _REPOSITORY = Path(__file__).parents[3]
+_MINUTES = 10
 
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
@@ -71,15 +72,17 @@ def run_engines(engines: list[dict[str, Any]], folder: Path, *, dry: bool) -> li
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # else most of the memory
     }
-    process = subprocess.run(
-        [sys.executable, "-m", *modules],
-        cwd=_REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    assert process.returncode == 0, f"{' '.join(modules)} failed:\n{process.stdout[-20_000:]}"
+    with open(folder / f"output-{dry}.txt", "w+") as output:
+        command = [sys.executable, "-m", *modules]
+        process = subprocess.Popen(
+            command, cwd=_REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            code: int | str = process.wait(timeout=_MINUTES * 60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = f"none after {_MINUTES} minutes"
+        output.seek(0)
+        assert code == 0, f"{' '.join(modules)}: code {code}\n{output.read()[-20_000:]}"
     answers: list[dict[str, Any]] = json.loads(result.read_text())["engines"]
     return answers

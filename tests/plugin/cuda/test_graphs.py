@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 import triton
+import triton.experimental.gluon  # the first launch would import it, while kernels are interpreted
 import triton.language as tl
 from triton.runtime import interpreter
 

@@ -59,6 +59,7 @@ def launches(
     )
     found = lists.DeviceLists.of(QUERIES, KV_HEADS, units // KV_HEADS, CAPACITY, True, DEVICE)
     parts = attention.AttentionWorkspace.of(QUERIES, num_heads, KV_HEADS, head_size, DEVICE)
+    ranges = _tensor(4, QUERIES)
     reads = _tensor(QUERIES, 3, dtype=torch.int64)
     mass = mass_selection.MassWorkspace.of(QUERIES, num_heads, CAPACITY, DEVICE)
 
@@ -71,7 +72,7 @@ def launches(
         )
 
     return {
-        "start_flags": lambda: flags.start_flags(marks, lengths, _tensor(4, QUERIES)),
+        "start_flags": lambda: flags.start_flags(marks, lengths, ranges),
         "flag_range": lambda: flags.flag_range(marks, lengths, lengths, lengths),
         "pool_flags": lambda: flags.pool_flags(of_heads, lengths, of_groups),
         "spread_flags": lambda: flags.spread_flags(of_groups, lengths, of_heads),
