@@ -24,9 +24,9 @@ import torch
 from benchmarks.gpu import byte_counts
 from benchmarks.gpu.cells import EVERY, HEAD_SIZE, KV_HEADS, LAYERS, QUERY_HEADS
 from benchmarks.gpu.command import run_stage
-from benchmarks.gpu.dense_baselines import DenseCase, measure_dense
+from benchmarks.gpu.dense_baselines import PLAIN, DenseCase, measure_dense
 from benchmarks.gpu.device_step import DeviceStep, relative_error
-from benchmarks.gpu.sparse_configs import MOST_LAYERS, SparseCase, sparse_cases
+from benchmarks.gpu.sparse_configs import MOST_LAYERS, SparseCase, quest, sparse_cases
 from benchmarks.gpu.timing import Stopwatch, host_microseconds, stopwatch
 from vllm_sparse_plugin.paged.layout import BlockShape
 
@@ -46,7 +46,8 @@ class Plan:
         keys: Of each, by turns.
         checked_keys: Of each, where results are compared with the reference's.
         tolerance: Of the comparison, see `relative_error`.
-        grid: Keys and sequences at which the dense step is measured for the engine's ceilings.
+        grid: Keys and sequences at which a dense and a sparse step are measured: for the ceilings
+            of engines, and to see from how many keys on maskers pay.
     """
 
     shape: BlockShape
@@ -90,17 +91,33 @@ def measure(
     """
     failures: list[str] = []
     contexts = [_of_context(plan, keys, device, watch, only, failures) for keys in plan.keys]
-    grid = []
-    for keys, count in plan.grid:
-        case = DenseCase.of(plan.shape, count, keys, device)
-        name = ENGINE_DENSE if torch.device(device).type == "cuda" else "plain torch"
-        found = measure_dense(case, watch, names=(name,))
-        record = {"keys": keys, "requests": count, "left_out": found.left_out}
-        if name in found.times:
-            record |= found.times[name].to_dict()
-        grid.append(record)
-        del case
+    grid = [_of_grid(plan, *place, device, watch, failures) for place in plan.grid]
     return {"contexts": contexts, "dense_grid": grid, "failures": failures}
+
+
+def _of_grid(
+    plan: Plan,
+    keys: int,
+    count: int,
+    device: torch.device | str,
+    watch: Stopwatch,
+    failures: list[str],
+) -> dict[str, Any]:
+    """The engines' dense kernel and Quest at 10 %, one layer, at any number of keys."""
+    case = DenseCase.of(plan.shape, count, keys, device)
+    name = ENGINE_DENSE if torch.device(device).type == "cuda" else PLAIN
+    found = measure_dense(case, watch, names=(name,))
+    record: dict[str, Any] = {"keys": keys, "requests": count, "left_out": found.left_out}
+    if name in found.times:
+        record |= found.times[name].to_dict()
+    try:
+        step = DeviceStep.of(quest(keys, 0.1), plan.shape, count, keys, 1, case.query.device)
+        timing = watch.time([partial(step.attend, 0)])
+        record["sparse_microseconds"] = timing.microseconds
+    except Exception as error:  # the dense times are needed anyhow
+        logger.exception("%d keys, batch %d", keys, count)
+        failures.append(f"{keys} keys, batch {count}: {type(error).__name__}: {error}"[:500])
+    return record
 
 
 def _of_context(

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 Attend = Callable[[torch.Tensor, torch.Tensor], None]
 """Takes a cache and where the output goes."""
+PLAIN = "plain torch"
+"""The kernel of dry runs."""
 _RELATIVE_ERROR = 0.02
 """Of an output in bfloat16: its norm's, against float32."""
 _TRITON_SEGMENTS = 16
@@ -273,7 +275,7 @@ def measure_dense(
         names: Of the kernels; None: all, or in a dry run the plain one.
     """
     is_dry = case.query.device.type == "cpu"
-    kernels = {"plain torch": plain_attention} if is_dry else KERNELS
+    kernels = {PLAIN: plain_attention} if is_dry else KERNELS
     caches = [case.cache(seed) for seed in range(layers)]
     expected = case.reference(caches[0])
     times, left_out = {}, {}

@@ -88,6 +88,7 @@ def markdown(content: Mapping[str, Any]) -> str:
         _bars(content),
         _kernels(results),
         *(_attention(context) for context in results.get("attention", {}).get("contexts", [])),
+        _grid(results),
         _engines(content),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
@@ -208,6 +209,24 @@ def _attention(context: Mapping[str, Any]) -> list[str]:
         "1 / (loaded + index)."
     )
     return [*lines, "", note]
+
+
+def _grid(results: Results) -> list[str]:
+    found = results.get("attention", {}).get("dense_grid", [])
+    lines = [
+        "## From how many keys on maskers pay: one layer's attention",
+        "",
+        "| keys | requests | dense, us | Quest 10 %, us | speed-up |",
+        "|---|---|---|---|---|",
+    ]
+    for record in found:
+        dense, sparse = record.get("microseconds"), record.get("sparse_microseconds")
+        place = f"| {record['keys']} | {record['requests']}"
+        if dense is None or sparse is None:
+            lines.append(f"{place} | {record['left_out']} | | |")
+        else:
+            lines.append(f"{place} | {dense:.1f} | {sparse:.1f} | {dense / sparse:.2f} x |")
+    return lines if found else []
 
 
 def _engines(content: Mapping[str, Any]) -> list[str]:

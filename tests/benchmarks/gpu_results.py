@@ -68,7 +68,13 @@ def attention() -> dict[str, Any]:
             }
         )
     grid = [
-        {"keys": cell.keys, "requests": cell.requests, **timing(0.001 * cell.keys * cell.requests)}
+        {
+            "keys": cell.keys,
+            "requests": cell.requests,
+            "left_out": {},
+            **timing(0.001 * cell.keys * cell.requests),
+            "sparse_microseconds": 20.0,
+        }
         for cell in EVERY
     ]
     return result(contexts=contexts, dense_grid=grid, failures=[])
