@@ -190,7 +190,7 @@ def test_what_does_not_fit_is_refused() -> None:
     attend_lists(**good)
     for message, change in {
         "do not fit a cache": {"query": rows.query[:, :3].contiguous()},
-        "contiguous: False": {"query": rows.query.transpose(1, 2).contiguous().transpose(1, 2)},
+        "with strides": {"query": rows.query.transpose(1, 2).contiguous().transpose(1, 2)},
         "cache must be contiguous": {"kv_cache": rows.kv_cache.repeat(1, 1, 1, 2)[..., ::2]},
         "output must be": {"output": rows.query[:1]},
         "does not fit queries": {"workspace": AttentionWorkspace.of(2, 4, 2, 32, DEVICE)},

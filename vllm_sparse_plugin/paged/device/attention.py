@@ -20,7 +20,7 @@ from vllm_sparse_plugin.paged.device.space import DeviceSpace
 from vllm_sparse_plugin.paged.layout import BlockShape
 from vllm_sparse_plugin.paged.maskers.base import PagedMasker
 from vllm_sparse_plugin.paged.triton_kernels.attention import AttentionWorkspace, attend_lists
-from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
+from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch, parts_for
 from vllm_sparse_plugin.paged.triton_kernels.flags import start_flags
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists, list_tokens
 from vllm_sparse_plugin.paged.triton_kernels.read_counts import add_reads
@@ -55,13 +55,25 @@ class _Memory:
                 is_sampled,
             ),
             space.workspace(
-                AttentionWorkspace.of,
+                _attention_workspace,
                 space.max_queries,
                 shape.num_heads,
                 shape.num_kv_heads,
                 shape.head_size,
+                parts_for(space.capacity),
             ),
         )
+
+
+def _attention_workspace(
+    max_queries: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    parts: int,
+    device: torch.device,
+) -> AttentionWorkspace:
+    return AttentionWorkspace.of(max_queries, num_heads, num_kv_heads, head_size, device, parts)
 
 
 class DeviceAttention:

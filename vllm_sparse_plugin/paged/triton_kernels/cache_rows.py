@@ -20,6 +20,15 @@ LEAST_PART = 128
 """Tokens of a part, at least."""
 
 
+def parts_for(capacity: int) -> int:
+    """Parts that lists of at most so many tokens need; fewer give the same result.
+
+    Args:
+        capacity: Of a list.
+    """
+    return min(PARTS, power_of_2(-(-capacity // LEAST_PART)))
+
+
 @dataclass(frozen=True)
 class DeviceBatch:
     """Which blocks and how many keys the queries of a launch see; all on the device.
