@@ -72,6 +72,20 @@ class _NothingToRestore:
         pass
 
 
+def _accept_integer_masks(builder: type) -> None:
+    """Masks that are results of `&` may be integers here; compiled, they are bits."""
+    for name in ("create_masked_load", "create_masked_store"):
+        place = 1 if name == "create_masked_load" else 2
+
+        def call(
+            self: Any, *args: Any, original: Any = getattr(builder, name), place: int = place
+        ) -> Any:
+            args[place].data = args[place].data.astype(np.bool_)
+            return original(self, *args)
+
+        setattr(builder, name, call)
+
+
 def patch_language_once() -> None:
     """Lets `triton.language` compute with numpy, for good.
 
@@ -86,6 +100,7 @@ def patch_language_once() -> None:
     interpreter._patch_lang(type(sees_both_modules)(sees_both_modules.__code__, names))
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    _accept_integer_masks(type(builder))
     # Lanes that are masked off compute too, with whatever is there.
     np.seterr(all="ignore")
     interpreter._patch_lang = lambda function: _NothingToRestore()
