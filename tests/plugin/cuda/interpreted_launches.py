@@ -72,18 +72,15 @@ class _NothingToRestore:
         pass
 
 
-def _accept_integer_masks(builder: type) -> None:
+def _accept_integer_masks(builder: type, name: str, place: int) -> None:
     """Masks that are results of `&` may be integers here; compiled, they are bits."""
-    for name in ("create_masked_load", "create_masked_store"):
-        place = 1 if name == "create_masked_load" else 2
+    original = getattr(builder, name)
 
-        def call(
-            self: Any, *args: Any, original: Any = getattr(builder, name), place: int = place
-        ) -> Any:
-            args[place].data = args[place].data.astype(np.bool_)
-            return original(self, *args)
+    def call(self: Any, *args: Any) -> Any:
+        args[place].data = args[place].data.astype(np.bool_)
+        return original(self, *args)
 
-        setattr(builder, name, call)
+    setattr(builder, name, call)
 
 
 def patch_language_once() -> None:
@@ -100,7 +97,8 @@ def patch_language_once() -> None:
     interpreter._patch_lang(type(sees_both_modules)(sees_both_modules.__code__, names))
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    _accept_integer_masks(type(builder))
+    _accept_integer_masks(type(builder), "create_masked_load", 1)
+    _accept_integer_masks(type(builder), "create_masked_store", 2)
     # Lanes that are masked off compute too, with whatever is there.
     np.seterr(all="ignore")
     interpreter._patch_lang = lambda function: _NothingToRestore()
