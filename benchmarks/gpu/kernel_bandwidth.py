@@ -149,12 +149,7 @@ class Bench:
     def write(
         self, cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor
     ) -> None:
-        """Keys, values, and the pages' bounds."""
-        write_rows(key, value, cache, slots)
-        self.update(cache, slots)
-
-    def update(self, cache: torch.Tensor, slots: torch.Tensor) -> None:
-        """The bounds of the pages that were written to."""
+        """Keys, values, and the pages' bounds, in one launch as the engine writes them."""
         update_pages(
             cache,
             self.layout.place_of(self.index),
@@ -163,6 +158,8 @@ class Bench:
             self.sizes.page_size,
             self.index.label_bits,
             slots,
+            key,
+            value,
         )
 
     def on_each_cache(self, launch: Callable[[torch.Tensor], object]) -> Timing:

@@ -52,6 +52,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "vllm.config.compilation": ("CUDAGraphMode",),
     "vllm.v1.cudagraph_dispatcher": ("CudagraphDispatcher",),
     _GRAPHS: ("BatchExecutionDescriptor", "CudaGraphManager", "ModelCudaGraphManager"),
+    "vllm.platforms.interface": ("DeviceCapability",),
     "vllm.v1.kv_cache_interface": ("AttentionSpec", "KVCacheLayout"),
     "vllm.v1.worker.gpu.model_runner": ("GPUModelRunner",),
 }
@@ -72,6 +73,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "vllm.config:VllmConfig": ("scheduler_config", "use_v2_model_runner"),
     "vllm.config:SchedulerConfig": ("max_num_batched_tokens", "max_num_seqs"),
     "vllm.model_executor.layers.attention:Attention": ("kv_sharing_target_layer_name",),
+    "vllm.platforms.interface:DeviceCapability": ("major",),
     "vllm.platforms.interface:Platform": ("device_type",),
     "vllm.v1.kv_cache_interface:KVCacheLayout": ("LBHNC",),
     "vllm.v1.worker.gpu.states:RequestState": ("req_id_to_index",),
@@ -111,6 +113,7 @@ CALLED: dict[str, str] = {
 
 REPLACED: dict[str, str] = {
     f"{BACKEND}:AttentionBackend.supported_kv_cache_layouts": "cls",
+    f"{BACKEND}:AttentionBackend.supports_compute_capability": "cls, capability",
     f"{BACKEND}:AttentionImpl.fused_output_quant_supported": "self, quant_key",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state": (
         "self, scheduler_output, dummy_run"
