@@ -52,7 +52,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.block_pool": ("generate_block_hash_extra_keys",),
     "vllm.v1.core.kv_cache_utils": ("generate_block_hash_extra_keys", "get_request_block_hasher"),
     "vllm.v1.engine.input_processor": ("InputProcessor",),
-    "vllm.v1.kv_cache_interface": ("AttentionSpec", "FullAttentionSpec"),
+    "vllm.v1.kv_cache_interface": ("AttentionSpec", "FullAttentionSpec", "KVCacheLayout"),
     "vllm.v1.request": ("Request",),
     _PROCESSOR_V1: ("BatchUpdate", "LogitsProcessor", "process_dict_updates"),
     "vllm.v1.worker.worker_base": ("WorkerBase", "WorkerWrapperBase"),
@@ -118,7 +118,9 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "decode_context_parallel_size",
         "pipeline_parallel_size",
         "prefill_context_parallel_size",
+        "use_ubatching",
     ),
+    "vllm.config:SchedulerConfig": ("max_num_batched_tokens", "max_num_seqs"),
     "vllm.config:VllmConfig": (
         "additional_config",
         "attention_config",
@@ -127,10 +129,17 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "kv_transfer_config",
         "model_config",
         "parallel_config",
+        "scheduler_config",
         "speculative_config",
     ),
     "vllm.engine.protocol:EngineClient": ("vllm_config",),
-    "vllm.model_executor.layers.attention:Attention": ("impl", "kv_cache", "layer_name"),
+    "vllm.model_executor.layers.attention:Attention": (
+        "impl",
+        "kv_cache",
+        "kv_cache_torch_dtype",
+        "kv_sharing_target_layer_name",
+        "layer_name",
+    ),
     "vllm.plugins.endpoint_plugins.interface:EndpointPlugin": ("name", "required_tasks"),
     "vllm.sampling_params:SamplingParams": ("extra_args",),
     "vllm.v1.request:Request": ("num_prompt_tokens", "sampling_params"),
@@ -141,7 +150,12 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "is_sparse",
         "supported_kv_cache_dtypes",
     ),
-    f"{_BACKEND}:AttentionCGSupport": ("ALWAYS", "NEVER", "UNIFORM_BATCH"),
+    f"{_BACKEND}:AttentionCGSupport": (
+        "ALWAYS",
+        "NEVER",
+        "UNIFORM_BATCH",
+        "UNIFORM_SINGLE_TOKEN_DECODE",
+    ),
     f"{_BACKEND}:AttentionMetadataBuilder": ("_cudagraph_support", "supports_update_block_table"),
     f"{_BACKEND}:AttentionType": ("DECODER",),
     f"{_BACKEND}:CommonAttentionMetadata": (
@@ -187,12 +201,22 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     f"{_FLASH}:FlashAttentionImpl": _IMPL,
     "vllm.config.compilation:CUDAGraphMode": ("FULL", "NONE", "PIECEWISE"),
     f"{_GRAPHS}:BatchExecutionDescriptor": ("cg_mode", "num_reqs", "num_tokens"),
-    f"{_GRAPHS}:CudaGraphManager": ("cudagraph_mode", "graphs", "pool", "vllm_config"),
+    f"{_GRAPHS}:CudaGraphManager": (
+        "_capture_descs",
+        "_capture_mem_samples",
+        "cudagraph_mode",
+        "graphs",
+        "pool",
+        "vllm_config",
+    ),
+    "vllm.v1.core.sched.output:SchedulerOutput": ("num_scheduled_tokens",),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": (
         "cudagraph_manager",
         "execute_model",
+        "req_states",
         "vllm_config",
     ),
+    "vllm.v1.worker.gpu.states:RequestState": ("req_id_to_index",),
 }
 """Attributes, fields and enum members that are read or set, by class."""
 
@@ -328,16 +352,15 @@ REPLACED: dict[str, str] = {
         "self, num_tokens, uniform_decode, has_lora, num_active_loras, valid_modes, invalid_modes"
     ),
     f"{_GRAPHS}:CudaGraphManager.capture": "self, create_forward_fn, progress_bar_desc",
-    f"{_GRAPHS}:CudaGraphManager.dispatch": (
-        "self, num_reqs, num_tokens, uniform_token_count, num_active_loras, max_query_len, "
-        "num_ubatches"
-    ),
     f"{_GRAPHS}:ModelCudaGraphManager.capture": (
         "self, model, model_state, input_buffers, intermediate_tensors, block_tables, attn_groups, "
         "kv_cache_config, pcp_manager, has_lora, use_aux_hidden_state_outputs, lora_capture_hook, "
         "progress_bar_desc"
     ),
     f"{_GRAPHS}:ModelCudaGraphManager.run_fullgraph": "self, desc",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state": (
+        "self, scheduler_output, dummy_run"
+    ),
 }
 """What vLLM calls in the plugin, overridden or wrapped: all parameters, in order."""
 
