@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,15 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.backend import SparseAttentionBackend, SparseAttentionImpl
 from vllm_sparse_plugin.device_metadata import DeviceMetadataBuilder
-from vllm_sparse_plugin.device_planners import planner_of, reserve_memory
+from vllm_sparse_plugin.device_planners import planner_of
 from vllm_sparse_plugin.masked_attention import attend_row, attention_of
-from vllm_sparse_plugin.paged.device.cache import DeviceCache, key_value_rows
+from vllm_sparse_plugin.paged.device.cache import DeviceCache, key_value_rows, require_layout
+from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex, device_index
 from vllm_sparse_plugin.paged.device.step import DeviceGroup, DeviceStep
-from vllm_sparse_plugin.paged.layout import BlockShape
+from vllm_sparse_plugin.paged.layout import BlockIndex, BlockLayout, BlockShape
 from vllm_sparse_plugin.paged_cache import gather_row, read_token_major
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
     from vllm.platforms.interface import DeviceCapability
     from vllm.v1.kv_cache_interface import AttentionSpec
 
@@ -57,8 +58,8 @@ class DeviceAttentionBackend(SparseAttentionBackend):
         """Makes room for the index in every block, in vLLM's own accounting."""
         if spec.state_content_bytes is not None:  # done before
             return spec
-        vllm_config = compat.engine_being_built()
-        layout = planner_of(vllm_config, compat.block_shape(spec, vllm_config)).layout
+        engine = compat.engine_being_built()
+        layout = planner_of(engine, compat.block_shape(spec, engine)).layout
         return replace(spec, state_content_bytes=layout.bytes_per_token)
 
 
@@ -71,9 +72,10 @@ class DeviceAttentionImpl(SparseAttentionImpl):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         """See `SparseAttentionImpl`."""
         super().__init__(*arguments, **named)
-        # Not the configuration itself, which refers to its layers.
-        self._vllm_config = weakref.ref(compat.remember_engine_being_built())
-        self._held: tuple[int, DeviceCache] | None = None
+        self._engine = compat.remember_engine_being_built()
+        self._indices: tuple[BlockLayout, dict[BlockIndex, DeviceIndex]] | None = None
+        # Of the cache that was seen last; not that itself, which vLLM frees to make another.
+        self._seen: Callable[[], torch.Tensor | None] = lambda: None
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """False: see `supports_quant_query_input`."""
@@ -106,7 +108,7 @@ class DeviceAttentionImpl(SparseAttentionImpl):
         step = attn_metadata if isinstance(attn_metadata, DeviceStep) else None
         dense, rows = attn_metadata, kv_cache
         if attn_metadata is None:  # vLLM looks how much memory a step takes
-            reserve_memory(self._engine())
+            self._reserve(layer)
         else:
             rows = key_value_rows(kv_cache, self.head_size)
         groups: tuple[DeviceGroup, ...] = ()
@@ -134,7 +136,7 @@ class DeviceAttentionImpl(SparseAttentionImpl):
         """Writes the output of the queries of one configuration."""
         attention = None
         if self.kv_sharing_target_layer_name is None:  # the index of another layer's keys is wrong
-            planner = planner_of(self._engine(), cache.layout.shape)
+            planner = planner_of(self._engine, cache.layout.shape)
             attention = planner.attention(group.config_json, cache.layer_index)
         if attention is None:
             self._attend_generally(group, query, cache, step, output)
@@ -178,25 +180,47 @@ class DeviceAttentionImpl(SparseAttentionImpl):
             target.copy_(result.output.view_as(target))
             group.counts.add_general(place, result.read_keys, result.visible_keys, shape)
 
-    def _engine(self) -> VllmConfig:
-        config = self._vllm_config()
-        assert config is not None  # it outlives its layers
-        return config
-
-    def _shape(self, kv_cache: torch.Tensor) -> BlockShape:
-        return BlockShape(
-            block_size=kv_cache.shape[2],
+    def _reserve(self, layer: Any) -> None:
+        """Asks for all memory that the layer takes besides its cache."""
+        shape = BlockShape(
+            block_size=self._engine.cache_config.block_size,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
-            dtype=kv_cache.dtype,
+            dtype=layer.kv_cache_torch_dtype,
         )
+        self._layout_and_indices(layer, shape)
+        if self.can_be_sparse:
+            planner_of(self._engine, shape).reserve()
+
+    def _layout_and_indices(
+        self, layer: Any, shape: BlockShape
+    ) -> tuple[BlockLayout, dict[BlockIndex, DeviceIndex]]:
+        if self._indices is None or self._indices[0].shape != shape:
+            planner = planner_of(self._engine, shape)
+            layout, layer_index = planner.layout, extract_layer_index(layer.layer_name)
+            # Nobody reads the index of a layer that stays dense; shared keys have one already.
+            is_read = self.can_be_sparse and self.kv_sharing_target_layer_name is None
+            kept = layout.indices if is_read else ()
+            self._indices = (
+                layout,
+                {index: device_index(index, layout, layer_index, planner.space) for index in kept},
+            )
+        return self._indices
 
     def _cache(self, layer: Any, kv_cache: torch.Tensor) -> DeviceCache:
-        """The layer's cache; made anew only when vLLM moves it."""
-        if self._held is None or self._held[0] != kv_cache.data_ptr():
-            planner = planner_of(self._engine(), self._shape(kv_cache))
-            layer_index = extract_layer_index(layer.layer_name)
-            cache = DeviceCache.of(kv_cache, planner.layout, layer_index, planner.space)
-            self._held = (kv_cache.data_ptr(), cache)
-        return self._held[1]
+        """The layer's cache."""
+        if self._indices is not None and self._seen() is kv_cache:
+            layout, indices = self._indices
+        else:
+            shape = BlockShape(
+                block_size=kv_cache.shape[2],
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_size=self.head_size,
+                dtype=kv_cache.dtype,
+            )
+            layout, indices = self._layout_and_indices(layer, shape)
+            require_layout(kv_cache, layout)
+            self._seen = weakref.ref(kv_cache)
+        return DeviceCache(kv_cache, layout, extract_layer_index(layer.layer_name), indices)

@@ -53,7 +53,8 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         """Asks for the memory that CUDA graphs know."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         assert self._config is not None  # else this backend would not have been chosen
-        self._planner = planner_of(vllm_config, compat.block_shape(kv_cache_spec, vllm_config))
+        engine = compat.engine_of(vllm_config)
+        self._planner = planner_of(engine, compat.block_shape(kv_cache_spec, engine))
         # The index of another layer's keys would be wrong: those take the general path.
         layers = get_layers_from_vllm_config(vllm_config, Attention, self._sparse_layers)
         own_cache = [
@@ -75,8 +76,11 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
             (max(limits.max_queries, limits.max_tokens), 3), dtype=torch.int64, device=device
         )
         self._second_schedule: torch.Tensor | None = None
-        if self._has_sparse_layers:
-            self._table.graphs.config_json = self._captured
+        graphs = self._table.graphs
+        graphs.is_always_dense = self._is_speculative
+        if use.fast_layers or len(own_cache) < len(self._sparse_layers) or use.general_layers:
+            # Not where all layers stay dense in this configuration: their graphs serve it as well.
+            graphs.captured[self._name] = self._captured
 
     @classmethod
     def get_cudagraph_support(
@@ -101,8 +105,8 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         fast_build: bool = False,
     ) -> Any:
         """A `DeviceStep`; the dense backend's metadata for a step without sparse queries."""
-        common = common_attn_metadata
-        rows = self._rows_of_batch(common)
+        common, graphs = common_attn_metadata, self._table.graphs
+        rows = {} if graphs.is_dummy else self._rows_of_batch(common)
         starts: list[int] = common.query_start_loc_cpu.tolist()
         seq_lens = self._host_seq_lens(common)
         dense, sparse = split_rows(starts, seq_lens, rows)
@@ -113,7 +117,6 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         if not self._has_sparse_layers:
             return self._build_dense(common, fast_build)
         self._collect_reads()
-        graphs = self._table.graphs
         graphs.step_is_sparse = bool(sparse)
         fits = (
             self._captured is not None
@@ -148,6 +151,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
             return super(SparseAttentionMetadataBuilder, self).build_for_cudagraph_capture(
                 common_attn_metadata
             )
+        self._table.graphs.step_is_sparse = True
         number = common_attn_metadata.num_reqs
         # One key each: a capture with the longest sequences would take long.
         ones, zeros = np.ones(number, np.int32), np.zeros(number, np.int32)

@@ -22,33 +22,29 @@ logger = logging.getLogger(__name__)
 _PLANNERS: dict[int, dict[BlockShape, DevicePlanner]] = {}
 
 
-def planner_of(vllm_config: VllmConfig, shape: BlockShape) -> DevicePlanner:
+def planner_of(engine: VllmConfig, shape: BlockShape) -> DevicePlanner:
     """The planner of an engine's layers with such a cache; it lives as long as the engine.
 
     Args:
-        vllm_config: Of the engine.
+        engine: See `compat.engine_of`.
         shape: Of the layers' caches.
     """
-    key = id(vllm_config)
+    key = id(engine)
     if key not in _PLANNERS:
         _PLANNERS[key] = {}
-        weakref.finalize(vllm_config, _PLANNERS.pop, key, None)
+        weakref.finalize(engine, _PLANNERS.pop, key, None)
     planners = _PLANNERS[key]
     if shape not in planners:
-        planners[shape] = _planner(vllm_config, shape)
+        planners[shape] = _planner(engine, shape)
     return planners[shape]
 
 
-def reserve_memory(vllm_config: VllmConfig) -> None:
-    """Asks for the memory of the engine's own maskers, while vLLM looks how much a step takes."""
-    for planner in _PLANNERS.get(id(vllm_config), {}).values():
-        planner.reserve()
-
-
-def _planner(vllm_config: VllmConfig, shape: BlockShape) -> DevicePlanner:
-    config = compat.serving_config(vllm_config)
+def _planner(engine: VllmConfig, shape: BlockShape) -> DevicePlanner:
+    config = compat.serving_config(engine)
     assert config is not None  # else the backend would not have been chosen
-    indices = indices_of(config.indexed(), shape, device_maskers) if config.fast_path else []
+    # With speculation every request attends densely: neither index nor memory is of use.
+    has_fast_path = config.fast_path and engine.speculative_config is None
+    indices = indices_of(config.indexed(), shape, device_maskers) if has_fast_path else []
     layout = BlockLayout(shape, tuple(indices))
     logger.info(
         "sparse attention: index of %d bytes per token and KV head beside %d of keys and values: "
@@ -57,11 +53,11 @@ def _planner(vllm_config: VllmConfig, shape: BlockShape) -> DevicePlanner:
         shape.key_value_bytes,
         ", ".join(map(str, layout.indices)) or "none",
     )
-    scheduler = vllm_config.scheduler_config
+    scheduler = engine.scheduler_config
     limits = Limits(
         max_queries=scheduler.max_num_seqs,
-        capacity=-(-vllm_config.model_config.max_model_len // 16) * 16,
+        capacity=-(-engine.model_config.max_model_len // 16) * 16,
         max_tokens=scheduler.max_num_batched_tokens,
     )
     device = torch.device(compat.device_type())
-    return DevicePlanner(layout, limits, device, config.attention if config.fast_path else None)
+    return DevicePlanner(layout, limits, device, config.attention if has_fast_path else None)

@@ -27,6 +27,7 @@ _SAME_IN_ALL_WORKERS = (
     "sparse_queries",
     "dense_queries",
     "automatic_dense_queries",
+    "fallback_queries",
     "general_rows",
 )
 

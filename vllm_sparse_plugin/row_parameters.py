@@ -44,18 +44,27 @@ class GraphState:
     """What CUDA graphs of decode steps hold, and which step is about to run.
 
     Attributes:
-        config_json: The maskers that are captured; None: graphs hold dense steps alone.
+        captured: By first layer of each KV cache group whose layers have maskers: the maskers that
+            its graphs hold; None: dense steps alone.
+        is_always_dense: Whether no request attends sparsely, whatever it asks for (speculation).
         captures_sparse: Whether graphs that are captured now have maskers in them.
         has_dense_graphs: Whether there are graphs without maskers besides.
-        step_is_sparse: Whether the step that was planned last has sparse queries.
-        fits: Whether graphs have the maskers of the batch that is prepared (runner V2).
+        step_is_sparse: Whether the step that was planned last takes a graph with maskers.
+        is_dummy: Whether the batch that is prepared holds no request at all (runner V2).
     """
 
-    config_json: str | None = None
+    captured: dict[str, str | None] = field(default_factory=dict)
+    is_always_dense: bool = False
     captures_sparse: bool = True
     has_dense_graphs: bool = False
     step_is_sparse: bool = False
-    fits: bool = True
+    is_dummy: bool = False
+
+    @property
+    def config_json(self) -> str | None:
+        """The maskers that graphs hold in all groups; None: there are no such graphs."""
+        found = set(self.captured.values())
+        return found.pop() if len(found) == 1 else None
 
 
 @dataclass
@@ -76,11 +85,13 @@ class RowTable:
     graphs: GraphState = field(default_factory=GraphState)
 
     def fits_graphs(self, keys: Iterable[int]) -> bool:
-        """Whether the sparse requests among some have the maskers that graphs were captured with.
+        """Whether graphs can serve some requests: sparse ones need the maskers that graphs hold.
 
         Args:
             keys: Of `rows`.
         """
+        if self.graphs.is_always_dense:
+            return True
         allowed = (None, self.graphs.config_json)
         found = (self.rows.get(key) for key in keys)
         return all(row is None or row.parameters.config_json in allowed for row in found)
@@ -92,14 +103,14 @@ _TABLES: dict[int, RowTable] = {}
 def row_table(vllm_config: VllmConfig) -> RowTable:
     """The table that an engine's processor writes and its metadata builders read.
 
-    vLLM creates the two independently; the configuration object is what they share. A table lives
-    as long as that object.
+    vLLM creates the two independently; `compat.identity` is what their configurations share. A
+    table lives as long as that object.
     """
-    key = id(vllm_config)
-    if key not in _TABLES:
-        _TABLES[key] = RowTable()
-        weakref.finalize(vllm_config, _TABLES.pop, key, None)
-    return _TABLES[key]
+    owner = compat.identity(vllm_config)
+    if id(owner) not in _TABLES:
+        _TABLES[id(owner)] = RowTable()
+        weakref.finalize(owner, _TABLES.pop, id(owner), None)
+    return _TABLES[id(owner)]
 
 
 def _row(parameters: SamplingParams, num_prompt_tokens: int) -> Row | None:

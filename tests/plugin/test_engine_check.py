@@ -31,7 +31,10 @@ def engine(**changes: Any) -> Any:
             attention_chunk_size=options.get("attention_chunk_size"),
             enable_prompt_embeds=options.get("enable_prompt_embeds", False),
         ),
-        parallel_config=SimpleNamespace(**{name: options[name] for name in PARALLEL}),
+        parallel_config=SimpleNamespace(
+            **{name: options[name] for name in PARALLEL},
+            use_ubatching=options.get("use_ubatching", False),
+        ),
     )
 
 
@@ -53,6 +56,7 @@ def test_a_plain_engine_passes(cache_dtype: str) -> None:
         ({"attention_chunk_size": 8192}, "chunked local attention"),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
         ({"enable_prompt_embeds": True}, "prompt embeddings"),
+        ({"use_ubatching": True}, "microbatches"),
     ],
 )
 def test_refused_with_the_reason(changes: dict[str, Any], message: str) -> None:

@@ -14,8 +14,15 @@ from vllm_sparse_plugin.serving_config import ServingConfig
 SERVER = ServingConfig.parse("streaming-llm")
 
 
+class Shared:
+    """Stands for `compilation_config`: the table only needs its identity."""
+
+
 class Config:
-    """Stands for the engine's configuration: the table only needs its identity."""
+    """Stands for the engine's configuration."""
+
+    def __init__(self) -> None:
+        self.compilation_config = Shared()
 
 
 def parameters(**extra_args: object) -> SamplingParams:

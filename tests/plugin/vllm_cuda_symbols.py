@@ -72,7 +72,12 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     f"{BACKEND}:AttentionCGSupport": ("UNIFORM_SINGLE_TOKEN_DECODE",),
     "vllm.config:VllmConfig": ("scheduler_config", "use_v2_model_runner"),
     "vllm.config:SchedulerConfig": ("max_num_batched_tokens", "max_num_seqs"),
-    "vllm.model_executor.layers.attention:Attention": ("kv_sharing_target_layer_name",),
+    "vllm.model_executor.layers.attention:Attention": (
+        "kv_cache_torch_dtype",
+        "kv_sharing_target_layer_name",
+    ),
+    "vllm.config:ParallelConfig": ("use_ubatching",),
+    "vllm.v1.core.sched.output:SchedulerOutput": ("num_scheduled_tokens",),
     "vllm.platforms.interface:DeviceCapability": ("major",),
     "vllm.platforms.interface:Platform": ("device_type",),
     "vllm.v1.kv_cache_interface:KVCacheLayout": ("LBHNC",),
@@ -147,10 +152,6 @@ REPLACED: dict[str, str] = {
         "self, num_tokens, uniform_decode, has_lora, num_active_loras, valid_modes, invalid_modes"
     ),
     f"{_GRAPHS}:CudaGraphManager.capture": "self, create_forward_fn, progress_bar_desc",
-    f"{_GRAPHS}:CudaGraphManager.dispatch": (
-        "self, num_reqs, num_tokens, uniform_token_count, num_active_loras, max_query_len, "
-        "num_ubatches"
-    ),
     f"{_GRAPHS}:ModelCudaGraphManager.capture": (
         "self, model, model_state, input_buffers, intermediate_tensors, block_tables, attn_groups, "
         "kv_cache_config, pcp_manager, has_lora, use_aux_hidden_state_outputs, lora_capture_hook, "

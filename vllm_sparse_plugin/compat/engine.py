@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from vllm_sparse_plugin.serving_config import NAMESPACE, ServingConfig
 from vllm_sparse_plugin.trial import AttentionShape
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import CompilationConfig, VllmConfig
     from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder
     from vllm.v1.kv_cache_interface import AttentionSpec
 
@@ -133,6 +134,10 @@ def check_engine(vllm_config: VllmConfig) -> None:
                 model.enable_prompt_embeds,
                 "prompt embeddings: the worker does not learn how long such a prompt is",
             ),
+            (
+                parallel.use_ubatching,
+                "microbatches (--enable-dbo, --ubatch-size): two plans of one step",
+            ),
             (parallel.decode_context_parallel_size > 1, "decode context parallelism"),
             (parallel.prefill_context_parallel_size > 1, "prefill context parallelism"),
         )
@@ -231,19 +236,46 @@ def processor_bases() -> tuple[type, ...]:
     return (ProcessorV1, ProcessorV2)
 
 
+def identity(vllm_config: VllmConfig) -> CompilationConfig:
+    """What an engine's configuration shares with its copies, and with no other engine's.
+
+    vLLM builds parts of some models (what is inside a multimodal one, a draft) with copies of the
+    configuration. All of an engine's layers register in this one object.
+    """
+    return vllm_config.compilation_config
+
+
+_ENGINES: dict[int, VllmConfig] = {}
+
+
+def engine_of(vllm_config: VllmConfig) -> VllmConfig:
+    """One configuration for all copies of an engine's, which layers may hold.
+
+    It has no `compilation_config`, which refers to the layers, and is the same object as long as
+    the engine lives.
+    """
+    owner = identity(vllm_config)
+    if id(owner) not in _ENGINES:
+        engine = copy.copy(vllm_config)
+        engine.compilation_config = None
+        _ENGINES[id(owner)] = engine
+        weakref.finalize(owner, _ENGINES.pop, id(owner), None)
+    return _ENGINES[id(owner)]
+
+
 _engine_being_built: weakref.ref[VllmConfig] | None = None
 
 
 def remember_engine_being_built() -> VllmConfig:
-    """The configuration of the engine whose layers are made now, for `engine_being_built`."""
+    """The engine whose layers are made now (see `engine_of`), for `engine_being_built`."""
     global _engine_being_built
-    config = current_vllm_config()
-    _engine_being_built = weakref.ref(config)
-    return config
+    engine = engine_of(current_vllm_config())
+    _engine_being_built = weakref.ref(engine)
+    return engine
 
 
 def engine_being_built() -> VllmConfig:
-    """The configuration of the engine whose layers were made last in this process.
+    """The engine whose layers were made last in this process (see `engine_of`).
 
     vLLM asks a backend for its blocks outside the context in which `current_vllm_config` works;
     engines of one process are built one after the other.
@@ -251,10 +283,10 @@ def engine_being_built() -> VllmConfig:
     Raises:
         RuntimeError: No layer was made yet, or its engine is gone.
     """
-    config = _engine_being_built() if _engine_being_built is not None else None
-    if config is None:
+    engine = _engine_being_built() if _engine_being_built is not None else None
+    if engine is None:
         raise RuntimeError("no engine of this process uses the sparse attention backend")
-    return config
+    return engine
 
 
 def current_vllm_config() -> VllmConfig:

@@ -33,8 +33,7 @@ def install_graph_hooks() -> None:
         functools.partial(_capture_twice, full=CUDAGraphMode.FULL),
     )
     replace_once(ModelCudaGraphManager, "run_fullgraph", _choose_set)
-    replace_once(ModelCudaGraphManager, "dispatch", _avoid_decode_graphs)
-    replace_once(GPUModelRunner, "gather_batch_req_state", _look_at_batch)
+    replace_once(GPUModelRunner, "gather_batch_req_state", _avoid_decode_graphs)
     replace_once(CudagraphDispatcher, "dispatch", _avoid_uniform_graphs)
 
 
@@ -55,7 +54,7 @@ def _capture_twice(original: Callable[..., None], full: Any) -> Callable[..., No
             original(self, *arguments, **named)
             return
         graphs = table.graphs
-        graphs.has_dense_graphs, graphs.captures_sparse = True, False
+        graphs.has_dense_graphs, graphs.captures_sparse, graphs.is_dummy = True, False, True
         original(self, *arguments, **named)
         descriptions, dense, samples = self._capture_descs, self.graphs, self._capture_mem_samples
         if graphs.config_json is None or full not in descriptions:
@@ -75,6 +74,7 @@ def _capture_twice(original: Callable[..., None], full: Any) -> Callable[..., No
         finally:
             self.graphs, self._capture_descs = dense, descriptions
             self._capture_mem_samples = samples
+            graphs.captures_sparse = False  # vLLM's own steps without requests take dense graphs
 
     return capture
 
@@ -97,54 +97,27 @@ def _choose_set(original: Callable[..., Any]) -> Callable[..., Any]:
     return run_fullgraph
 
 
-def _look_at_batch(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Runner V2: looks, before a graph is chosen, whether one has the batch's maskers.
+def _avoid_decode_graphs(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Runner V2: no graph of a whole decode step for maskers that none has.
 
-    What chooses is told how many requests there are, not which.
+    What chooses graphs is told how many requests there are, not which. Here they are known, and
+    what is decided here is what ranks of a data-parallel group tell each other.
     """
 
     @functools.wraps(original)
-    def gather_batch_req_state(self: Any, scheduler_output: Any, dummy_run: Any) -> Any:
+    def gather_batch_req_state(self: Any, scheduler_output: Any, dummy_run: bool) -> Any:
+        state, uniform_token_count = original(self, scheduler_output, dummy_run)
         table = _table_of(self.vllm_config)
         if table is not None:
+            table.graphs.is_dummy = dummy_run
             slots = self.req_states.req_id_to_index
             scheduled = () if dummy_run else scheduler_output.num_scheduled_tokens
-            table.graphs.fits = not table.rows or table.fits_graphs(
-                slots[request] for request in scheduled if request in slots
-            )
-        return original(self, scheduler_output, dummy_run)
+            if not table.fits_graphs(slots[request] for request in scheduled):
+                # As for a batch whose requests have different numbers of queries.
+                uniform_token_count = None
+        return state, uniform_token_count
 
     return gather_batch_req_state
-
-
-def _avoid_decode_graphs(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Runner V2: no graph of a whole decode step for maskers that none has."""
-
-    @functools.wraps(original)
-    def dispatch(
-        self: Any,
-        num_reqs: int,
-        num_tokens: int,
-        uniform_token_count: int | None,
-        num_active_loras: int,
-        max_query_len: int | None = None,
-        **named: Any,
-    ) -> Any:
-        table = _table_of(self.vllm_config)
-        if table is not None and not table.graphs.fits:
-            # As for a batch whose requests have different numbers of queries.
-            uniform_token_count = max_query_len = None
-        return original(
-            self,
-            num_reqs,
-            num_tokens,
-            uniform_token_count,
-            num_active_loras,
-            max_query_len=max_query_len,
-            **named,
-        )
-
-    return dispatch
 
 
 def _avoid_uniform_graphs(original: Callable[..., Any]) -> Callable[..., Any]:

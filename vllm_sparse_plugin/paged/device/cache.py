@@ -44,19 +44,7 @@ class DeviceCache:
         Raises:
             ValueError: The tensor is not of this layout.
         """
-        shape = layout.shape
-        width = layout.bytes_per_token // shape.dtype.itemsize
-        wanted = (shape.num_kv_heads, shape.block_size, width)
-        if (
-            kv_cache.dtype != shape.dtype
-            or tuple(kv_cache.shape[1:]) != wanted
-            or not kv_cache.is_contiguous()
-        ):
-            raise ValueError(
-                f"the KV cache must be contiguous [*, {', '.join(map(str, wanted))}] of "
-                f"{shape.dtype}, got {tuple(kv_cache.shape)} of {kv_cache.dtype} with strides "
-                f"{kv_cache.stride()}"
-            )
+        require_layout(kv_cache, layout)
         indices = {
             index: device_index(index, layout, layer_index, space) for index in layout.indices
         }
@@ -89,6 +77,31 @@ class DeviceCache:
             `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
         """
         return key_value_rows(self.kv_cache, self.layout.shape.head_size)
+
+
+def require_layout(kv_cache: torch.Tensor, layout: BlockLayout) -> None:
+    """Looks whether a cache is of a layout.
+
+    Args:
+        kv_cache: See `DeviceCache`.
+        layout: Of its blocks.
+
+    Raises:
+        ValueError: It is not.
+    """
+    shape = layout.shape
+    width = layout.bytes_per_token // shape.dtype.itemsize
+    wanted = (shape.num_kv_heads, shape.block_size, width)
+    if (
+        kv_cache.dtype != shape.dtype
+        or tuple(kv_cache.shape[1:]) != wanted
+        or not kv_cache.is_contiguous()
+    ):
+        raise ValueError(
+            f"the KV cache must be contiguous [*, {', '.join(map(str, wanted))}] of "
+            f"{shape.dtype}, got {tuple(kv_cache.shape)} of {kv_cache.dtype} with strides "
+            f"{kv_cache.stride()}"
+        )
 
 
 def key_value_rows(kv_cache: torch.Tensor, head_size: int) -> torch.Tensor:

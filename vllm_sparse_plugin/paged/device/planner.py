@@ -88,6 +88,7 @@ class DevicePlanner:
         self.limits = limits
         self.device = device
         self._own = own
+        self._own_json = None if own is None else config_to_json(own)
         self.space = self._space(1, device)
         self._spaces: dict[int, DeviceSpace] = {}
         self._attentions: dict[tuple[MaskerConfig, ...], DeviceAttention | None] = {}
@@ -96,12 +97,11 @@ class DevicePlanner:
 
     def reserve(self) -> None:
         """Asks for the memory of the engine's own configuration."""
-        if self._own is None:
+        if self._own is None or self._own_json is None:
             return
-        config_json = config_to_json(self._own)
         for configs in (self._own.masker_configs, *self._own.layer_masker_configs.values()):
             if configs:
-                self._attention(tuple(configs), config_json)
+                self._attention(tuple(configs), self._own_json)
 
     def attention(self, config_json: str, layer_index: int) -> DeviceAttention | None:
         """The fast path of a configuration in a layer that has maskers; None: the general path.
@@ -153,6 +153,9 @@ class DevicePlanner:
     def _make(self, configs: tuple[MaskerConfig, ...], config_json: str) -> DeviceAttention | None:
         try:
             queries = self._queries_at_once(configs)
+            if config_json != self._own_json:
+                # Other lists take the memory there is: clients bring as many as they like.
+                queries = max((held for held in self._spaces if held <= queries), default=queries)
             if queries not in self._spaces:
                 self._spaces[queries] = self._space(queries, self.device)
             attention = DeviceAttention(configs, self._spaces[queries])
