@@ -19,7 +19,7 @@ def row(config_json: str | None) -> Row:
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> RowTable:
-    table = RowTable(graphs=GraphState(config_json=OWN))
+    table = RowTable(graphs=GraphState(captured={"layer": OWN}))
     monkeypatch.setattr(graph_hooks, "_table_of", lambda config: table)
     return table
 
@@ -62,6 +62,7 @@ def test_each_size_is_captured_without_maskers_and_with_them(table: RowTable) ->
         assert manager.run_hooked(2) == (2, is_sparse)
     assert manager._capture_descs == {FULL: [4, 2], PIECEWISE: [8]}
     assert table.graphs.has_dense_graphs
+    assert not table.graphs.captures_sparse  # steps of vLLM's own, without requests, are dense
 
 
 def test_a_profile_counts_both_sets(table: RowTable) -> None:
@@ -73,7 +74,7 @@ def test_a_profile_counts_both_sets(table: RowTable) -> None:
 
 
 def test_one_set_where_no_graph_can_have_the_maskers(table: RowTable) -> None:
-    table.graphs.config_json = None
+    table.graphs.captured["another group's layer"] = None
     manager = Manager(table)
     manager.capture_hooked("model")
     assert set(manager.graphs.values()) == {(4, False), (2, False)}
@@ -117,13 +118,8 @@ def test_runner_v2_looks_at_the_batch_and_not_at_slots_left_over(table: RowTable
     runner = SimpleNamespace(
         vllm_config=None, req_states=SimpleNamespace(req_id_to_index={"a": 0, "b": 1})
     )
-    looks = graph_hooks._look_at_batch(lambda self, scheduled, dummy: None)
-    asked: list[Any] = []
-
-    def dispatch(self: Any, num_reqs: int, tokens: int, uniform: Any, loras: int, **more: Any):
-        asked.append((uniform, more["max_query_len"]))
-
-    chooses = graph_hooks._avoid_decode_graphs(dispatch)
+    looks = graph_hooks._avoid_decode_graphs(lambda self, scheduled, dummy: ("state", 1))
+    found = []
     table.rows[2] = row(OTHER)  # of a request that is gone
     for scheduled, rows, dummy in (
         (["a"], {0: row(OWN)}, False),
@@ -132,6 +128,11 @@ def test_runner_v2_looks_at_the_batch_and_not_at_slots_left_over(table: RowTable
         (["a", "b"], {}, True),
     ):
         table.rows.update(rows)
-        looks(runner, SimpleNamespace(num_scheduled_tokens=dict.fromkeys(scheduled, 1)), dummy)
-        chooses(runner, len(scheduled), 2, 1, 0, max_query_len=1)
-    assert asked == [(1, 1), (None, None), (1, 1), (1, 1)]
+        output = SimpleNamespace(num_scheduled_tokens=dict.fromkeys(scheduled, 1))
+        found.append((*looks(runner, output, dummy), table.graphs.is_dummy))
+    assert found == [
+        ("state", 1, False),
+        ("state", None, False),
+        ("state", 1, False),
+        ("state", 1, True),
+    ]
