@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched
 from vllm_sparse_plugin.paged.triton_kernels.quantization import codes_of, smallest_and_step
 from vllm_sparse_plugin.paged.triton_kernels.tiles import block_bytes, padded
 
@@ -79,7 +80,7 @@ def _store_codes(record, low, high, BITS: tl.constexpr, PARTS: tl.constexpr, PAR
         tl.store(target, packed, mask=(columns < PART)[None, :])
 
 
-@triton.jit
+@launched
 def _update_pages(
     cache,
     slots,
