@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python -m examples.demo $(if $(MODEL),--model $(MODEL))
 
 test: $(INSTALLED) lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
