@@ -22,6 +22,7 @@ NOT_RUN = {
     "make demo": "installs a virtual environment, then runs examples.demo",
     "make test": "is what runs this test",
     'pip install "vllm>=0.32,<0.34" && pip install --no-deps .': "needs a GPU and its vLLM",
+    "benchmarks/gpu_check.sh": "needs a GPU; dry run by tests/benchmarks/test_gpu_check.py",
     "VLLM_PLUGINS=sparse_attention vllm serve": "needs a GPU; tests start the same on a CPU",
     "python -m examples.compose_maskers": "minutes; run by tests/adapters/test_examples.py",
     "python -m examples.compare_methods": "minutes; run by tests/adapters/test_examples.py",

@@ -24,6 +24,7 @@ from vllm_sparse_plugin.paged.layout import BlockIndex, BlockLayout, BlockShape
 from vllm_sparse_plugin.paged_cache import gather_row, read_token_major
 
 if TYPE_CHECKING:
+    from vllm.platforms.interface import DeviceCapability
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,11 @@ class DeviceAttentionBackend(SparseAttentionBackend):
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """A block's KV heads side by side: then each has its keys in one piece."""
         return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_compute_capability(cls, capability: DeviceCapability) -> bool:
+        """Ampere and later: older GPUs have no bfloat16, and nothing was compiled for them."""
+        return capability.major >= 8 and bool(super().supports_compute_capability(capability))
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:

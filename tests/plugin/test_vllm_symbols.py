@@ -6,11 +6,12 @@ Nothing is imported: the later release has no CPU build, and its CUDA build load
 import ast
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.documentation import REPOSITORY
-from tests.plugin import vllm_symbols
+from tests.plugin import vllm_cuda_symbols, vllm_symbols
 from tests.plugin.python_source import (
     Found,
     Function,
@@ -47,8 +48,14 @@ def _text(file: Path) -> str | None:
     return file.read_text() if file.is_file() else None
 
 
-def entries(table: dict) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("place", table)
+def entries(name: str) -> pytest.MarkDecorator:
+    """Of both tables."""
+    found = [
+        (place, expected)
+        for module in (vllm_symbols, vllm_cuda_symbols)
+        for place, expected in getattr(module, name, {}).items()
+    ]
+    return pytest.mark.parametrize(("place", "expected"), found)
 
 
 def find(sources: Sources, place: str) -> Found:
@@ -71,48 +78,48 @@ def function(sources: Sources, place: str) -> Function:
     return node
 
 
-@entries(vllm_symbols.NAMES)
-def test_names(sources: Sources, place: str) -> None:
-    missing = [name for name in vllm_symbols.NAMES[place] if sources.find(place, name) is None]
+@entries("NAMES")
+def test_names(sources: Sources, place: str, expected: Any) -> None:
+    missing = [name for name in expected if sources.find(place, name) is None]
     assert not missing
 
 
-@entries(vllm_symbols.MEMBERS)
-def test_members(sources: Sources, place: str) -> None:
+@entries("MEMBERS")
+def test_members(sources: Sources, place: str, expected: Any) -> None:
     found = members(sources, place)
-    assert not [name for name in vllm_symbols.MEMBERS[place] if found.get(name) is None]
+    assert not [name for name in expected if found.get(name) is None]
 
 
-@entries(vllm_symbols.CALLED)
-def test_called(sources: Sources, place: str) -> None:
-    assert not objections_to_call(function(sources, place), vllm_symbols.CALLED[place])
+@entries("CALLED")
+def test_called(sources: Sources, place: str, expected: Any) -> None:
+    assert not objections_to_call(function(sources, place), expected)
 
 
-@entries(vllm_symbols.REPLACED)
-def test_replaced(sources: Sources, place: str) -> None:
+@entries("REPLACED")
+def test_replaced(sources: Sources, place: str, expected: Any) -> None:
     names = [parameter.name for parameter in parameters(function(sources, place))]
-    assert ", ".join(names) == vllm_symbols.REPLACED[place]
+    assert ", ".join(names) == expected
 
 
-@entries(vllm_symbols.BASES)
-def test_bases(sources: Sources, place: str) -> None:
-    assert vllm_symbols.BASES[place] in members(sources, place).base_names()
+@entries("BASES")
+def test_bases(sources: Sources, place: str, expected: Any) -> None:
+    assert expected in members(sources, place).base_names()
 
 
-@entries(vllm_symbols.VALUES)
-def test_values(sources: Sources, place: str) -> None:
+@entries("VALUES")
+def test_values(sources: Sources, place: str, expected: Any) -> None:
     owner, _, name = place.rpartition(".")
     node = members(sources, owner).get(name)
     assert isinstance(node, ast.Assign | ast.AnnAssign)
     assert node.value is not None
-    assert ast.unparse(node.value) == vllm_symbols.VALUES[place]
+    assert ast.unparse(node.value) == expected
 
 
-@entries(vllm_symbols.PASSAGES)
-def test_passages(sources: Sources, place: str) -> None:
+@entries("PASSAGES")
+def test_passages(sources: Sources, place: str, expected: Any) -> None:
     text = ast.unparse(function(sources, place))
     at = 0
-    for passage in vllm_symbols.PASSAGES[place]:
+    for passage in expected:
         at = text.find(passage, at)
         assert at >= 0, passage
 
@@ -142,5 +149,10 @@ def test_every_import_of_the_plugin_is_in_the_table() -> None:
         for module, name in imports_of_vllm(file)
     }
     assert imported, "the plugin imports nothing?"
-    known = {(module, name) for module, names in vllm_symbols.NAMES.items() for name in names}
+    known = {
+        (module, name)
+        for table in (vllm_symbols.NAMES, vllm_cuda_symbols.NAMES)
+        for module, names in table.items()
+        for name in names
+    }
     assert not sorted(imported - known)

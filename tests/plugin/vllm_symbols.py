@@ -1,7 +1,7 @@
 """What the plugin assumes about vLLM, as a table; `test_vllm_symbols.py` checks it against sources.
 
-Places are written `module:name` and `module:Class.member`. The last part of each table is what the
-CUDA path builds on.
+Places are written `module:name` and `module:Class.member`. What the CUDA path builds on
+is in `vllm_cuda_symbols`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 READ_RELEASE = "0.33.0"
 """Besides the installed vLLM, the release whose sources are read (its CUDA wheel)."""
 
-_BACKEND = "vllm.v1.attention.backend"
+BACKEND = "vllm.v1.attention.backend"
 _CPU = "vllm.v1.attention.backends.cpu_attn"
 _FLASH = "vllm.v1.attention.backends.flash_attn"
 _TRITON = "vllm.v1.attention.backends.triton_attn"
@@ -38,7 +38,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "vllm.platforms.cpu": ("CpuPlatform",),
     "vllm.plugins.endpoint_plugins.interface": ("EndpointPlugin",),
     "vllm.sampling_params": ("SamplingParams",),
-    _BACKEND: (
+    BACKEND: (
         "AttentionBackend",
         "AttentionCGSupport",
         "AttentionImpl",
@@ -52,51 +52,14 @@ NAMES: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.block_pool": ("generate_block_hash_extra_keys",),
     "vllm.v1.core.kv_cache_utils": ("generate_block_hash_extra_keys", "get_request_block_hasher"),
     "vllm.v1.engine.input_processor": ("InputProcessor",),
-    "vllm.v1.kv_cache_interface": ("AttentionSpec", "FullAttentionSpec", "KVCacheLayout"),
+    "vllm.v1.kv_cache_interface": ("AttentionSpec", "FullAttentionSpec"),
     "vllm.v1.request": ("Request",),
     _PROCESSOR_V1: ("BatchUpdate", "LogitsProcessor", "process_dict_updates"),
     "vllm.v1.worker.worker_base": ("WorkerBase", "WorkerWrapperBase"),
-    # The CUDA path.
-    _PROCESSOR_V2: ("LogitsProcessor",),
-    _FLASH: (
-        "FlashAttentionBackend",
-        "FlashAttentionImpl",
-        "FlashAttentionMetadata",
-        "FlashAttentionMetadataBuilder",
-    ),
-    _TRITON: (
-        "TritonAttentionBackend",
-        "TritonAttentionImpl",
-        "TritonAttentionMetadata",
-        "TritonAttentionMetadataBuilder",
-    ),
-    "vllm.v1.attention.backends.fa_utils": (
-        "flash_attn_varlen_func",
-        "get_flash_attn_version",
-        "is_flash_attn_varlen_func_available",
-    ),
-    "vllm.v1.attention.ops.triton_unified_attention": ("unified_attention",),
-    "vllm.vllm_flash_attn": ("flash_attn_varlen_func",),
-    "vllm.compilation.cuda_graph": ("CUDAGraphWrapper",),
-    "vllm.config.compilation": ("CUDAGraphMode",),
-    "vllm.v1.cudagraph_dispatcher": ("CudagraphDispatcher",),
-    _GRAPHS: ("BatchExecutionDescriptor", "CudaGraphManager", "ModelCudaGraphManager"),
-    "vllm.v1.worker.gpu.model_runner": ("GPUModelRunner",),
 }
 """What is imported, by module."""
 
-_METADATA = (
-    "num_actual_tokens",
-    "max_query_len",
-    "query_start_loc",
-    "max_seq_len",
-    "seq_lens",
-    "block_table",
-    "slot_mapping",
-    "causal",
-)
-
-_IMPL = ("head_size", "kv_sharing_target_layer_name", "num_heads", "num_kv_heads", "scale")
+IMPL = ("head_size", "kv_sharing_target_layer_name", "num_heads", "num_kv_heads", "scale")
 
 MEMBERS: dict[str, tuple[str, ...]] = {
     "vllm.config:AttentionConfig": ("backend", "backend_per_kind"),
@@ -120,7 +83,6 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "prefill_context_parallel_size",
         "use_ubatching",
     ),
-    "vllm.config:SchedulerConfig": ("max_num_batched_tokens", "max_num_seqs"),
     "vllm.config:VllmConfig": (
         "additional_config",
         "attention_config",
@@ -129,36 +91,24 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "kv_transfer_config",
         "model_config",
         "parallel_config",
-        "scheduler_config",
         "speculative_config",
     ),
     "vllm.engine.protocol:EngineClient": ("vllm_config",),
-    "vllm.model_executor.layers.attention:Attention": (
-        "impl",
-        "kv_cache",
-        "kv_cache_torch_dtype",
-        "kv_sharing_target_layer_name",
-        "layer_name",
-    ),
+    "vllm.model_executor.layers.attention:Attention": ("impl", "kv_cache", "layer_name"),
     "vllm.plugins.endpoint_plugins.interface:EndpointPlugin": ("name", "required_tasks"),
     "vllm.sampling_params:SamplingParams": ("extra_args",),
     "vllm.v1.request:Request": ("num_prompt_tokens", "sampling_params"),
     "vllm.v1.worker.worker_base:WorkerBase": ("vllm_config",),
     "vllm.v1.worker.worker_base:WorkerWrapperBase": ("vllm_config",),
-    f"{_BACKEND}:AttentionBackend": (
+    f"{BACKEND}:AttentionBackend": (
         "forward_includes_kv_cache_update",
         "is_sparse",
         "supported_kv_cache_dtypes",
     ),
-    f"{_BACKEND}:AttentionCGSupport": (
-        "ALWAYS",
-        "NEVER",
-        "UNIFORM_BATCH",
-        "UNIFORM_SINGLE_TOKEN_DECODE",
-    ),
-    f"{_BACKEND}:AttentionMetadataBuilder": ("_cudagraph_support", "supports_update_block_table"),
-    f"{_BACKEND}:AttentionType": ("DECODER",),
-    f"{_BACKEND}:CommonAttentionMetadata": (
+    f"{BACKEND}:AttentionCGSupport": ("ALWAYS", "NEVER", "UNIFORM_BATCH"),
+    f"{BACKEND}:AttentionMetadataBuilder": ("_cudagraph_support", "supports_update_block_table"),
+    f"{BACKEND}:AttentionType": ("DECODER",),
+    f"{BACKEND}:CommonAttentionMetadata": (
         "query_start_loc",
         "query_start_loc_cpu",
         "seq_lens",
@@ -176,7 +126,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "_token_to_req_indices_cache",
     ),
     "vllm.v1.attention.backends.registry:AttentionBackendEnum": ("CUSTOM",),
-    f"{_CPU}:CPUAttentionBackendImpl": _IMPL,
+    f"{_CPU}:CPUAttentionBackendImpl": IMPL,
     "vllm.v1.kv_cache_interface:AttentionSpec": (
         "block_size",
         "dtype",
@@ -185,42 +135,10 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "state_content_bytes",
     ),
     f"{_PROCESSOR_V1}:BatchUpdate": ("added", "moved", "removed"),
-    # The CUDA path.
-    f"{_PROCESSOR_V2}:LogitsProcRequestState": ("prompt_len",),
-    "vllm.v1.worker.gpu.buffer_utils:UvaBackedTensor": ("np",),
-    f"{_TRITON}:TritonAttentionMetadata": (
-        *_METADATA,
-        "seq_threshold_3D",
-        "num_par_softmax_segments",
-        "softmax_segm_output",
-        "softmax_segm_max",
-        "softmax_segm_expsum",
-    ),
-    f"{_TRITON}:TritonAttentionImpl": _IMPL,
-    f"{_FLASH}:FlashAttentionMetadata": (*_METADATA, "scheduler_metadata", "max_num_splits"),
-    f"{_FLASH}:FlashAttentionImpl": _IMPL,
-    "vllm.config.compilation:CUDAGraphMode": ("FULL", "NONE", "PIECEWISE"),
-    f"{_GRAPHS}:BatchExecutionDescriptor": ("cg_mode", "num_reqs", "num_tokens"),
-    f"{_GRAPHS}:CudaGraphManager": (
-        "_capture_descs",
-        "_capture_mem_samples",
-        "cudagraph_mode",
-        "graphs",
-        "pool",
-        "vllm_config",
-    ),
-    "vllm.v1.core.sched.output:SchedulerOutput": ("num_scheduled_tokens",),
-    "vllm.v1.worker.gpu.model_runner:GPUModelRunner": (
-        "cudagraph_manager",
-        "execute_model",
-        "req_states",
-        "vllm_config",
-    ),
-    "vllm.v1.worker.gpu.states:RequestState": ("req_id_to_index",),
 }
 """Attributes, fields and enum members that are read or set, by class."""
 
-_IMPL_ARGUMENTS = (
+IMPL_ARGUMENTS = (
     "num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype, "
     "logits_soft_cap, attn_type, kv_sharing_target_layer_name, ..."
 )
@@ -249,38 +167,24 @@ CALLED: dict[str, str] = {
     "vllm.platforms.cpu:CpuPlatform.import_kernels": "",
     "vllm.platforms.interface:Platform.is_cpu": "",
     "vllm.platforms.interface:Platform.is_cuda": "",
-    f"{_BACKEND}:AttentionBackend.get_preferred_block_size": "default_block_size",
+    f"{BACKEND}:AttentionBackend.get_preferred_block_size": "default_block_size",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_class": "",
     "vllm.v1.attention.backends.registry:register_backend": "backend, class_path",
     "vllm.v1.engine.input_processor:InputProcessor.__init__": "vllm_config, ...",
     # That it has an effect: tests/e2e/test_long_workload.py.
     "vllm.v1.worker.worker_base:WorkerWrapperBase.initialize_from_config": "...",
     f"{_PROCESSOR_V1}:process_dict_updates": "req_entries, batch_update, new_state",
-    f"{_CPU}:CPUAttentionBackendImpl.__init__": _IMPL_ARGUMENTS,
-    # The CUDA path.
-    f"{_TRITON}:TritonAttentionImpl.__init__": _IMPL_ARGUMENTS,
-    f"{_FLASH}:FlashAttentionImpl.__init__": _IMPL_ARGUMENTS,
-    "vllm.v1.attention.ops.triton_unified_attention:unified_attention": (
-        "*, q, k, v, out, cu_seqlens_q, max_seqlen_q, seqused_k, max_seqlen_k, softmax_scale, "
-        "causal, window_size, block_table, softcap, q_descale, k_descale, v_descale, "
-        "seq_threshold_3D, num_par_softmax_segments, softmax_segm_output, softmax_segm_max, "
-        "softmax_segm_expsum"
-    ),
-    "vllm.vllm_flash_attn:flash_attn_varlen_func": (
-        "*, q, k, v, out, cu_seqlens_q, max_seqlen_q, max_seqlen_k, seqused_k, softmax_scale, "
-        "causal, window_size, block_table, scheduler_metadata, num_splits, return_softmax_lse, "
-        "fa_version"
-    ),
+    f"{_CPU}:CPUAttentionBackendImpl.__init__": IMPL_ARGUMENTS,
 }
 """How functions are called; see `objections_to_call`."""
 
-_BUILDER_ARGUMENTS = "self, kv_cache_spec, layer_names, vllm_config, device"
-_BUILD_ARGUMENTS = "self, common_prefix_len, common_attn_metadata, fast_build"
-_FORWARD_ARGUMENTS = (
+BUILDER_ARGUMENTS = "self, kv_cache_spec, layer_names, vllm_config, device"
+BUILD_ARGUMENTS = "self, common_prefix_len, common_attn_metadata, fast_build"
+FORWARD_ARGUMENTS = (
     "self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, "
     "output_block_scale"
 )
-_UPDATE_ARGUMENTS = "self, layer, key, value, kv_cache, slot_mapping"
+UPDATE_ARGUMENTS = "self, layer, key, value, kv_cache, slot_mapping"
 
 REPLACED: dict[str, str] = {
     "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls": (
@@ -290,24 +194,24 @@ REPLACED: dict[str, str] = {
     "vllm.plugins.endpoint_plugins.interface:EndpointPlugin.init_state": (
         "self, engine_client, state, args"
     ),
-    f"{_BACKEND}:AttentionBackend.customize_spec": "cls, spec",
-    f"{_BACKEND}:AttentionBackend.get_builder_cls": "",
-    f"{_BACKEND}:AttentionBackend.get_impl_cls": "",
-    f"{_BACKEND}:AttentionBackend.get_name": "",
-    f"{_BACKEND}:AttentionBackend.supports_alibi_sqrt": "cls",
-    f"{_BACKEND}:AttentionBackend.supports_attn_type": "cls, attn_type",
-    f"{_BACKEND}:AttentionBackend.supports_kv_connector": "cls",
-    f"{_BACKEND}:AttentionBackend.supports_mm_prefix": "cls",
-    f"{_BACKEND}:AttentionBackend.supports_non_causal": "cls",
-    f"{_BACKEND}:AttentionBackend.supports_rswa": "cls",
-    f"{_BACKEND}:AttentionBackend.supports_sink": "cls",
-    f"{_BACKEND}:AttentionMetadataBuilder.__init__": _BUILDER_ARGUMENTS,
-    f"{_BACKEND}:AttentionMetadataBuilder.build": _BUILD_ARGUMENTS,
-    f"{_BACKEND}:AttentionImpl.forward": _FORWARD_ARGUMENTS,
-    f"{_CPU}:CPUAttentionMetadataBuilder.__init__": _BUILDER_ARGUMENTS,
-    f"{_CPU}:CPUAttentionMetadataBuilder.build": _BUILD_ARGUMENTS,
-    f"{_CPU}:CPUAttentionBackendImpl.forward": _FORWARD_ARGUMENTS,
-    f"{_CPU}:CPUAttentionBackendImpl.do_kv_cache_update": _UPDATE_ARGUMENTS,
+    f"{BACKEND}:AttentionBackend.customize_spec": "cls, spec",
+    f"{BACKEND}:AttentionBackend.get_builder_cls": "",
+    f"{BACKEND}:AttentionBackend.get_impl_cls": "",
+    f"{BACKEND}:AttentionBackend.get_name": "",
+    f"{BACKEND}:AttentionBackend.supports_alibi_sqrt": "cls",
+    f"{BACKEND}:AttentionBackend.supports_attn_type": "cls, attn_type",
+    f"{BACKEND}:AttentionBackend.supports_kv_connector": "cls",
+    f"{BACKEND}:AttentionBackend.supports_mm_prefix": "cls",
+    f"{BACKEND}:AttentionBackend.supports_non_causal": "cls",
+    f"{BACKEND}:AttentionBackend.supports_rswa": "cls",
+    f"{BACKEND}:AttentionBackend.supports_sink": "cls",
+    f"{BACKEND}:AttentionMetadataBuilder.__init__": BUILDER_ARGUMENTS,
+    f"{BACKEND}:AttentionMetadataBuilder.build": BUILD_ARGUMENTS,
+    f"{BACKEND}:AttentionImpl.forward": FORWARD_ARGUMENTS,
+    f"{_CPU}:CPUAttentionMetadataBuilder.__init__": BUILDER_ARGUMENTS,
+    f"{_CPU}:CPUAttentionMetadataBuilder.build": BUILD_ARGUMENTS,
+    f"{_CPU}:CPUAttentionBackendImpl.forward": FORWARD_ARGUMENTS,
+    f"{_CPU}:CPUAttentionBackendImpl.do_kv_cache_update": UPDATE_ARGUMENTS,
     "vllm.v1.core.block_pool:generate_block_hash_extra_keys": (
         "request, start_token_idx, end_token_idx, start_mm_idx"
     ),
@@ -319,48 +223,6 @@ REPLACED: dict[str, str] = {
     f"{_PROCESSOR_V1}:LogitsProcessor.is_argmax_invariant": "self",
     f"{_PROCESSOR_V1}:LogitsProcessor.update_state": "self, batch_update",
     f"{_PROCESSOR_V1}:LogitsProcessor.validate_params": "cls, sampling_params",
-    # The CUDA path.
-    f"{_PROCESSOR_V2}:LogitsProcessor.__init__": "self, vllm_config, req_states",
-    f"{_PROCESSOR_V2}:LogitsProcessor.add_request": "self, req_idx, sampling_params",
-    f"{_PROCESSOR_V2}:LogitsProcessor.apply": "self, logits, ctx",
-    f"{_PROCESSOR_V2}:LogitsProcessor.validate_params": "cls, sampling_params",
-    f"{_BACKEND}:AttentionMetadataBuilder.build_for_cudagraph_capture": (
-        "self, common_attn_metadata"
-    ),
-    f"{_BACKEND}:AttentionMetadataBuilder.get_cudagraph_support": (
-        "cls, vllm_config, kv_cache_spec"
-    ),
-    f"{_TRITON}:TritonAttentionMetadataBuilder.__init__": _BUILDER_ARGUMENTS,
-    f"{_TRITON}:TritonAttentionMetadataBuilder.build": _BUILD_ARGUMENTS,
-    f"{_TRITON}:TritonAttentionMetadataBuilder.build_for_cudagraph_capture": (
-        "self, common_attn_metadata"
-    ),
-    f"{_TRITON}:TritonAttentionBackend.customize_spec": "cls, spec",
-    f"{_TRITON}:TritonAttentionImpl.forward": _FORWARD_ARGUMENTS,
-    f"{_TRITON}:TritonAttentionImpl.do_kv_cache_update": _UPDATE_ARGUMENTS,
-    f"{_FLASH}:FlashAttentionMetadataBuilder.__init__": _BUILDER_ARGUMENTS,
-    f"{_FLASH}:FlashAttentionMetadataBuilder.build": _BUILD_ARGUMENTS,
-    f"{_FLASH}:FlashAttentionMetadataBuilder.get_cudagraph_support": (
-        "cls, vllm_config, kv_cache_spec"
-    ),
-    f"{_FLASH}:FlashAttentionImpl.forward": _FORWARD_ARGUMENTS,
-    f"{_FLASH}:FlashAttentionImpl.do_kv_cache_update": _UPDATE_ARGUMENTS,
-    "vllm.compilation.cuda_graph:CUDAGraphWrapper.__init__": (
-        "self, runnable, vllm_config, runtime_mode, cudagraph_options"
-    ),
-    "vllm.v1.cudagraph_dispatcher:CudagraphDispatcher.dispatch": (
-        "self, num_tokens, uniform_decode, has_lora, num_active_loras, valid_modes, invalid_modes"
-    ),
-    f"{_GRAPHS}:CudaGraphManager.capture": "self, create_forward_fn, progress_bar_desc",
-    f"{_GRAPHS}:ModelCudaGraphManager.capture": (
-        "self, model, model_state, input_buffers, intermediate_tensors, block_tables, attn_groups, "
-        "kv_cache_config, pcp_manager, has_lora, use_aux_hidden_state_outputs, lora_capture_hook, "
-        "progress_bar_desc"
-    ),
-    f"{_GRAPHS}:ModelCudaGraphManager.run_fullgraph": "self, desc",
-    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state": (
-        "self, scheduler_output, dummy_run"
-    ),
 }
 """What vLLM calls in the plugin, overridden or wrapped: all parameters, in order."""
 
@@ -370,14 +232,6 @@ BASES: dict[str, str] = {
     f"{_CPU}:CPUAttentionBackendImpl": "AttentionImpl",
     "vllm.platforms.cpu:CpuPlatform": "Platform",
     "vllm.exceptions:VLLMValidationError": "VLLMClientError",
-    # The CUDA path.
-    f"{_TRITON}:TritonAttentionBackend": "AttentionBackend",
-    f"{_TRITON}:TritonAttentionMetadataBuilder": "AttentionMetadataBuilder",
-    f"{_TRITON}:TritonAttentionImpl": "AttentionImpl",
-    f"{_FLASH}:FlashAttentionBackend": "AttentionBackend",
-    f"{_FLASH}:FlashAttentionMetadataBuilder": "AttentionMetadataBuilder",
-    f"{_FLASH}:FlashAttentionImpl": "AttentionImpl",
-    f"{_GRAPHS}:ModelCudaGraphManager": "CudaGraphManager",
 }
 """Base classes, direct or not."""
 
@@ -413,12 +267,5 @@ PASSAGES: dict[str, tuple[str, ...]] = {
     ),
     # The CPU backend's layers know the instruction set of their caches.
     f"{_CPU}:CPUAttentionMetadataBuilder._set_isa_to_layers": ("layer.isa = self.isa",),
-    # The CUDA path: runner V2 tells which slot a row's request has.
-    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn": (
-        "req_idx=input_batch.idx_mapping_np",
-    ),
-    "vllm.v1.worker.gpu.sample.sampler:Sampler.add_request": (
-        "processor.add_request(req_idx, sampling_params)",
-    ),
 }
 """What functions do, as `ast.unparse` writes it, in this order."""

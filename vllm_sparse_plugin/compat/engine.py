@@ -7,7 +7,6 @@ import os
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from vllm_sparse_plugin.paged.layout import BlockShape
 from vllm_sparse_plugin.serving_config import NAMESPACE, ServingConfig
 from vllm_sparse_plugin.trial import AttentionShape
 
@@ -15,6 +14,8 @@ if TYPE_CHECKING:
     from vllm.config import CompilationConfig, VllmConfig
     from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder
     from vllm.v1.kv_cache_interface import AttentionSpec
+
+    from vllm_sparse_plugin.paged.layout import BlockShape
 
 SUPPORTED_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 _CPU_BLOCK_SIZE = 128
@@ -56,6 +57,8 @@ def attention_shape(vllm_config: VllmConfig) -> AttentionShape:
 
 def block_shape(spec: AttentionSpec, vllm_config: VllmConfig) -> BlockShape:
     """The shape of a layer's cache in a worker of this engine."""
+    from vllm_sparse_plugin.paged.layout import BlockShape  # which imports this package
+
     return BlockShape(
         block_size=vllm_config.cache_config.block_size,
         num_heads=attention_shape(vllm_config).num_heads,

@@ -72,6 +72,17 @@ class _NothingToRestore:
         pass
 
 
+def _accept_integer_masks(builder: type, name: str, place: int) -> None:
+    """Masks that are results of `&` may be integers here; compiled, they are bits."""
+    original = getattr(builder, name)
+
+    def call(self: Any, *args: Any) -> Any:
+        args[place].data = args[place].data.astype(np.bool_)
+        return original(self, *args)
+
+    setattr(builder, name, call)
+
+
 def patch_language_once() -> None:
     """Lets `triton.language` compute with numpy, for good.
 
@@ -86,6 +97,8 @@ def patch_language_once() -> None:
     interpreter._patch_lang(type(sees_both_modules)(sees_both_modules.__code__, names))
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    _accept_integer_masks(type(builder), "create_masked_load", 1)
+    _accept_integer_masks(type(builder), "create_masked_store", 2)
     # Lanes that are masked off compute too, with whatever is there.
     np.seterr(all="ignore")
     interpreter._patch_lang = lambda function: _NothingToRestore()

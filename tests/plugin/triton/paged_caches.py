@@ -47,13 +47,29 @@ def slots_of(rows: Rows, row: int) -> torch.Tensor:
 def written_again(
     rows: Rows, update: Callable[[torch.Tensor, torch.Tensor], None], seed: int = 5
 ) -> torch.Tensor:
-    """A cache of the same rows, written by the Triton kernels.
+    """A cache of the same rows, written by the Triton kernels; see `written_in_steps`.
+
+    Args:
+        rows: With what is to be written.
+        update: Of the index, after each step: takes the cache and the step's slots.
+        seed: Of the chunks' sizes.
+    """
+
+    def write(kv_cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: torch.Tensor):
+        write_rows(key, value, kv_cache, step)
+        update(kv_cache, step)
+
+    return written_in_steps(rows, write, seed)
+
+
+def written_in_steps(rows: Rows, write: Callable[..., None], seed: int = 5) -> torch.Tensor:
+    """A cache of the same rows.
 
     In steps as an engine's: each has some tokens of every sequence that has any left, and padding.
 
     Args:
         rows: With what is to be written.
-        update: Of the index, after each step: takes the cache and the step's slots.
+        write: Takes the cache, and a step's keys, values and slots.
         seed: Of the chunks' sizes.
     """
     random = np.random.default_rng(seed)
@@ -73,8 +89,7 @@ def written_again(
             for tensors in (rows.keys, rows.values)
         )
         # Heads outermost in memory, and one token less than slots: as a model may hand them over.
-        write_rows(key.to(DEVICE).transpose(0, 1), value.to(DEVICE).transpose(0, 1), kv_cache, step)
-        update(kv_cache, step)
+        write(kv_cache, key.to(DEVICE).transpose(0, 1), value.to(DEVICE).transpose(0, 1), step)
     return kv_cache
 
 

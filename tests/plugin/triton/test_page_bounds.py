@@ -18,8 +18,11 @@ from tests.plugin.triton.paged_caches import (
     assert_same_bytes,
     empty_scores,
     written_again,
+    written_in_steps,
 )
 from tests.plugin.triton.row_order import for_device, from_device
+from vllm_sparse_plugin.paged.device.cache import DeviceCache
+from vllm_sparse_plugin.paged.device.space import DeviceSpace
 from vllm_sparse_plugin.paged.kernels import page_scores as numba_kernels
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape, LayerCache
 from vllm_sparse_plugin.paged.page_bounds import STORED_BITS, PageBounds
@@ -74,6 +77,11 @@ def update_all(layout: BlockLayout, kv_cache: torch.Tensor, slots: torch.Tensor)
         assert isinstance(index, PageBounds)
         sizes = (index.record_bytes(shape), shape.head_size, index.page_size, index.label_bits)
         update_pages(kv_cache, layout.place_of(index), *sizes, slots)
+
+
+def device_cache(layout: BlockLayout, kv_cache: torch.Tensor) -> DeviceCache:
+    space = DeviceSpace(layout.shape, 1, 16, 64, torch.device(DEVICE))
+    return DeviceCache.of(kv_cache, layout, 0, space)
 
 
 def scored(rows: Rows, index: PageBounds, kv_cache: torch.Tensor) -> torch.Tensor:
@@ -145,6 +153,11 @@ def test_bytes_and_scores(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = make_rows(layout, case.lengths, exact=False, spare_keys=2)
     kv_cache = written_again(rows, functools.partial(update_all, layout))
     assert_same_bytes(rows, kv_cache)
+    # With the rows, in one launch.
+    at_once = written_in_steps(
+        rows, lambda kv_cache, *step: device_cache(layout, kv_cache).write(*step)
+    )
+    assert_same_bytes(rows, at_once)
     found, expected = scored(rows, index, kv_cache), scored_by_numba(rows, index)
     exact, sizes = reference(rows, index)
     assert_close_sums(found, exact, sizes, case.head_size)
@@ -203,6 +216,7 @@ def test_after_any_history_of_writes(steps: list[tuple[int, int, int]], seed: in
     layout = BlockLayout(shape_of(2, 2, 8, 16), (PageBounds(8, 16), PageBounds(16, 4)))
     kv_cache = torch.full((12, 2, 16, layout.bytes_per_token // 4), torch.nan)
     cache, copy = LayerCache.of(kv_cache, layout, 0), for_device(kv_cache, layout.shape)
+    at_once = copy.clone()
     generator = torch.Generator().manual_seed(seed)
     blocks = torch.randperm(12, generator=generator).reshape(3, 4)
     ends = [0, 0, 0]
@@ -217,3 +231,5 @@ def test_after_any_history_of_writes(steps: list[tuple[int, int, int]], seed: in
         update_all(layout, copy, slots.to(DEVICE))
         written = from_device(copy, layout.shape)
         assert torch.equal(written.view(torch.uint8), kv_cache.view(torch.uint8))
+        device_cache(layout, at_once).write(key.to(DEVICE), value.to(DEVICE), slots.to(DEVICE))
+        assert torch.equal(at_once.view(torch.uint8), copy.view(torch.uint8))

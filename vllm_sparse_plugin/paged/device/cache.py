@@ -59,9 +59,16 @@ class DeviceCache:
             slots: `[>= num_tokens]`, int64; negative = padding.
         """
         slots = slots[: len(key)]
-        write_rows(key, value, self.kv_cache, slots)
-        for index in self.indices.values():
-            index.update(self.kv_cache, slots)
+        indices = list(self.indices.values())
+        # A launch less for each layer and step, where the index is written with the rows.
+        writer = next((index for index in indices if index.writes_rows), None)
+        if writer is None:
+            write_rows(key, value, self.kv_cache, slots)
+        else:
+            writer.update(self.kv_cache, slots, key, value)
+        for index in indices:
+            if index is not writer:
+                index.update(self.kv_cache, slots)
 
     def rows(self) -> torch.Tensor:
         """The keys and values alone, as vLLM's own kernels take them: a view.

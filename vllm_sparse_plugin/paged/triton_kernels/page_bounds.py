@@ -8,6 +8,7 @@ import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.quantization import codes_of, smallest_and_step
 from vllm_sparse_plugin.paged.triton_kernels.tiles import block_bytes, padded
+from vllm_sparse_plugin.paged.triton_kernels.writing import check_rows
 
 KEYS_AT_ONCE = 16
 """Keys of a page that are loaded together."""
@@ -80,9 +81,69 @@ def _store_codes(record, low, high, BITS: tl.constexpr, PARTS: tl.constexpr, PAR
 
 
 @triton.jit
+def _bounds_of_new_page(
+    elements,
+    count,
+    slots,
+    i,
+    slot,
+    key,
+    key_stride,
+    HEAD_SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
+    KEYS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """As `bounds_of_keys`, where keys of this launch are taken from the model's own tensor.
+
+    Other programs write them into the cache meanwhile.
+
+    Args:
+        elements: Pointer to the page's first key in the cache.
+        count: Keys of the page so far.
+        slots: Of the launch.
+        i: The last key's place among them.
+        slot: The last key's.
+        key: Pointer to the head's first new key.
+        key_stride: From one new key to the next.
+        HEAD_SIZE: See `bounds_of_keys`.
+        PARTS: Likewise.
+        PART: Likewise.
+        KEYS: Likewise.
+        COLUMNS: Likewise.
+    """
+    keys = tl.arange(0, KEYS)[:, None, None]
+    columns = tl.arange(0, COLUMNS)[None, None, :]
+    channels = tl.arange(0, PARTS)[None, :, None] * PART + columns
+    inside = columns < PART
+    low = tl.full([PARTS, COLUMNS], float("inf"), tl.float32)
+    high = tl.full([PARTS, COLUMNS], float("-inf"), tl.float32)
+    for first in tl.range(0, count, KEYS):
+        rows = tl.minimum(first + keys, count - 1)
+        back = count - 1 - rows
+        own = tl.load(slots + i - back, mask=back <= i, other=-1)
+        is_new, is_old = own == slot - back, own != slot - back
+        at = key + (i - back).to(tl.int64) * key_stride + channels
+        new = tl.load(at, mask=inside & is_new, other=0.0)
+        old = tl.load(elements + rows * (2 * HEAD_SIZE) + channels, mask=inside & is_old, other=0.0)
+        values = tl.where(is_new, new, old).to(tl.float32)
+        low = tl.minimum(low, tl.min(values, axis=0))
+        high = tl.maximum(high, tl.max(values, axis=0))
+    return low, high
+
+
+@triton.jit
 def _update_pages(
     cache,
     slots,
+    key,
+    value,
+    key_stride,
+    key_head_stride,
+    value_stride,
+    value_head_stride,
+    WRITES: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
     OFFSET: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -95,18 +156,46 @@ def _update_pages(
     PART: tl.constexpr,
     KEYS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
     i, head = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + i)
     following = tl.load(slots + i + 1, mask=i + 1 < tl.num_programs(0), other=-1)
+    token = (slot % BLOCK_SIZE).to(tl.int32)
+    block = cache.to(tl.pointer_type(tl.uint8)) + slot // BLOCK_SIZE * BLOCK_BYTES
+    rows = block.to(cache.dtype) + head * (BLOCK_SIZE * 2 * HEAD_SIZE)
+    if WRITES:
+        channels = tl.arange(0, CHANNELS)
+        mask = channels < tl.where(slot >= 0, HEAD_SIZE, 0)
+        own = i.to(tl.int64)
+        new_key = tl.load(key + own * key_stride + head * key_head_stride + channels, mask=mask)
+        tl.store(rows + token * (2 * HEAD_SIZE) + channels, new_key, mask=mask)
+        at = value + own * value_stride + head * value_head_stride + channels
+        new_value = tl.load(at, mask=mask)
+        tl.store(rows + token * (2 * HEAD_SIZE) + HEAD_SIZE + channels, new_value, mask=mask)
     # The last token of a page that is written here does it for the page.
     is_last = (following != slot + 1) | ((slot + 1) % PAGE_SIZE == 0)
     if (slot >= 0) & is_last:
-        token = (slot % BLOCK_SIZE).to(tl.int32)
         first = token // PAGE_SIZE * PAGE_SIZE
-        block = cache.to(tl.pointer_type(tl.uint8)) + slot // BLOCK_SIZE * BLOCK_BYTES
-        keys = block.to(cache.dtype) + (head * BLOCK_SIZE + first) * (2 * HEAD_SIZE)
-        low, high = bounds_of_keys(keys, token + 1 - first, HEAD_SIZE, PARTS, PART, KEYS, COLUMNS)
+        count = token + 1 - first
+        keys = rows + first * (2 * HEAD_SIZE)
+        if WRITES:
+            low, high = _bounds_of_new_page(
+                keys,
+                count,
+                slots,
+                i,
+                slot,
+                key + head * key_head_stride,
+                key_stride,
+                HEAD_SIZE,
+                PARTS,
+                PART,
+                KEYS,
+                COLUMNS,
+            )
+        else:
+            low, high = bounds_of_keys(keys, count, HEAD_SIZE, PARTS, PART, KEYS, COLUMNS)
         record = block + OFFSET + head * STRIDE + token // PAGE_SIZE * RECORD_BYTES
         if BITS == 16:
             target = record.to(cache.dtype)
@@ -126,24 +215,39 @@ def update_pages(
     page_size: int,
     bits: int,
     slots: torch.Tensor,
+    key: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
 ) -> None:
-    """Makes the records of all pages that were written to right again, partial ones too.
+    """Makes the records of all pages that are written to right again, partial ones too.
 
     Args:
-        kv_cache: See the package, with the new keys; so `place`.
+        kv_cache: See the package, with the new keys, unless they come with the call; so `place`.
         place: Of the index.
         record_bytes: Of a page's record.
         head_size: Channels of a key.
         page_size: Tokens of a page, a divisor of the block size.
         bits: Of a code: 2, 4, 8 or 16.
         slots: Of the written tokens, those of one sequence in order; see the package.
+        key: `[>= num_slots, num_kv_heads, head_size]`, of the cache's type, channels side by side:
+            new keys, to be written too, in the same launch. None: they have been written.
+        value: Likewise.
+
+    Raises:
+        ValueError: The types differ, or channels are not side by side.
     """
     if slots.shape[0] == 0:
         return
+    rows = (kv_cache, kv_cache) if key is None or value is None else (key, value)
+    writes = key is not None
+    if writes:
+        check_rows(*rows, kv_cache)
     parts, part = parts_of(head_size, bits)
     _update_pages[(slots.shape[0], kv_cache.shape[1])](
         kv_cache,
         slots,
+        *rows,
+        *(stride for row in rows for stride in row.stride()[:2]),
+        WRITES=writes,
         BLOCK_BYTES=block_bytes(kv_cache),
         OFFSET=place[0],
         STRIDE=place[1],
@@ -156,5 +260,6 @@ def update_pages(
         PART=part,
         KEYS=min(KEYS_AT_ONCE, padded(page_size)),
         COLUMNS=padded(part),
+        CHANNELS=padded(head_size),
         enable_fp_fusion=False,
     )

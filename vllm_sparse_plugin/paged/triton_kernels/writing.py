@@ -58,12 +58,7 @@ def write_rows(
     Raises:
         ValueError: The types differ, or channels are not side by side.
     """
-    if not key.dtype == value.dtype == kv_cache.dtype:
-        raise ValueError(
-            f"keys of {key.dtype} and values of {value.dtype} for a cache of {kv_cache.dtype}"
-        )
-    if key.stride(2) != 1 or value.stride(2) != 1:
-        raise ValueError("the channels of keys and values must be side by side")
+    check_rows(key, value, kv_cache)
     num_tokens, heads, head_size = key.shape
     count = min(num_tokens, slots.shape[0])
     if count == 0:
@@ -89,3 +84,22 @@ def write_rows(
         TOKENS=at_once,
         enable_fp_fusion=False,
     )
+
+
+def check_rows(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor) -> None:
+    """Looks whether rows can be written as they are.
+
+    Args:
+        key: See `write_rows`; so the others.
+        value: Likewise.
+        kv_cache: Likewise.
+
+    Raises:
+        ValueError: The types differ, or channels are not side by side.
+    """
+    if not key.dtype == value.dtype == kv_cache.dtype:
+        raise ValueError(
+            f"keys of {key.dtype} and values of {value.dtype} for a cache of {kv_cache.dtype}"
+        )
+    if key.stride(2) != 1 or value.stride(2) != 1:
+        raise ValueError("the channels of keys and values must be side by side")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -19,7 +19,10 @@ class DeviceIndex(ABC):
         index: What blocks hold.
         place: Where, see `BlockLayout.place_of`.
         shape: Of the cache.
+        writes_rows: Whether it can write new keys and values too, in the same launch.
     """
+
+    writes_rows: ClassVar[bool] = False
 
     def __init__(
         self, index: Any, layout: BlockLayout, layer_index: int, space: DeviceSpace
@@ -37,12 +40,21 @@ class DeviceIndex(ABC):
         self.shape = layout.shape
 
     @abstractmethod
-    def update(self, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
+    def update(
+        self,
+        kv_cache: torch.Tensor,
+        slots: torch.Tensor,
+        key: torch.Tensor | None = None,
+        value: torch.Tensor | None = None,
+    ) -> None:
         """Makes the index right again after keys were written.
 
         Args:
             kv_cache: See `triton_kernels`, with the new keys.
             slots: `[num_tokens]`, int64, where they are; negative = padding.
+            key: `[num_tokens, num_kv_heads, head_size]`, if it `writes_rows` and they are not in
+                the cache yet.
+            value: Likewise.
         """
 
 

@@ -32,7 +32,13 @@ class DeviceChannelLabels(DeviceIndex):
             return
         self.channels = torch.from_numpy(channels).to(space.device)
 
-    def update(self, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
+    def update(
+        self,
+        kv_cache: torch.Tensor,
+        slots: torch.Tensor,
+        key: torch.Tensor | None = None,
+        value: torch.Tensor | None = None,
+    ) -> None:
         """See `DeviceIndex.update`."""
         if self.channels is None:
             return

@@ -67,7 +67,13 @@ class DeviceHashSignatures(DeviceIndex):
         tokens = min(_TOKENS_AT_ONCE, space.max_tokens)
         self._hidden = self._networks.hidden("hidden keys", sides["key"].count, tokens, space)
 
-    def update(self, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
+    def update(
+        self,
+        kv_cache: torch.Tensor,
+        slots: torch.Tensor,
+        key: torch.Tensor | None = None,
+        value: torch.Tensor | None = None,
+    ) -> None:
         """See `DeviceIndex.update`."""
         if self.query_networks is None:
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex, device_index_of
@@ -13,7 +15,15 @@ from vllm_sparse_plugin.paged.triton_kernels.page_bounds import update_pages
 class DevicePageBounds(DeviceIndex):
     """See `PageBounds`."""
 
-    def update(self, kv_cache: torch.Tensor, slots: torch.Tensor) -> None:
+    writes_rows: ClassVar[bool] = True
+
+    def update(
+        self,
+        kv_cache: torch.Tensor,
+        slots: torch.Tensor,
+        key: torch.Tensor | None = None,
+        value: torch.Tensor | None = None,
+    ) -> None:
         """See `DeviceIndex.update`."""
         update_pages(
             kv_cache,
@@ -23,4 +33,6 @@ class DevicePageBounds(DeviceIndex):
             self.index.page_size,
             self.index.label_bits,
             slots,
+            key,
+            value,
         )
