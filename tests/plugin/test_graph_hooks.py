@@ -62,6 +62,7 @@ def test_each_size_is_captured_without_maskers_and_with_them(table: RowTable) ->
         assert manager.run_hooked(2) == (2, is_sparse)
     assert manager._capture_descs == {FULL: [4, 2], PIECEWISE: [8]}
     assert table.graphs.has_dense_graphs
+    assert not table.graphs.captures_sparse  # steps of vLLM's own, without requests, are dense
 
 
 def test_a_profile_counts_both_sets(table: RowTable) -> None:
@@ -73,7 +74,7 @@ def test_a_profile_counts_both_sets(table: RowTable) -> None:
 
 
 def test_one_set_where_no_graph_can_have_the_maskers(table: RowTable) -> None:
-    table.graphs.captured["layer"] = None
+    table.graphs.captured["another group's layer"] = None
     manager = Manager(table)
     manager.capture_hooked("model")
     assert set(manager.graphs.values()) == {(4, False), (2, False)}
@@ -117,18 +118,24 @@ def test_runner_v2_looks_at_the_batch_and_not_at_slots_left_over(table: RowTable
     runner = SimpleNamespace(
         vllm_config=None, req_states=SimpleNamespace(req_id_to_index={"a": 0, "b": 1})
     )
-    gather = graph_hooks._avoid_decode_graphs(lambda self, scheduled, dummy: ("state", 1))
+    looks = graph_hooks._avoid_decode_graphs(lambda self, scheduled, dummy: ("state", 1))
+    found = []
     table.rows[2] = row(OTHER)  # of a request that is gone
-    for scheduled, rows, dummy, uniform in (
-        (["a"], {0: row(OWN)}, False, 1),
-        (["a", "b"], {1: row(OTHER)}, False, None),
-        (["a"], {}, False, 1),
-        (["not a request"], {}, True, 1),
+    for scheduled, rows, dummy in (
+        (["a"], {0: row(OWN)}, False),
+        (["a", "b"], {1: row(OTHER)}, False),
+        (["a"], {}, False),
+        (["not a request"], {}, True),
     ):
         table.rows.update(rows)
         output = SimpleNamespace(num_scheduled_tokens=dict.fromkeys(scheduled, 1))
-        assert gather(runner, output, dummy) == ("state", uniform)
-        assert table.graphs.is_dummy is dummy
+        found.append((*looks(runner, output, dummy), table.graphs.is_dummy))
+    assert found == [
+        ("state", 1, False),
+        ("state", None, False),
+        ("state", 1, False),
+        ("state", 1, True),
+    ]
 
 
 def test_graphs_serve_what_is_dense_whatever_it_asks_for(table: RowTable) -> None:

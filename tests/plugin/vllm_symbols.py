@@ -81,7 +81,6 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "decode_context_parallel_size",
         "pipeline_parallel_size",
         "prefill_context_parallel_size",
-        "use_ubatching",
     ),
     "vllm.config:VllmConfig": (
         "additional_config",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -60,29 +61,95 @@ def run_engines(engines: list[dict[str, Any]], folder: Path, *, dry: bool) -> li
     Raises:
         AssertionError: With the process's output, when it failed.
     """
-    job, result = folder / f"job-{dry}.json", folder / f"result-{dry}.json"
-    job.write_text(json.dumps({"engines": engines}))
-    modules = ["tests.plugin.cuda.engines", str(job), str(result)]
-    if dry:
-        modules.insert(0, "tests.plugin.cuda.dry_cuda")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(_REPOSITORY),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # else most of the memory
+    return _Process(engines, folder / f"{dry}", dry=dry).answers()
+
+
+def run_ranks(engine: dict[str, Any], folder: Path, ranks: int) -> list[dict[str, Any]]:
+    """What the ranks of a tensor parallel engine answered, each in a process that has a GPU.
+
+    Args:
+        engine: Of the job.
+        folder: For the job's files.
+        ranks: How many.
+
+    Raises:
+        AssertionError: With a process's output, when it failed.
+    """
+    options = {
+        **engine["options"],
+        "tensor_parallel_size": ranks,
+        "distributed_executor_backend": "external_launcher",
+        "disable_custom_all_reduce": True,
     }
-    with open(folder / f"output-{dry}.txt", "w+") as output:
-        command = [sys.executable, "-m", *modules]
-        process = subprocess.Popen(
-            command, cwd=_REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        _Process(
+            [{**engine, "options": options}],
+            folder / f"rank-{rank}",
+            dry=True,
+            RANK=str(rank),
+            LOCAL_RANK="0",  # each has a machine of its own
+            WORLD_SIZE=str(ranks),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            GLOO_SOCKET_IFNAME="lo",
         )
+        for rank in range(ranks)
+    ]
+    return [process.answers()[0] for process in processes]
+
+
+class _Process:
+    """Engines in a process of their own."""
+
+    def __init__(
+        self, engines: list[dict[str, Any]], files: Path, *, dry: bool, **variables: str
+    ) -> None:
+        """Starts it.
+
+        Args:
+            engines: Of the job.
+            files: Beginning of the paths of its files.
+            dry: Whether it believes in a GPU.
+            variables: Of its environment.
+        """
+        job = files.with_suffix(".job.json")
+        self._result, self._output = files.with_suffix(".json"), files.with_suffix(".txt")
+        job.write_text(json.dumps({"engines": engines}))
+        self._modules = ["tests.plugin.cuda.engines", str(job), str(self._result)]
+        if dry:
+            self._modules.insert(0, "tests.plugin.cuda.dry_cuda")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(_REPOSITORY),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # else most of the memory
+            **variables,
+        }
+        with open(self._output, "w") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", *self._modules],
+                cwd=_REPOSITORY,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def answers(self) -> list[dict[str, Any]]:
+        """Waits for it.
+
+        Raises:
+            AssertionError: With its output, when it failed.
+        """
         try:
-            code: int | str = process.wait(timeout=_MINUTES * 60)
+            code: int | str = self._process.wait(timeout=_MINUTES * 60)
         except subprocess.TimeoutExpired:
-            process.kill()
+            self._process.kill()
             code = f"none after {_MINUTES} minutes"
-        output.seek(0)
-        assert code == 0, f"{' '.join(modules)}: code {code}\n{output.read()[-20_000:]}"
-    answers: list[dict[str, Any]] = json.loads(result.read_text())["engines"]
-    return answers
+        text = self._output.read_text()
+        assert code == 0, f"{' '.join(self._modules)}: code {code}\n{text[-20_000:]}"
+        answers: list[dict[str, Any]] = json.loads(self._result.read_text())["engines"]
+        return answers

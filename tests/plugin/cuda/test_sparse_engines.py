@@ -15,7 +15,13 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.plugin.cuda.dry_cuda import GRAPHS
-from tests.plugin.cuda.run_engines import DRY_OPTIONS, OPTIONS, run_engines, write_tiny_llama
+from tests.plugin.cuda.run_engines import (
+    DRY_OPTIONS,
+    OPTIONS,
+    run_engines,
+    run_ranks,
+    write_tiny_llama,
+)
 
 V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 SINK_LOCAL = [{"type": "sink", "sink_size": 4}, {"type": "local", "window_size": 8}]
@@ -217,6 +223,22 @@ def test_the_long_run_is_long_and_sparse_answers_differ_from_dense_ones(answers:
     assert report["steps"] > 100
     assert report["replays"] > 60
     assert report["calls"][-1][0]["density"] < 0.6
+
+
+def test_two_tensor_parallel_ranks(answers: Answers, tmp_path: Path) -> None:
+    """Each has one of the two KV heads; both choose the same graphs and the same tokens."""
+    model = str(write_tiny_llama(tmp_path / "llama"))
+    engine = CASES["short"].engine(model, {**DRY_OPTIONS, "compilation_config": GRAPHS})
+    reports = run_ranks(engine, tmp_path, 2)
+    expected = answers.cpu["short"]
+    assert [report["tokens"] for report in reports] == [expected["tokens"]] * 2
+    counts = [report["calls"][0][0] for report in reports]
+    right = expected["calls"][0][0]
+    for name in ("read_keys", "visible_keys", "read_bytes", "visible_bytes"):
+        assert counts[0][name] + counts[1][name] == right[name]
+    assert counts[0]["sparse_queries"] == counts[1]["sparse_queries"] == right["sparse_queries"]
+    assert {report["replays"] for report in reports} == {reports[0]["replays"]}
+    assert reports[0]["replays"] > 3
 
 
 def test_graphs_of_dense_steps_and_of_sparse_ones(answers: Answers) -> None:

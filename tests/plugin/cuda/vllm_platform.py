@@ -52,6 +52,20 @@ class _Driver:
         return torch.cuda
 
 
+def _part_of_embedding(
+    token_ids: torch.Tensor,
+    weight: torch.Tensor,
+    begin: int,
+    end: int,
+    padding: int,
+    *added: int,
+) -> torch.Tensor:
+    """See vLLM's op of that name; of vocabularies without added tokens."""
+    is_own = (token_ids >= begin) & (token_ids < end)
+    own = weight[torch.where(is_own, token_ids - begin, 0).long()]
+    return torch.where(is_own[:, None], own, 0.0)
+
+
 def install() -> None:
     """Makes vLLM see the platform; before anything of vLLM but `vllm.platforms` is imported."""
     import triton
@@ -103,6 +117,7 @@ def install() -> None:
     for name in dir(custom_ops):
         if "_supports_" in name:
             setattr(custom_ops, name, lambda *_: False)
+    custom_ops.vocab_parallel_embedding = _part_of_embedding  # of tensor parallel engines
     # Runner V1 tries top-k by a kernel that the interpreter cannot run.
     from vllm.v1.sample.ops import topk_topp_sampler
 
