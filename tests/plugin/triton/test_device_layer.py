@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from sparse_attention_hub.sparse_attention.serialization import config_from_dict
+from sparse_attention_hub.sparse_attention.serialization import config_from_dict, config_to_json
 from tests.plugin.paged.paged_rows import SINK_LOCAL, shape_of
 from tests.plugin.triton.interpreter import DEVICE
 from vllm_sparse_plugin import device_backend
@@ -87,3 +87,17 @@ def test_an_index_is_kept_where_somebody_reads_it(layer: Any, change: dict[str, 
     for name, value in change.items():
         setattr(layer, name, value)
     assert layer._cache(LAYER, cache_of(2)).indices == {}
+
+
+def test_maskers_of_clients_take_the_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many lists they bring: a new space is only for fewer queries than any other."""
+    held = planner()
+    at_once = iter([4, 9, 3, 3, 2, 9])
+    monkeypatch.setattr(held, "_queries_at_once", lambda configs: next(at_once))
+    held.reserve()
+    spaces = [list(held._spaces)]
+    for size in range(1, 6):
+        own = config_from_dict({"maskers": [{"type": "sink", "sink_size": size}]})
+        assert held.attention(config_to_json(own), 0) is not None
+        spaces.append(list(held._spaces))
+    assert spaces == [[4], [4], [4, 3], [4, 3], [4, 3, 2], [4, 3, 2]]
