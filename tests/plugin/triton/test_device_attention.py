@@ -32,8 +32,8 @@ UNWRITTEN = -7.0
 QUEST = {"type": "quest_top_k", "heavy_size": 0.2, "page_size": 16, "label_bits": 8}
 
 
-def space_of(shape: BlockShape, max_queries: int = 8) -> DeviceSpace:
-    return DeviceSpace(shape, max_queries, CAPACITY, 64, torch.device(DEVICE))
+def space_of(shape: BlockShape, max_queries: int = 8, capacity: int = CAPACITY) -> DeviceSpace:
+    return DeviceSpace(shape, max_queries, capacity, 64, torch.device(DEVICE))
 
 
 def attend_on_device(
@@ -56,12 +56,14 @@ def assert_like_the_host(
     lengths: tuple[int, ...] = LENGTHS,
     max_queries: int = 8,
     exact: bool = True,
+    capacity: int = CAPACITY,
 ) -> ReadCounts:
     attention, layout = paged_attention(maskers, shape)
     rows = make_rows(layout, lengths, exact=exact)
     scaling = shape.head_size**-0.5
     expected, read = attention.attend(rows.query.float().numpy(), rows.cache, rows.batch, scaling)
-    found, counts = attend_on_device(maskers, layout, on_device(rows), space_of(shape, max_queries))
+    space = space_of(shape, max_queries, capacity)
+    found, counts = attend_on_device(maskers, layout, on_device(rows), space)
     number = len(lengths)
     assert counts[:number, KEYS_READ].tolist() == read.keys.tolist()
     assert (counts[number:] == 0).all()
@@ -92,6 +94,14 @@ def test_top_k(masker: dict, granularity: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     assert_like_the_host([*SINK_LOCAL, QUEST], shape_of(6, 2, 64, 16, dtype))
+
+
+@pytest.mark.parametrize("granularity", ["kv_head", "query_head"])
+def test_a_capacity_of_no_whole_pages(granularity: str) -> None:
+    """The last page of the longest sequence has a score too, in nobody else's place."""
+    quest = {**QUEST, "page_size": 32, "heavy_size": 40, "head_granularity": granularity}
+    shape = shape_of(4, 2, 32, 32)
+    assert_like_the_host([quest], shape, (112, 111, 112, 110), max_queries=4, capacity=112)
 
 
 def test_top_p() -> None:

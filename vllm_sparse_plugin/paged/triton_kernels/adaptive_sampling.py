@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import PARTS, DeviceBatch
 from vllm_sparse_plugin.paged.triton_kernels.counter_random import layer_stream
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists, list_tokens
 from vllm_sparse_plugin.paged.triton_kernels.radix import BASE, GIVEN
 from vllm_sparse_plugin.paged.triton_kernels.radix_workspace import RadixWorkspace
@@ -18,7 +18,7 @@ from vllm_sparse_plugin.paged.triton_kernels.sampling import draw
 from vllm_sparse_plugin.paged.triton_kernels.selected_mass import DeviceMass, sum_selected_mass
 
 
-@triton.jit
+@launched
 def _budget_kernel(
     static_top,
     static_mass,

@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import (
@@ -25,11 +24,12 @@ from vllm_sparse_plugin.paged.triton_kernels.cache_rows import (
     score_keys,
     share_of,
 )
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched
 
 _STAGES = 3
 
 
-@triton.jit
+@launched
 def _attend_kernel(
     query,
     cache,
@@ -114,7 +114,7 @@ def _attend_kernel(
         tl.store(sums + at, total, mask=is_head[:, None] & (channels < HEAD_SIZE)[None, :])
 
 
-@triton.jit
+@launched
 def _join_kernel(
     top,
     mass,

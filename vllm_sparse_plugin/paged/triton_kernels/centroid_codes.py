@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched
 from vllm_sparse_plugin.paged.triton_kernels.tiles import TILE_NUMBERS, block_bytes, padded
 
 
@@ -30,7 +31,7 @@ def _header_of(
     return record.to(tl.pointer_type(tl.int64))
 
 
-@triton.jit
+@launched
 def _encode_keys(
     cache,
     blocks,
@@ -88,7 +89,7 @@ def _encode_keys(
             tl.store(codes + tokens * ROW_BYTES + byte, packed.to(tl.uint8), mask=present)
 
 
-@triton.jit
+@launched
 def _note_codes(
     cache,
     blocks,
@@ -108,7 +109,7 @@ def _note_codes(
         tl.store(header + 1, tag)
 
 
-@triton.jit
+@launched
 def _fill_tables(
     query,
     queries,

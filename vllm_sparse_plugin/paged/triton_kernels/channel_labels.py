@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched
 from vllm_sparse_plugin.paged.triton_kernels.quantization import (
     codes_of,
     round_to,
@@ -14,7 +14,7 @@ from vllm_sparse_plugin.paged.triton_kernels.quantization import (
 from vllm_sparse_plugin.paged.triton_kernels.tiles import block_bytes, padded, rows_at_once
 
 
-@triton.jit
+@launched
 def _write_labels(
     cache,
     channels,
@@ -64,7 +64,7 @@ def _write_labels(
         tl.store(target, packed, mask=(columns < PART) & (slot >= 0))
 
 
-@triton.jit
+@launched
 def _label_queries(
     query,
     channels,

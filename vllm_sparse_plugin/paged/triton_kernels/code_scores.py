@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched
 from vllm_sparse_plugin.paged.triton_kernels.tiles import (
     block_bytes,
     padded,
@@ -15,7 +15,7 @@ from vllm_sparse_plugin.paged.triton_kernels.tiles import (
 )
 
 
-@triton.jit
+@launched
 def _score_codes(
     tables,
     queries,
@@ -42,7 +42,8 @@ def _score_codes(
     task, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     index = tl.load(queries + task).to(tl.int64)
     length = tl.load(lengths + index, mask=index >= 0, other=0)
-    blocks = block_table + tl.load(rows + index, mask=index >= 0, other=0) * table_stride
+    row = tl.load(rows + index, mask=index >= 0, other=0).to(tl.int64)
+    blocks = block_table + row * table_stride
     heads = tl.arange(0, GROUP_TILE)[:, None]
     memory = cache.to(tl.pointer_type(tl.uint8)) + OFFSET + kv_head * STRIDE
     entries = tables + (task * tl.num_programs(1) + kv_head) * (PARTS * CENTROIDS * GROUP) + heads

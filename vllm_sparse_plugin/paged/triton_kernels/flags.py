@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
-from vllm_sparse_plugin.paged.triton_kernels.grids import programs_per_row
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched, programs_per_row
 
 _TILE = 4096
 
 
-@triton.jit
+@launched
 def _fill_kernel(
     flags,
     lengths,
@@ -32,7 +31,7 @@ def _fill_kernel(
         tl.store(row + keys, tl.full([TILE], VALUE, tl.uint8), mask=keys < end)
 
 
-@triton.jit
+@launched
 def _start_kernel(
     flags,
     lengths,
@@ -57,7 +56,7 @@ def _start_kernel(
         tl.store(row + keys, found, mask=keys < length)
 
 
-@triton.jit
+@launched
 def _pool_kernel(
     flags, pooled, lengths, stride, UNITS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr
 ):
@@ -72,7 +71,7 @@ def _pool_kernel(
         tl.store(pooled + unit * stride + keys, found, mask=mask)
 
 
-@triton.jit
+@launched
 def _spread_kernel(
     pooled, flags, lengths, stride, UNITS: tl.constexpr, GROUP: tl.constexpr, TILE: tl.constexpr
 ):

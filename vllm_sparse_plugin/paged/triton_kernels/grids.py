@@ -1,9 +1,40 @@
-"""How many programs a launch has: from shapes alone, never from lengths."""
+"""How kernels are launched: for what they are compiled, and by how many programs.
+
+Both from shapes alone, never from lengths.
+"""
 
 from __future__ import annotations
 
+import triton
+
 _PROGRAMS = 512
 """About as many as a large GPU runs at once."""
+
+launched = triton.jit(
+    do_not_specialize=[
+        "lengths",
+        "rows",
+        "counts",
+        "begins",
+        "ends",
+        "ranges",
+        "ranges_stride",
+        "totals",
+        "sizes",
+        "probability",
+        "layer",
+        "count",
+        "num_tokens",
+        "programs",
+    ]
+)
+"""Decorator of kernels; functions that they call have Triton's own.
+
+Triton compiles a kernel again when an integer is 1, or a multiple of 16, or an address is a
+multiple of 16 bytes, and another one was not. What these names stand for differs from step to step,
+with the number of queries or tokens; and that is nothing to wait seconds for in the middle of
+serving. All that is lost are wide loads of what kernels only load single numbers of.
+"""
 
 
 def programs_per_row(rows: int, capacity: int, tile: int) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched
 from vllm_sparse_plugin.paged.triton_kernels.tiles import (
     block_bytes,
     load_queries,
@@ -16,7 +16,7 @@ from vllm_sparse_plugin.paged.triton_kernels.tiles import (
 )
 
 
-@triton.jit
+@launched
 def _score_keys(
     query,
     cache,
@@ -39,7 +39,7 @@ def _score_keys(
 ):
     index, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + index)
-    table = block_table + tl.load(rows + index) * table_stride
+    table = block_table + tl.load(rows + index).to(tl.int64) * table_stride
     channels = tl.arange(0, CHANNELS)
     inside = channels < HEAD_SIZE
     query += index * query_stride + kv_head * GROUP * head_stride

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched
 from vllm_sparse_plugin.paged.triton_kernels.quantization import round_to
 from vllm_sparse_plugin.paged.triton_kernels.tiles import (
     block_bytes,
@@ -25,7 +26,7 @@ def _add_channel(query, head_stride, channel, values, sums, HEADS: tl.constexpr)
     return tl.fma(own[:, None, None], values[None, :, :], sums)
 
 
-@triton.jit
+@launched
 def _score_labels(
     query,
     cache,
@@ -56,7 +57,7 @@ def _score_labels(
 ):
     index, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + index)
-    table = block_table + tl.load(rows + index) * table_stride
+    table = block_table + tl.load(rows + index).to(tl.int64) * table_stride
     memory = cache.to(tl.pointer_type(tl.uint8)) + OFFSET + kv_head * STRIDE
     tokens = tl.arange(0, TOKENS)[None, :]
     for tile in tl.range(split, tl.cdiv(length, BLOCKS * BLOCK_SIZE), tl.num_programs(2)):

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse_plugin.paged.triton_kernels.grids import power_of_2, programs_per_row
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2, programs_per_row
 
 _TILE = 1024
 NOT_SELECTED = -1e30
@@ -24,7 +24,7 @@ def _is_listed(flag, FLAG: tl.constexpr):
     return (flag != 0) if FLAG == 0 else (flag == FLAG)
 
 
-@triton.jit
+@launched
 def _count_kernel(
     flags,
     lengths,
@@ -52,7 +52,7 @@ def _count_kernel(
         tl.store(tile_counts + item * tiles + tile, tl.sum(union, 0))
 
 
-@triton.jit
+@launched
 def _list_kernel(
     flags,
     lengths,

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse_plugin.paged.triton_kernels.grids import power_of_2, programs_per_row
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2, programs_per_row
 from vllm_sparse_plugin.paged.triton_kernels.radix import order_of, score_of
 
 _TILE = 1024
@@ -18,7 +18,7 @@ weights of like keys would all be added to a few places of a larger histogram.""
 _WEIGHT_BITS = 62
 
 
-@triton.jit
+@launched
 def _order_kernel(
     scores,
     flags,
@@ -68,20 +68,20 @@ def _bound_of(masses, top_p, LEVEL: tl.constexpr):
     return bound
 
 
-@triton.jit
+@launched
 def _weigh_kernel(
     order,
     lengths,
     peaks,
     masses,
     row_stride,
-    parts,
+    programs,
     HEADS: tl.constexpr,
     LEVEL: tl.constexpr,
     LEVELS: tl.constexpr,
     TOP_P: tl.constexpr,
     BITS: tl.constexpr,
-    PARTS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Adds up the weights of each digit, of keys whose higher digits are those of the bound.
@@ -91,8 +91,8 @@ def _weigh_kernel(
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + row // HEADS)
     if tl.program_id(1) * TILE < length:
-        programs = tl.arange(0, PARTS)
-        found = tl.load(peaks + row * parts + programs, mask=programs < parts, other=0)
+        others = tl.arange(0, PROGRAMS)
+        found = tl.load(peaks + row * programs + others, mask=others < programs, other=0)
         peak = tl.max(found.to(tl.uint32, bitcast=True), 0)
         own_masses = masses + row * LEVELS * 16
         bound = tl.zeros([], tl.uint32)
@@ -117,10 +117,10 @@ def _weigh_kernel(
             digit = ((own >> (28 - 4 * LEVEL)) & 15).to(tl.int32)
             of_digits = tl.where(digit[None, :] == digits[:, None], whole[None, :], 0)
             sums += tl.sum(of_digits, 1)
-        tl.atomic_add(own_masses + LEVEL * 16 + digits, sums, mask=sums > 0)
+        tl.atomic_add(own_masses + LEVEL * 16 + digits, sums, mask=sums > 0, sem="relaxed")
 
 
-@triton.jit
+@launched
 def _mark_kernel(
     order,
     flags,
@@ -238,7 +238,8 @@ def flag_mass(
                 LEVELS=_LEVELS,
                 TOP_P=top_p,
                 BITS=_WEIGHT_BITS - (capacity - 1).bit_length(),
-                PARTS=power_of_2(programs),
+                # Of any launch: each number of programs would be compiled for.
+                PROGRAMS=power_of_2(workspace.peaks.shape[1]),
                 TILE=_TILE,
                 num_warps=8,
             )

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched
 from vllm_sparse_plugin.paged.triton_kernels.quantization import codes_of, smallest_and_step
 from vllm_sparse_plugin.paged.triton_kernels.tiles import block_bytes, padded
 from vllm_sparse_plugin.paged.triton_kernels.writing import check_rows
@@ -133,7 +134,7 @@ def _bounds_of_new_page(
     return low, high
 
 
-@triton.jit
+@launched
 def _update_pages(
     cache,
     slots,

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched
 from vllm_sparse_plugin.paged.triton_kernels.page_bounds import (
     KEYS_AT_ONCE,
     bounds_of_keys,
@@ -48,7 +49,7 @@ def _row_values(packed, scales, SIDE: tl.constexpr, SHIFT: tl.constexpr, BITS: t
     return codes.to(tl.float32) * step + least
 
 
-@triton.jit
+@launched
 def _score_pages(
     query,
     cache,
@@ -82,7 +83,7 @@ def _score_pages(
     whole = length // PAGE_SIZE
     tiles = tl.cdiv(whole, PAGES)
     per_block: tl.constexpr = BLOCK_SIZE // PAGE_SIZE
-    blocks = block_table + tl.load(rows + index) * table_stride
+    blocks = block_table + tl.load(rows + index).to(tl.int64) * table_stride
     memory = cache.to(tl.pointer_type(tl.uint8))
     query += index * query_stride + kv_head * GROUP * head_stride
     scores += index * scores_stride + kv_head * GROUP * scores_head_stride

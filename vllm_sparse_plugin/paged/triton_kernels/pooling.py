@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 
-from vllm_sparse_plugin.paged.triton_kernels.grids import power_of_2, programs_per_row
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2, programs_per_row
 
 POOLING_TILE = 1024
 """Scores whose sum is taken at once. Fixed: sums in other parts would differ in their last bits."""
 
 
-@triton.jit
+@launched
 def _weigh_kernel(
     scores,
     lengths,
@@ -41,7 +40,7 @@ def _weigh_kernel(
         tl.store(masses + row * tiles + tile, mass)
 
 
-@triton.jit
+@launched
 def _share_kernel(
     scores,
     lengths,

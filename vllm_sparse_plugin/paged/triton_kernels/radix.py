@@ -8,6 +8,8 @@ histograms of the row's parts.
 import triton
 import triton.language as tl
 
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched
+
 BINS = 2048
 """Of a histogram; digits have 11, 11 and 10 bits, from the highest."""
 
@@ -193,7 +195,7 @@ def bound_before(
     return bound, room, equal, wanted
 
 
-@triton.jit
+@launched
 def count_kernel(
     order,
     lengths,
@@ -233,7 +235,7 @@ def count_kernel(
         if room > 0:
             order += item * HEADS * row_stride
             histogram = count_digits(order, begin, end, bound, LEVEL, BINS, TILE)
-            tl.atomic_add(own + LEVEL * BINS + every, histogram, mask=histogram > 0)
+            tl.atomic_add(own + LEVEL * BINS + every, histogram, mask=histogram > 0, sem="relaxed")
     if LEVEL == 2:
         tl.store(equals + (item * tl.num_programs(1) + part) * BINS + every, histogram)
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse_plugin.paged.triton_kernels.grids import power_of_2
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def _sum_of(values, index, COUNT: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.sum(own.to(tl.int64), 0)
 
 
-@triton.jit
+@launched
 def _add_kernel(
     keys,
     loaded,

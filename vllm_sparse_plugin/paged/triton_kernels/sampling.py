@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.counter_random import layer_stream, stream_of
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched
 from vllm_sparse_plugin.paged.triton_kernels.radix import (
     BINS,
     SHARE,
@@ -55,7 +56,7 @@ def _report(probability, sizes, unit, wanted, candidates, MODE: tl.constexpr):
         tl.store(sizes + 2 * unit + 1, candidates)
 
 
-@triton.jit
+@launched
 def _draw_kernel(
     order,
     flags,
@@ -100,7 +101,7 @@ def _draw_kernel(
             _report(probability, sizes, unit, wanted, candidates, MODE)
 
 
-@triton.jit
+@launched
 def _order_kernel(
     order,
     flags,
@@ -126,10 +127,12 @@ def _order_kernel(
             tl.debug_barrier()
         histogram = count_digits(order, begin, end, 0, 0, BINS, TILE)
         every = tl.arange(0, BINS)
-        tl.atomic_add(histograms + unit * 3 * BINS + every, histogram, mask=histogram > 0)
+        tl.atomic_add(
+            histograms + unit * 3 * BINS + every, histogram, mask=histogram > 0, sem="relaxed"
+        )
 
 
-@triton.jit
+@launched
 def _mark_kernel(
     order,
     flags,

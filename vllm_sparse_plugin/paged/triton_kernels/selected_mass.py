@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import (
@@ -21,10 +20,11 @@ from vllm_sparse_plugin.paged.triton_kernels.cache_rows import (
     score_keys,
     share_of,
 )
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists
 
 
-@triton.jit
+@launched
 def _mass_kernel(
     query,
     cache,

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse_plugin.paged.triton_kernels.grids import power_of_2
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2
 from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace, pool_scores
 from vllm_sparse_plugin.paged.triton_kernels.radix import (
     BINS,
@@ -104,7 +104,7 @@ def _mark_pages(
                 tl.store(flags + unit * stride + keys, ones, mask=of_page)
 
 
-@triton.jit
+@launched
 def _select_kernel(
     order,
     flags,
@@ -142,7 +142,7 @@ def _select_kernel(
         )
 
 
-@triton.jit
+@launched
 def _order_kernel(
     order,
     flags,
@@ -171,10 +171,12 @@ def _order_kernel(
         tl.debug_barrier()
         histogram = count_digits(order, begin, end, 0, 0, BINS, TILE)
         every = tl.arange(0, BINS)
-        tl.atomic_add(histograms + item * 3 * BINS + every, histogram, mask=histogram > 0)
+        tl.atomic_add(
+            histograms + item * 3 * BINS + every, histogram, mask=histogram > 0, sem="relaxed"
+        )
 
 
-@triton.jit
+@launched
 def _mark_kernel(
     order,
     flags,

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched
 from vllm_sparse_plugin.paged.triton_kernels.tiles import block_bytes
 
 _TOKENS, _OUTPUTS = 16, 32
@@ -38,7 +39,7 @@ def _activate(values, ACTIVATION: tl.constexpr):
     return values
 
 
-@triton.jit
+@launched
 def _apply_layer(
     inputs,
     slots,

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched
 from vllm_sparse_plugin.paged.triton_kernels.tiles import (
     block_bytes,
     load_token_blocks,
@@ -28,7 +29,7 @@ def _count_bits(words):
     return ((words * 0x01010101) >> 24).to(tl.int32)
 
 
-@triton.jit
+@launched
 def _score_signatures(
     own,
     cache,
@@ -55,7 +56,7 @@ def _score_signatures(
 ):
     index, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + index)
-    table = block_table + tl.load(rows + index) * table_stride
+    table = block_table + tl.load(rows + index).to(tl.int64) * table_stride
     memory = cache.to(tl.pointer_type(tl.uint8)) + OFFSET + kv_head * STRIDE
     tokens = tl.arange(0, TOKENS)[None, :]
     heads = tl.arange(0, HEADS_TILE)
