@@ -176,6 +176,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
         **dry["quest", "graphs"],
         "options": {
             **dry["quest", "graphs"]["options"],
+            # Of one and of two requests, with their drafts.
+            "compilation_config": {**GRAPHS, "cudagraph_capture_sizes": [3, 6]},
             "speculative_config": {
                 "method": "ngram",
                 "num_speculative_tokens": 2,
