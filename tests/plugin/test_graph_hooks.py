@@ -125,7 +125,7 @@ def test_runner_v2_looks_at_the_batch_and_not_at_slots_left_over(table: RowTable
         (["a"], {0: row(OWN)}, False),
         (["a", "b"], {1: row(OTHER)}, False),
         (["a"], {}, False),
-        (["a", "b"], {}, True),
+        (["not a request"], {}, True),
     ):
         table.rows.update(rows)
         output = SimpleNamespace(num_scheduled_tokens=dict.fromkeys(scheduled, 1))
@@ -136,3 +136,21 @@ def test_runner_v2_looks_at_the_batch_and_not_at_slots_left_over(table: RowTable
         ("state", 1, False),
         ("state", 1, True),
     ]
+
+
+def test_graphs_serve_what_is_dense_whatever_it_asks_for(table: RowTable) -> None:
+    table.rows[0] = row(OTHER)
+    table.graphs.is_always_dense = True
+    assert table.fits_graphs([0])
+
+
+def test_graphs_have_maskers_where_those_of_all_cache_groups_do(table: RowTable) -> None:
+    table.graphs.captured["another group's layer"] = OWN
+    assert table.graphs.config_json == OWN
+    table.graphs.captured["another group's layer"] = None
+    assert table.graphs.config_json is None
+
+
+def test_steps_without_requests_take_dense_graphs(table: RowTable) -> None:
+    Manager(table).capture_hooked("model")
+    assert not table.graphs.captures_sparse

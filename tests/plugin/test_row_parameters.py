@@ -1,12 +1,18 @@
 """The table of rows follows the batch of either model runner."""
 
+import gc
+import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from transformers import LlamaConfig
 from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
+from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.request_parameters import resolve_request
 from vllm_sparse_plugin.row_parameters import RowParametersProcessor, row_table
 from vllm_sparse_plugin.serving_config import ServingConfig
@@ -86,3 +92,23 @@ def test_a_table_lives_as_long_as_its_engine() -> None:
     table = row_table(config)
     assert row_table(config) is table
     assert row_table(Config()) is not table
+
+
+def test_copies_of_a_configuration_are_one_engine(tmp_path: Path) -> None:
+    """vLLM makes them for what is inside a multimodal model, and for drafts."""
+    LlamaConfig(num_hidden_layers=1, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    options = EngineArgs(model=str(tmp_path), skip_tokenizer_init=True, max_model_len=64)
+    config = options.create_engine_config()
+    inner = config.with_hf_config(config.model_config.hf_config)
+    assert inner is not config
+    assert row_table(inner) is row_table(config)
+    engine = compat.engine_of(inner)
+    assert compat.engine_of(config) is engine
+    assert engine.cache_config is config.cache_config
+    assert config.compilation_config is not None
+    # Layers may hold it: it does not refer to them.
+    assert engine.compilation_config is None
+    gone = weakref.ref(engine)
+    del engine, inner, config
+    gc.collect()
+    assert gone() is None

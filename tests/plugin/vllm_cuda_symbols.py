@@ -173,12 +173,16 @@ BASES: dict[str, str] = {
 PASSAGES: dict[str, tuple[str, ...]] = {
     # Runner V2 looks at the batch, chooses a graph, plans the step, and replays, in this order.
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model": (
-        "self.gather_batch_req_state(scheduler_output, dummy_run)",
+        "batch_req_state, uniform_tok_count = self.gather_batch_req_state(",
         "dispatch_cg_and_sync_dp(",
+        "uniform_tok_count,",
         "self.model_state.prepare_attn(",
         "self.cudagraph_manager.run_fullgraph(batch_desc)",
     ),
-    "vllm.v1.worker.gpu.dp_utils:dispatch_cg_and_sync_dp": ("cudagraph_manager.dispatch(",),
+    # A batch of runner V2 that holds no request has the first slots.
+    "vllm.v1.worker.gpu.input_batch:InputBatch.make_dummy": ("idx_mapping_np = np.arange(",),
+    # Copies of a configuration share what layers register in.
+    "vllm.config:VllmConfig.with_hf_config": ("return replace(self, model_config=model_config)",),
     # What is captured, where graphs are kept, and what is extrapolated from.
     f"{_GRAPHS}:CudaGraphManager.capture": (
         "self._capture_descs[mode]",

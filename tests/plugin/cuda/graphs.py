@@ -76,6 +76,18 @@ class _Op(Step):
 
 
 @dataclass(frozen=True)
+class _AllReduce(Step):
+    """A sum over ranks. By itself the op only starts it."""
+
+    tensors: tuple[torch.Tensor, ...]
+    group: Any
+
+    def run(self) -> None:
+        group = torch.distributed.ProcessGroup.unbox(self.group)
+        group.allreduce(list(self.tensors)).wait()
+
+
+@dataclass(frozen=True)
 class _KernelLaunch(Step):
     launch: Launch
 
@@ -131,7 +143,9 @@ class Recorder(TorchDispatchMode):
             return result
         memory.mark_on_device(tuple(fresh.values()))
         writes = func._schema.is_mutable and torch.Tag.inplace_view not in func.tags
-        if writes or (fresh and func._schema.name not in _ALLOCATIONS):
+        if func._schema.name == "c10d::allreduce_":
+            self.steps.append(_AllReduce(tuple(baked_args[0]), args[1]))
+        elif writes or (fresh and func._schema.name not in _ALLOCATIONS):
             self.steps.append(_Op(func, baked_args, baked_kwargs, fresh))
         return result
 

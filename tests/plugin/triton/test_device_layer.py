@@ -1,0 +1,103 @@
+"""What an attention layer on CUDA holds on to, and what it takes from its engine."""
+
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from sparse_attention_hub.sparse_attention.serialization import config_from_dict, config_to_json
+from tests.plugin.paged.paged_rows import SINK_LOCAL, shape_of
+from tests.plugin.triton.interpreter import DEVICE
+from vllm_sparse_plugin import device_backend
+from vllm_sparse_plugin.paged.device.planner import DevicePlanner, Limits
+from vllm_sparse_plugin.paged.layout import BlockLayout
+from vllm_sparse_plugin.paged.page_bounds import PageBounds
+
+LAYOUT = BlockLayout(shape_of(), (PageBounds(8, 8),))
+LAYER = SimpleNamespace(layer_name="model.layers.3.attn", kv_cache_torch_dtype=LAYOUT.shape.dtype)
+
+
+def planner() -> DevicePlanner:
+    own = config_from_dict({"maskers": SINK_LOCAL})
+    limits = Limits(max_queries=4, capacity=64, max_tokens=16)
+    return DevicePlanner(LAYOUT, limits, torch.device(DEVICE), own)
+
+
+@pytest.fixture
+def layer(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An implementation, without vLLM's own part."""
+    held = planner()
+    monkeypatch.setattr(device_backend, "planner_of", lambda engine, shape: held)
+    implementation = object.__new__(device_backend.DeviceAttentionImpl)
+    shape = LAYOUT.shape
+    for name, value in {
+        "_engine": SimpleNamespace(cache_config=SimpleNamespace(block_size=shape.block_size)),
+        "_indices": None,
+        "_seen": lambda: None,
+        "can_be_sparse": True,
+        "head_size": shape.head_size,
+        "kv_sharing_target_layer_name": None,
+        "num_heads": shape.num_heads,
+        "num_kv_heads": shape.num_kv_heads,
+        "planner": held,
+    }.items():
+        setattr(implementation, name, value)
+    return implementation
+
+
+def cache_of(num_blocks: int) -> torch.Tensor:
+    shape = LAYOUT.shape
+    width = LAYOUT.bytes_per_token // shape.dtype.itemsize
+    size = (num_blocks, shape.num_kv_heads, shape.block_size, width)
+    return torch.zeros(size, dtype=shape.dtype, device=DEVICE)
+
+
+def test_a_layer_lets_vllm_free_its_cache(layer: Any) -> None:
+    """vLLM makes a small one to see what graphs take, and frees it before it makes the real one."""
+    first = cache_of(2)
+    gone = weakref.ref(first)
+    assert layer._cache(LAYER, first).kv_cache is first
+    del first
+    assert gone() is None
+    second = cache_of(3)
+    assert layer._cache(LAYER, second).kv_cache is second
+    with pytest.raises(ValueError, match="must be contiguous"):
+        layer._cache(LAYER, second.transpose(1, 2))
+
+
+def test_a_profiling_run_asks_for_all_memory(layer: Any) -> None:
+    layer._reserve(LAYER)
+    held = layer.planner._spaces
+    assert [space.num_bytes > 0 for space in held.values()] == [True]
+    _, indices = layer._indices
+    assert list(indices) == list(LAYOUT.indices)
+    assert layer._cache(LAYER, cache_of(2)).indices is indices
+    layer._reserve(LAYER)
+    assert layer._indices[1] is indices
+
+
+@pytest.mark.parametrize(
+    "change", [{"can_be_sparse": False}, {"kv_sharing_target_layer_name": "a"}]
+)
+def test_an_index_is_kept_where_somebody_reads_it(layer: Any, change: dict[str, Any]) -> None:
+    for name, value in change.items():
+        setattr(layer, name, value)
+    assert layer._cache(LAYER, cache_of(2)).indices == {}
+
+
+def test_maskers_of_clients_take_the_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many lists they bring: a new space is only for fewer queries than any other."""
+    held = planner()
+    at_once = iter([4, 9, 3, 3, 2, 9])
+    monkeypatch.setattr(held, "_queries_at_once", lambda configs: next(at_once))
+    held.reserve()
+    spaces = [list(held._spaces)]
+    for size in range(1, 6):
+        own = config_from_dict({"maskers": [{"type": "sink", "sink_size": size}]})
+        assert held.attention(config_to_json(own), 0) is not None
+        spaces.append(list(held._spaces))
+    assert spaces == [[4], [4], [4, 3], [4, 3], [4, 3, 2], [4, 3, 2]]
