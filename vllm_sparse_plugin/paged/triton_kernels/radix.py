@@ -25,13 +25,14 @@ def order_of(scores):
     """Numbers that rank as their scores do: float32 without NaN as uint32, none of them 0."""
     bits = scores.to(tl.uint32, bitcast=True)
     bits = tl.where(bits == 0x80000000, 0, bits)  # -0.0 equals 0.0
-    return tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+    # By XOR: the interpreter of Triton 3.6 cannot invert unsigned numbers.
+    return tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
 
 
 @triton.jit
 def score_of(order):
     """The scores that `order_of` made numbers of."""
-    bits = tl.where(order >= 0x80000000, order ^ 0x80000000, ~order)
+    bits = tl.where(order >= 0x80000000, order ^ 0x80000000, order ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
 
 
