@@ -4,8 +4,9 @@ Numbers are uint32, and rank as what they stand for; 0 is for what cannot be cho
 found digit by digit, from histograms, by one program per row, or by several that add up their
 histograms of the row's parts.
 
-Four digits of a byte: Triton before 3.9 counts by ballots, one for each bit of a digit and then a
-look at the result for every 32 bins, so that three longer digits take six times as long.
+Four digits of a byte: Triton 3.6 counts by ballots, one for each bit of a digit, and then looks at
+their results once for every 32 bins. For three longer digits that would be six times as often, and
+would take all registers.
 """
 
 import triton

@@ -26,7 +26,8 @@ from vllm_sparse_plugin.paged.triton_kernels.radix import (
 )
 from vllm_sparse_plugin.paged.triton_kernels.radix_workspace import RadixWorkspace
 
-_KEYS_AT_ONCE = 4096
+_KEYS_AT_ONCE = 2048
+"""16 flags of each of 128 threads, a load of 16 bytes; of more numbers, registers would run out."""
 
 
 @triton.jit
