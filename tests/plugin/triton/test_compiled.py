@@ -11,8 +11,8 @@ import pytest
 
 SHARED_BYTES = 227 << 10
 """That a program of an H100 may have."""
-STACK_BYTES = 0
-"""Of a thread: all fits its registers."""
+STACK_BYTES = 32
+"""Of a thread: all but a few numbers fits its registers."""
 KERNELS = 36
 """In the package; those that no step launches yet too."""
 
@@ -60,7 +60,8 @@ def test_instructions(report) -> None:
             "key_scores._score_keys",
             "signature_scores._score_signatures",
         ):
-            assert kernel["wide_loads"] > 0, kernel
+            # But codes of 2 bits of 80 channels are 20 bytes.
+            assert kernel["wide_loads"] > 0 or "PART=20" in variant, kernel
         # Keys and values are loaded ahead, and multiplied on tensor cores.
         if name == "attention._attend_kernel":
             assert kernel["async_copies"] >= 2, kernel

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_sparse_plugin.paged.triton_kernels.radix import BINS
+from vllm_sparse_plugin.paged.triton_kernels.radix import BINS, LEVELS
 
 _LONG_ROW = 8192
 """Numbers that one program selects from as fast as the launches of a split selection take."""
@@ -20,7 +20,7 @@ class RadixWorkspace:
     """Memory for rows that are split.
 
     Attributes:
-        histograms: `[max_rows, 3, BINS]`, int32, of whole rows, per digit.
+        histograms: `[max_rows, LEVELS, BINS]`, int32, of whole rows, per digit.
         equals: `[max_rows, parts, BINS]`, int32: of each part, the histogram of the last digit.
         long_row: Rows of at least this capacity are split, if there are no more than `max_rows`.
     """
@@ -37,7 +37,7 @@ class RadixWorkspace:
         parts: int = _PARTS,
         long_row: int = _LONG_ROW,
     ) -> RadixWorkspace:
-        """Asks for the memory: 19 MiB, unless it is told otherwise.
+        """Asks for the memory: 2.5 MiB, unless it is told otherwise.
 
         Args:
             device: Of the kernels.
@@ -45,7 +45,7 @@ class RadixWorkspace:
             parts: Programs per row.
             long_row: See the class.
         """
-        histograms = torch.empty((max_rows, 3, BINS), dtype=torch.int32, device=device)
+        histograms = torch.empty((max_rows, LEVELS, BINS), dtype=torch.int32, device=device)
         equals = torch.empty((max_rows, parts, BINS), dtype=torch.int32, device=device)
         return cls(histograms, equals, long_row)
 

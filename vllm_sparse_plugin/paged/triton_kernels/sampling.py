@@ -15,14 +15,14 @@ from vllm_sparse_plugin.paged.triton_kernels.counter_random import layer_stream,
 from vllm_sparse_plugin.paged.triton_kernels.grids import launched
 from vllm_sparse_plugin.paged.triton_kernels.radix import (
     BINS,
+    LEVELS,
     SHARE,
     TILE,
-    add_digit,
     bound_before,
+    bound_of_row,
     candidates_of,
     count_digits,
     count_kernel,
-    first_bound,
     part_of,
     wanted_of,
 )
@@ -91,11 +91,7 @@ def _draw_kernel(
         candidates = candidates_of(histogram, BINS)
         if candidates > 0:
             wanted = wanted_of(counts, unit, candidates, MODE, SHARE, KEYS)
-            bound, room = first_bound(histogram, wanted, BINS)
-            histogram = count_digits(order, 0, length, bound, 1, BINS, TILE)
-            bound, room, _ = add_digit(histogram, bound, room, 10, BINS)
-            histogram = count_digits(order, 0, length, bound, 2, BINS, TILE)
-            bound, room, equal = add_digit(histogram, bound, room, 0, BINS)
+            bound, room, equal = bound_of_row(order, length, histogram, wanted, BINS, TILE)
             last, place = last_of_equals(order, length, stream, bound, room, equal, TILE)
             mark_numbers(order, flags, 0, length, stream, bound, last, place, FLAG, TILE)
             _report(probability, sizes, unit, wanted, candidates, MODE)
@@ -128,7 +124,7 @@ def _order_kernel(
         histogram = count_digits(order, begin, end, 0, 0, BINS, TILE)
         every = tl.arange(0, BINS)
         tl.atomic_add(
-            histograms + unit * 3 * BINS + every, histogram, mask=histogram > 0, sem="relaxed"
+            histograms + unit * 4 * BINS + every, histogram, mask=histogram > 0, sem="relaxed"
         )
 
 
@@ -159,10 +155,10 @@ def _mark_kernel(
     if MODE == 2 and begin == 0:
         _report_nothing(sizes, unit)
     if begin < end:
-        own = histograms + unit * 3 * BINS
+        own = histograms + unit * 4 * BINS
         candidates = candidates_of(tl.load(own + tl.arange(0, BINS)), BINS)
         if candidates > 0:
-            bound, room, equal, wanted = bound_before(own, counts, unit, 3, MODE, SHARE, KEYS, BINS)
+            bound, room, equal, wanted = bound_before(own, counts, unit, 4, MODE, SHARE, KEYS, BINS)
             order += unit * stride
             stream = _stream_of_unit(layer, unit, length, UNITS, HEADS)
             last, place = last_of_equals(order, length, stream, bound, room, equal, TILE)
@@ -236,7 +232,7 @@ def draw(
     workspace.reset(rows)
     histograms, grid = workspace.histograms, (rows, workspace.parts)
     _order_kernel[grid](order, flags, lengths, histograms, stream, capacity, **shape, **tiles)
-    for level in (1, 2):
+    for level in range(1, LEVELS):
         count_kernel[grid](
             order,
             lengths,

@@ -14,19 +14,20 @@ from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace, po
 from vllm_sparse_plugin.paged.triton_kernels.radix import (
     BINS,
     GIVEN,
+    LEVELS,
     TILE,
-    add_digit,
     bound_before,
+    bound_of_row,
     count_digits,
     count_kernel,
     equals_before,
-    first_bound,
     order_of,
     part_of,
 )
 from vllm_sparse_plugin.paged.triton_kernels.radix_workspace import RadixWorkspace
 
-_KEYS_AT_ONCE = 4096
+_KEYS_AT_ONCE = 2048
+"""16 flags of each of 128 threads, a load of 16 bytes; of more numbers, registers would run out."""
 
 
 @triton.jit
@@ -132,11 +133,7 @@ def _select_kernel(
         _order_pages(order, flags, 0, pages, length, stride, PAGE_SIZE, UNITS, PAGES, WIDTH)
         tl.debug_barrier()  # what one thread has written, another one reads
         histogram = count_digits(order, 0, pages, 0, 0, BINS, TILE)
-        bound, room = first_bound(histogram, wanted, BINS)
-        histogram = count_digits(order, 0, pages, bound, 1, BINS, TILE)
-        bound, room, _ = add_digit(histogram, bound, room, 10, BINS)
-        histogram = count_digits(order, 0, pages, bound, 2, BINS, TILE)
-        bound, room, _ = add_digit(histogram, bound, room, 0, BINS)
+        bound, room, _ = bound_of_row(order, pages, histogram, wanted, BINS, TILE)
         _mark_pages(
             order, flags, 0, pages, length, stride, bound, room, PAGE_SIZE, UNITS, PAGES, WIDTH
         )
@@ -172,7 +169,7 @@ def _order_kernel(
         histogram = count_digits(order, begin, end, 0, 0, BINS, TILE)
         every = tl.arange(0, BINS)
         tl.atomic_add(
-            histograms + item * 3 * BINS + every, histogram, mask=histogram > 0, sem="relaxed"
+            histograms + item * 4 * BINS + every, histogram, mask=histogram > 0, sem="relaxed"
         )
 
 
@@ -202,8 +199,8 @@ def _mark_kernel(
     length = tl.load(lengths + index)
     begin, end = part_of(tl.cdiv(length, PAGE_SIZE), part, parts, TILE)
     if begin < end:
-        own = histograms + item * 3 * BINS
-        bound, room, _, _ = bound_before(own, counts, index, 3, 0, 0.0, 0, BINS)
+        own = histograms + item * 4 * BINS
+        bound, room, _, _ = bound_before(own, counts, index, 4, 0, 0.0, 0, BINS)
         room -= equals_before(equals, item, part, parts, bound, BINS, PARTS)
         order += item * HEADS * row_stride
         flags += item * UNITS * stride
@@ -270,7 +267,7 @@ def flag_largest(
     histograms, equals, parts = workspace.histograms, workspace.equals, workspace.parts
     grid = (items, parts)
     _order_kernel[grid](order, flags, lengths, histograms, capacity, stride, **shape)
-    for level in (1, 2):
+    for level in range(1, LEVELS):
         count_kernel[grid](
             order,
             lengths,
