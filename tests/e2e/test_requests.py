@@ -91,6 +91,7 @@ def test_statistics_route(sparse) -> None:
         "sparse_queries",
         "dense_queries",
         "automatic_dense_queries",
+        "fallback_queries",
         "read_keys",
         "visible_keys",
         "read_bytes",
