@@ -136,10 +136,6 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
             common, dense_lengths(starts, seq_lens, dense), bool(dense), sparse, fast_build
         )
 
-    def use_cascade_attention(self, *arguments: Any, **named: Any) -> bool:
-        """False: a common prefix in a pass of its own is something that maskers do not know."""
-        return False
-
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         """A decode step in which every request is padding, with all the launches of any other."""
         if (

@@ -1,4 +1,4 @@
-"""What the prefix cache may share (`design.md`): keys of blocks with sparsely attending tokens.
+"""What the prefix cache may share: keys of blocks with sparsely attending tokens.
 
 vLLM finds cached blocks by a hash chain over their tokens. The keys and values of a token that
 attended sparsely are not those of a dense pass, so from the first block that holds such a token

@@ -37,11 +37,12 @@ class ServingConfig:
         request_files: Files that a request's maskers may name, besides those in `attention`.
         index: Maskers that requests may bring and that shall be fast: blocks hold what they need,
             besides what `attention` needs.
-        fast_path: Whether maskers run on pages where they can (CPU); else on gathered keys, slowly,
-            in the reference's own code.
+        fast_path: Whether maskers run on pages where they can; else on gathered keys, slowly, in
+            the reference's own code.
         min_sparse_keys: Queries that see fewer keys than this attend densely, since maskers then
-            cost more than they save; "auto" = the break-even of the server's maskers, measured on
-            this machine (0 where they take the general path, which never saves anything).
+            cost more than they save; "auto" = the break-even of the server's maskers: on CPUs
+            measured on this machine, on CUDA a constant (0 without the fast path, and on CPUs where
+            maskers take the general path, which never saves anything).
     """
 
     attention: ResearchAttentionConfig

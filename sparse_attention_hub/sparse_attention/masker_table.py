@@ -21,7 +21,7 @@ _HEADER = (
     "state it keeps",
     "index bytes per token and head",
     "decode step in process",
-    "in vllm serve",
+    "in vllm serve, CPUs",
 )
 
 

@@ -7,12 +7,27 @@ import pytest
 import torch
 
 from vllm_sparse_plugin import compat
+from vllm_sparse_plugin.compat import hooks
+from vllm_sparse_plugin.serving_config import ServingConfig
 
 PARALLEL = (
     "pipeline_parallel_size",
     "decode_context_parallel_size",
     "prefill_context_parallel_size",
 )
+
+
+def test_where_maskers_pay_on_cuda_is_a_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cuda=lambda: True))
+    sink = {"maskers": [{"type": "sink", "sink_size": 4}]}
+    for options, expected in (
+        ({}, 32_768),
+        ({"min_sparse_keys": 5}, 0),
+        ({"fast_path": False}, 0),
+        ({"maskers": []}, 0),
+    ):
+        config = ServingConfig.parse({**sink, **options})
+        assert hooks._break_even(None, config) == expected
 
 
 def engine(**changes: Any) -> Any:

@@ -70,6 +70,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     ),
     f"{_TRITON}:TritonAttentionImpl": IMPL,
     f"{BACKEND}:AttentionCGSupport": ("UNIFORM_SINGLE_TOKEN_DECODE",),
+    f"{BACKEND}:AttentionImpl": ("supports_quant_query_input",),
     "vllm.config:VllmConfig": ("scheduler_config", "use_v2_model_runner"),
     "vllm.config:SchedulerConfig": ("max_num_batched_tokens", "max_num_seqs"),
     "vllm.model_executor.layers.attention:Attention": (
@@ -79,7 +80,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "vllm.config:ParallelConfig": ("use_ubatching",),
     "vllm.v1.core.sched.output:SchedulerOutput": ("num_scheduled_tokens",),
     "vllm.platforms.interface:DeviceCapability": ("major",),
-    "vllm.platforms.interface:Platform": ("device_type",),
+    "vllm.platforms.interface:Platform": ("device_name", "device_type"),
     "vllm.v1.kv_cache_interface:KVCacheLayout": ("LBHNC",),
     "vllm.v1.worker.gpu.states:RequestState": ("req_id_to_index",),
     f"{_FLASH}:FlashAttentionMetadataBuilder": ("scheduler_metadata",),
@@ -101,6 +102,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
 }
 
 CALLED: dict[str, str] = {
+    "vllm.config.compilation:CUDAGraphMode.has_full_cudagraphs": "",
     f"{_TRITON}:TritonAttentionImpl.__init__": IMPL_ARGUMENTS,
     f"{_FLASH}:FlashAttentionImpl.__init__": IMPL_ARGUMENTS,
     "vllm.v1.attention.ops.triton_unified_attention:unified_attention": (

@@ -1,7 +1,8 @@
-"""The only place that touches private or version-dependent vLLM names.
+"""The place for private and version-dependent names of vLLM.
 
-`TESTED_VLLM` is the range that is tested: `tests/plugin/vllm_symbols.py` holds every name and
-signature used here, and is checked against the sources of each of its versions.
+(Two more are fields of what the CUDA backend derives from, in `device_metadata`.) `TESTED_VLLM` is
+the range that is supported: `tests/plugin/vllm_symbols.py` and `vllm_cuda_symbols.py` hold what is
+relied on, and are checked against the sources of each of its versions.
 """
 
 from vllm_sparse_plugin.compat.cpu_operations import (

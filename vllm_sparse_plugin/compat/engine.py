@@ -105,9 +105,10 @@ def check_engine(vllm_config: VllmConfig) -> None:
         reason
         for refused, reason in (
             (
-                vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner,
-                "speculative decoding with model runner V1: vLLM hands no per-request parameters "
-                "to the worker then (with V2, requests attend densely)",
+                vllm_config.speculative_config is not None
+                and (device_type() == "cpu" or not vllm_config.use_v2_model_runner),
+                "speculative decoding on CPUs or with model runner V1: vLLM hands no per-request "
+                "parameters to the worker then (with V2 on CUDA, requests attend densely)",
             ),
             (
                 vllm_config.kv_transfer_config is not None,

@@ -100,7 +100,7 @@ def _hook_request_admission() -> None:
 
 
 def _break_even(vllm_config: VllmConfig, config: ServingConfig) -> int:
-    """Keys from which on the server's maskers are worth their cost; measured if it asks for it."""
+    """Keys from which on the server's maskers are worth their cost; on CPUs measured, if asked."""
     from vllm.platforms import current_platform
 
     is_paged = config.fast_path and not config.attention.is_dense

@@ -1,9 +1,10 @@
 """What a block holds: keys, values, and the indices of the configured maskers.
 
 A block has, of one KV head after the other, a row of key per token and then a row of value per
-token; and behind them each index, of one KV head after the other: a scan of an index reads the
-memory of a block in order. An index is written where the keys are written. So it is shared by the
-prefix cache, freed, swapped and copied with its block, and can never be of another block's keys.
+token (on CUDA a row `key | value` per token, see `triton_kernels`); and behind them each index, of
+one KV head after the other: a scan of an index reads the memory of a block in order. An index is
+written where the keys are written. So it is shared by the prefix cache, freed, swapped and copied
+with its block, and can never be of another block's keys.
 """
 
 from __future__ import annotations

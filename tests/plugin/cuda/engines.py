@@ -15,8 +15,8 @@ With `tests.plugin.cuda.dry_cuda` in front it does so on the GPU that is not the
     }]}
 
 The result has for each engine: `runner`, `platform`, `tokens` and their `logprobs` (batches of
-requests), `captured` and `replays` (CUDA graphs), `steps` (of all batches) and `calls` (their
-answers).
+requests), `captured` and `replays` (CUDA graphs), `preemptions`, `prefix_hits` (tokens), `steps`
+(of all batches) and `calls` (their answers).
 """
 
 import gc
@@ -49,16 +49,29 @@ def run_engine(engine: dict[str, Any]) -> dict[str, Any]:
         "steps": 0,
     }
     replayed = DryGraph.replayed
+    counted = _counted(llm)
     for batch in engine["batches"]:
         answers, steps = _ask(llm.llm_engine, batch)
         result["tokens"].append([list(answer.token_ids) for answer in answers])
         result["logprobs"].append([_logprobs(answer) for answer in answers])
         result["steps"] += steps
     result["replays"] = DryGraph.replayed - replayed
+    after = _counted(llm)
+    result["preemptions"] = after["vllm:num_preemptions"] - counted["vllm:num_preemptions"]
+    result["prefix_hits"] = after["vllm:prefix_cache_hits"] - counted["vllm:prefix_cache_hits"]
     result["calls"] = [
         llm.collective_rpc(method, args=tuple(args)) for method, args in engine.get("calls", [])
     ]
     return result
+
+
+def _counted(llm: Any) -> dict[str, int]:
+    """Of all engines of the process so far."""
+    values = {"vllm:num_preemptions": 0, "vllm:prefix_cache_hits": 0}
+    for metric in llm.get_metrics():
+        if metric.name in values:
+            values[metric.name] += int(metric.value)
+    return values
 
 
 def _ask(engine: Any, batch: list[dict[str, Any]]) -> tuple[list[Any], int]:

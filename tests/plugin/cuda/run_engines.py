@@ -23,6 +23,7 @@ OPTIONS: dict[str, Any] = {
     "max_num_seqs": 4,
     "num_gpu_blocks_override": 96,
     "enable_prefix_caching": False,
+    "disable_log_stats": False,
     "seed": 0,
 }
 """Of any engine here: as little as there can be for an interpreter to compute."""

@@ -1,7 +1,8 @@
 """The CUDA backend in real engines, on a GPU that is not there, against the CPU backend.
 
 Both have the same maskers, kernels of the same arithmetic, and float32 weights; so the answers are
-the same tokens, and the counts of what was read are the same numbers.
+the same tokens, and (but for preempted requests and the general path, which do more than they
+would) the counts of what was read are the same numbers.
 """
 
 import json
@@ -90,7 +91,9 @@ SHARED = [
     request(0, 50, 20, arrives=4),
     request(9, 90, 12, arrives=6),
 ]
-"""Prefixes in common, and more keys than there are blocks."""
+"""Prefixes in common, and more keys than there are blocks for (see `FEW_BLOCKS`)."""
+
+FEW_BLOCKS = {"num_gpu_blocks_override": 11, "max_model_len": 128}
 
 
 @dataclass
@@ -167,6 +170,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     graphs = {**DRY_OPTIONS, "compilation_config": GRAPHS}
     for name in ("quest", "mixed", "general"):
         dry[name, "graphs"] = CASES[name].engine(model, graphs)
+    dry["mixed", "graphs"]["options"].update(FEW_BLOCKS)
     short = CASES["short"]
     dry["short", "eager"] = short.engine(model, {**DRY_OPTIONS, "enforce_eager": True})
     dry["short", "V1 graphs"] = {**short.engine(model, graphs), "environment": V1}
@@ -218,6 +222,12 @@ def test_tokens_and_counts_are_the_cpu_s(answers: Answers, case: str, kind: str)
         assert counts == right
     assert counts["sparse_queries"] > 0
     assert counts["density"] < 0.9
+
+
+def test_the_mixed_run_preempts_and_finds_prefixes(answers: Answers) -> None:
+    report = answers.dry["mixed", "graphs"]
+    assert report["preemptions"] > 0
+    assert report["prefix_hits"] > 0
 
 
 def test_the_long_run_is_long_and_sparse_answers_differ_from_dense_ones(answers: Answers) -> None:

@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.platforms.interface import DeviceCapability
+
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict, config_to_json
 from tests.plugin.paged.paged_rows import SINK_LOCAL, shape_of
 from tests.plugin.triton.interpreter import DEVICE
@@ -16,6 +18,14 @@ from vllm_sparse_plugin import device_backend
 from vllm_sparse_plugin.paged.device.planner import DevicePlanner, Limits
 from vllm_sparse_plugin.paged.layout import BlockLayout
 from vllm_sparse_plugin.paged.page_bounds import PageBounds
+
+
+def test_gpus_before_ampere_are_refused() -> None:
+    backend = device_backend.DeviceAttentionBackend
+    assert not backend.supports_compute_capability(DeviceCapability(7, 5))
+    for capability in ((8, 0), (9, 0), (10, 0)):
+        assert backend.supports_compute_capability(DeviceCapability(*capability))
+
 
 LAYOUT = BlockLayout(shape_of(), (PageBounds(8, 8),))
 LAYER = SimpleNamespace(layer_name="model.layers.3.attn", kv_cache_torch_dtype=LAYOUT.shape.dtype)

@@ -28,8 +28,8 @@ class DeviceQueries:
         scaling: Of the scores.
         flags: `[num_queries * num_units, capacity]`, uint8. Maskers write it.
         probability: `[num_queries * num_units]`, float32. Samplers write it.
-        keys_scored: `[num_queries, 1]`, int64: rows of keys that were read in order to select, over
-            KV heads. Maskers that read some keys add to it.
+        reads: `[num_queries, 3]`, int64, see `triton_kernels.read_counts`. Maskers that load some
+            keys in order to select add to it.
         space: Where workspaces are.
     """
 
