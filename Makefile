@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python -m examples.demo $(if $(MODEL),--model $(MODEL))
 
 test: $(INSTALLED) lint
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup
+	$(VENV)/bin/python -m pytest
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

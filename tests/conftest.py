@@ -24,17 +24,9 @@ def tiny_path(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_tiny_model("llama", tmp_path_factory.mktemp("models"), model_path))
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Quick tests first: a plain mistake should not wait behind a server's start.
-
-    With several processes of pytest-xdist, a file's tests stay in one, and all of those for which
-    Triton's interpreter is switched on: that is done once in a process.
-    """
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick tests first: a plain mistake should not wait behind a server's start."""
     for item in items:
-        parts = Path(item.fspath).parts
-        if "e2e" in parts:
+        if "e2e" in Path(item.fspath).parts:
             item.add_marker(pytest.mark.e2e)
-        if config.pluginmanager.hasplugin("xdist"):
-            group = "triton" if "triton" in parts else str(item.fspath)
-            item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: item.get_closest_marker("e2e") is not None)
