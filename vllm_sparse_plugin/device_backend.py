@@ -16,7 +16,7 @@ from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.backend import SparseAttentionBackend, SparseAttentionImpl
 from vllm_sparse_plugin.device_metadata import DeviceMetadataBuilder
 from vllm_sparse_plugin.device_planners import planner_of
-from vllm_sparse_plugin.masked_attention import attend_row, attention_of
+from vllm_sparse_plugin.general_path import attend_generally
 from vllm_sparse_plugin.paged.device.cache import DeviceCache, key_value_rows, require_layout
 from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex, device_index
 from vllm_sparse_plugin.paged.device.step import DeviceGroup, DeviceStep
@@ -163,35 +163,28 @@ class DeviceAttentionImpl(SparseAttentionImpl):
         step: DeviceStep,
         output: torch.Tensor,
     ) -> None:
-        shape = cache.layout.shape
-        for place, row in enumerate(group.rows):
-            blocks = step.block_table[row.row]
-            keys, values = gather_row(read_token_major, cache.rows(), blocks, row.seq_len)
-            part = slice(row.query_start, row.query_end)
-            result = attend_row(
-                attention_of(group.config_json),
-                query[part],
-                keys,
-                values,
-                self.scale,
-                cache.layer_index,
-            )
-            target = output[part]
-            target.copy_(result.output.view_as(target))
-            group.counts.add_general(place, result.read_keys, result.visible_keys, shape)
+        rows, table = cache.rows(), step.block_table
+        attend_generally(
+            group.rows,
+            lambda row: gather_row(read_token_major, rows, table[row.row], row.seq_len),
+            group.config_json,
+            query,
+            self.scale,
+            cache.layer_index,
+            cache.layout.shape,
+            output,
+            group.counts,
+        )
 
     def _reserve(self, layer: Any) -> None:
         """Asks for all memory that the layer takes besides its cache."""
-        shape = BlockShape(
-            block_size=self._engine.cache_config.block_size,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_size=self.head_size,
-            dtype=layer.kv_cache_torch_dtype,
-        )
+        shape = self._shape(self._engine.cache_config.block_size, layer.kv_cache_torch_dtype)
         self._layout_and_indices(layer, shape)
         if self.can_be_sparse:
             planner_of(self._engine, shape).reserve()
+
+    def _shape(self, block_size: int, dtype: torch.dtype) -> BlockShape:
+        return BlockShape(block_size, self.num_heads, self.num_kv_heads, self.head_size, dtype)
 
     def _layout_and_indices(
         self, layer: Any, shape: BlockShape
@@ -213,13 +206,7 @@ class DeviceAttentionImpl(SparseAttentionImpl):
         if self._indices is not None and self._seen() is kv_cache:
             layout, indices = self._indices
         else:
-            shape = BlockShape(
-                block_size=kv_cache.shape[2],
-                num_heads=self.num_heads,
-                num_kv_heads=self.num_kv_heads,
-                head_size=self.head_size,
-                dtype=kv_cache.dtype,
-            )
+            shape = self._shape(kv_cache.shape[2], kv_cache.dtype)
             layout, indices = self._layout_and_indices(layer, shape)
             require_layout(kv_cache, layout)
             self._seen = weakref.ref(kv_cache)

@@ -19,7 +19,7 @@ from vllm_sparse_plugin.backend import (
     SparseAttentionImpl,
     SparseAttentionMetadataBuilder,
 )
-from vllm_sparse_plugin.masked_attention import attend_row, attention_of
+from vllm_sparse_plugin.general_path import attend_generally
 from vllm_sparse_plugin.paged import threads
 from vllm_sparse_plugin.paged.attention import attend_dense
 from vllm_sparse_plugin.paged.huge_pages import prefer_huge_pages
@@ -257,21 +257,23 @@ class PagedAttentionImpl(SparseAttentionImpl):
         output: torch.Tensor,
     ) -> None:
         shape = cache.layout.shape
-        for place, row in enumerate(group.queries.rows):
+
+        def read(row: DenseRow | SparseRow) -> tuple[torch.Tensor, torch.Tensor]:
             blocks = step.block_table[row.row]
             key, value = stored_rows(cache, blocks, row.seq_len, 0, shape.num_kv_heads)
-            part = slice(row.query_start, row.query_end)
-            result = attend_row(
-                attention_of(group.config_json),
-                query[part],
-                key.transpose(0, 1)[None],
-                value.transpose(0, 1)[None],
-                self.scale,
-                cache.layer_index,
-            )
-            target = output[part]
-            target.copy_(result.output.view_as(target))
-            group.counts.add_general(place, result.read_keys, result.visible_keys, shape)
+            return key.transpose(0, 1)[None], value.transpose(0, 1)[None]
+
+        attend_generally(
+            group.queries.rows,
+            read,
+            group.config_json,
+            query,
+            self.scale,
+            cache.layer_index,
+            shape,
+            output,
+            group.counts,
+        )
 
     def _cache(self, layer: Any, kv_cache: torch.Tensor) -> LayerCache:
         """The layer's cache as kernels see it; made anew only when vLLM moves the cache."""

@@ -55,25 +55,14 @@ class _Memory:
                 is_sampled,
             ),
             space.workspace(
-                _attention_workspace,
+                AttentionWorkspace.of,
                 space.max_queries,
                 shape.num_heads,
                 shape.num_kv_heads,
                 shape.head_size,
-                parts_for(space.capacity),
+                parts=parts_for(space.capacity),
             ),
         )
-
-
-def _attention_workspace(
-    max_queries: int,
-    num_heads: int,
-    num_kv_heads: int,
-    head_size: int,
-    parts: int,
-    device: torch.device,
-) -> AttentionWorkspace:
-    return AttentionWorkspace.of(max_queries, num_heads, num_kv_heads, head_size, device, parts)
 
 
 class DeviceAttention:

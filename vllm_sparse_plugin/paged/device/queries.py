@@ -107,11 +107,7 @@ def _pages(space: DeviceSpace, page_size: int) -> int:
 
 def radix_workspace(space: DeviceSpace) -> RadixWorkspace:
     """For rows of scores that are split."""
-    return space.workspace(_radix_workspace)
-
-
-def _radix_workspace(device: torch.device) -> RadixWorkspace:
-    return RadixWorkspace.of(device)
+    return space.workspace(RadixWorkspace.of)
 
 
 def pooling_workspace(space: DeviceSpace, page_size: int) -> PoolingWorkspace:

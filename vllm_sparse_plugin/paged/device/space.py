@@ -40,9 +40,10 @@ class DeviceSpace:
         )
         return tensor
 
-    def workspace(self, make: Callable[..., Workspace], *arguments: Any) -> Workspace:
-        """`make(*arguments, device)`, the same one for all who ask so."""
-        made: Workspace = self._get((make, arguments), lambda: make(*arguments, self.device))
+    def workspace(self, make: Callable[..., Workspace], *arguments: Any, **named: Any) -> Workspace:
+        """`make(*arguments, device=..., **named)`, the same one for all who ask so."""
+        key = (make, arguments, tuple(sorted(named.items())))
+        made: Workspace = self._get(key, lambda: make(*arguments, device=self.device, **named))
         return made
 
     def _get(self, key: Hashable, make: Callable[[], Any]) -> Any:

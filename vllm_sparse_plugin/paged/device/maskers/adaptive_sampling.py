@@ -34,13 +34,13 @@ class DeviceAdaptiveSamplingMasker(DeviceMasker):
             pooled_units(space)
         shape = self.shape
         self._workspace = space.workspace(
-            _workspace,
+            AdaptiveWorkspace.of,
             space.max_queries,
             shape.num_heads,
             shape.num_kv_heads,
             shape.num_kv_heads if by_group else shape.num_heads,
             space.capacity,
-            parts_for(space.capacity),
+            parts=parts_for(space.capacity),
         )
         self._quantile = NormalDist().inv_cdf(1 - self.config.delta / 2)
 
@@ -80,17 +80,3 @@ class DeviceAdaptiveSamplingMasker(DeviceMasker):
                 batch.lengths,
                 queries.reads,
             )
-
-
-def _workspace(
-    max_queries: int,
-    num_heads: int,
-    num_kv_heads: int,
-    num_units: int,
-    capacity: int,
-    parts: int,
-    device: torch.device,
-) -> AdaptiveWorkspace:
-    return AdaptiveWorkspace.of(
-        max_queries, num_heads, num_kv_heads, num_units, capacity, device, parts
-    )
