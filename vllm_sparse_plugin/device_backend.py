@@ -17,10 +17,11 @@ from vllm_sparse_plugin.backend import SparseAttentionBackend, SparseAttentionIm
 from vllm_sparse_plugin.device_metadata import DeviceMetadataBuilder
 from vllm_sparse_plugin.device_planners import planner_of
 from vllm_sparse_plugin.general_path import attend_generally
-from vllm_sparse_plugin.paged.device.cache import DeviceCache, key_value_rows, require_layout
+from vllm_sparse_plugin.paged.device.cache import DeviceCache, require_layout
 from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex, device_index
 from vllm_sparse_plugin.paged.device.step import DeviceGroup, DeviceStep
 from vllm_sparse_plugin.paged.layout import BlockIndex, BlockLayout, BlockShape
+from vllm_sparse_plugin.paged.triton_kernels.cache_rows import key_value_rows
 from vllm_sparse_plugin.paged_cache import gather_row, read_token_major
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ class DeviceAttentionImpl(SparseAttentionImpl):
             self.scale,
             target.view(taken.shape),
             group.reads,
+            group.sequences,
         )
         if group.tokens is not None:
             output[group.tokens] = target.view(-1, *output.shape[1:])
@@ -179,7 +181,9 @@ class DeviceAttentionImpl(SparseAttentionImpl):
     def _reserve(self, layer: Any) -> None:
         """Asks for all memory that the layer takes besides its cache."""
         shape = self._shape(self._engine.cache_config.block_size, layer.kv_cache_torch_dtype)
-        self._layout_and_indices(layer, shape)
+        _, indices = self._layout_and_indices(layer, shape)
+        for index in indices.values():
+            index.reserve()
         if self.can_be_sparse:
             planner_of(self._engine, shape).reserve()
 

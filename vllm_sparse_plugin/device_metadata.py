@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,10 @@ from sparse_attention_hub.sparse_attention.serialization import config_to_json
 from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.backend import SparseAttentionMetadataBuilder
 from vllm_sparse_plugin.device_planners import planner_of
+from vllm_sparse_plugin.paged.device.mixed_step import launches_of, mixed_group
 from vllm_sparse_plugin.paged.device.planner import LayerUse
 from vllm_sparse_plugin.paged.device.read_counts import CountedGroup, StepReads
+from vllm_sparse_plugin.paged.device.sequences import SequenceStates, StepSequences
 from vllm_sparse_plugin.paged.device.step import (
     DeviceGroup,
     DeviceStep,
@@ -28,8 +29,10 @@ from vllm_sparse_plugin.paged.device.step import (
     upload,
 )
 from vllm_sparse_plugin.paged.group_counts import GroupCounts
+from vllm_sparse_plugin.paged.learned_index import LearnedIndex
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
-from vllm_sparse_plugin.step_plan import SparseRow, flat_queries, split_rows
+from vllm_sparse_plugin.row_parameters import Row
+from vllm_sparse_plugin.step_plan import SparseRow, split_rows
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -69,6 +72,10 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         is_captured = use.fast_layers > 0 and use.general_layers == 0
         is_captured &= len(own_cache) == len(self._sparse_layers) and not self._is_speculative
         self._captured: str | None = own if is_captured else None
+        # What all maskers together have learned of each request, if any of them learns.
+        self._sequences: SequenceStates | None = None
+        if any(isinstance(index, LearnedIndex) for index in self._planner.layout.indices):
+            self._sequences = SequenceStates(limits.max_sequences)
         self._step_table = StepTable(
             use.attentions if is_captured else (), limits.max_queries, device
         )
@@ -81,6 +88,8 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         if use.fast_layers or len(own_cache) < len(self._sparse_layers) or use.general_layers:
             # Not where all layers stay dense in this configuration: their graphs serve it as well.
             graphs.captured[self._name] = self._captured
+            if is_captured and use.learns and self._sequences is not None:
+                graphs.sequences[self._name] = self._sequences
 
     @classmethod
     def get_cudagraph_support(
@@ -118,22 +127,27 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
             return self._build_dense(common, fast_build)
         self._collect_reads()
         graphs.step_is_sparse = bool(sparse)
+        if self._sequences is not None:
+            lengths_seen = ((rows[row], seq_lens[row]) for row in rows if row < len(seq_lens))
+            self._sequences.see(lengths_seen)
         fits = (
             self._captured is not None
             and common.max_query_len <= 1
             and all(row.parameters.config_json == self._captured for row in sparse)
             and all(row.query_start == row.row for row in sparse)
+            and self._need_their_last_codes(sparse, rows)
         )
         if fits and (sparse or (self._has_graphs and not graphs.has_dense_graphs)):
             lengths = np.zeros(common.num_reqs, np.int32)
             lengths[[row.row for row in sparse]] = [row.seq_len for row in sparse]
+            places = self._places(common.num_reqs, sparse, rows)
             return self._decode_step(
-                common, dense_lengths(starts, seq_lens, dense), lengths, sparse, fast_build
+                common, dense_lengths(starts, seq_lens, dense), lengths, places, sparse, fast_build
             )
         if not sparse:
             return self._build_dense(common, fast_build)
         return self._mixed_step(
-            common, dense_lengths(starts, seq_lens, dense), bool(dense), sparse, fast_build
+            common, dense_lengths(starts, seq_lens, dense), bool(dense), sparse, rows, fast_build
         )
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
@@ -151,13 +165,37 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         number = common_attn_metadata.num_reqs
         # One key each: a capture with the longest sequences would take long.
         ones, zeros = np.ones(number, np.int32), np.zeros(number, np.int32)
-        return self._decode_step(common_attn_metadata, ones, zeros, [], fast_build=False)
+        return self._decode_step(common_attn_metadata, ones, zeros, zeros, [], fast_build=False)
+
+    def _need_their_last_codes(self, sparse: Sequence[SparseRow], rows: Mapping[int, Row]) -> bool:
+        """Whether nothing is to be learned, or to be encoded but last keys, in a decode step."""
+        states = self._sequences
+        if states is None or self._captured is None or not self._use(self._captured).learns:
+            return True
+        return all(states.has_all_but_the_last(rows[row.row], row.seq_len) for row in sparse)
+
+    def _places(
+        self, num_rows: int, sparse: Sequence[SparseRow], rows: Mapping[int, Row]
+    ) -> np.ndarray:
+        """Where what was learned of each row of a decode step is, `[num_rows]`, int32."""
+        places = np.zeros(num_rows, np.int32)
+        assert self._captured is not None
+        if self._sequences is not None and self._use(self._captured).learns:
+            queries = [(rows[row.row], row.seq_len, row.seq_len) for row in sparse]
+            found, changes = self._sequences.take(queries)
+            assert not changes
+            places[[row.row for row in sparse]] = found
+        return places
+
+    def _use(self, config_json: str) -> LayerUse:
+        return self._planner.use(config_json, self._layers)
 
     def _decode_step(
         self,
         common: CommonAttentionMetadata,
         dense: np.ndarray,
         lengths: np.ndarray,
+        places: np.ndarray,
         sparse: Sequence[SparseRow],
         fast_build: bool,
     ) -> DeviceStep:
@@ -167,27 +205,33 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
             common: Of the step, of one query per row.
             dense: `[num_rows]`, int32, see `dense_lengths`.
             lengths: `[num_rows]`, int32: keys that sparse rows see, 0 for others.
+            places: `[num_rows]`, int32: where what was learned of them is.
             sparse: The rows.
             fast_build: See `build`.
         """
         assert self._captured is not None
         table, number = self._step_table, common.num_reqs
-        table.fill(dense, lengths)
-        use = self._planner.use(self._captured, self._layers)
+        table.fill(dense, lengths, places)
+        use = self._use(self._captured)
+        batch = DeviceBatch(
+            common.block_table_tensor,
+            table.rows[:number],
+            table.lengths[:number],
+            table.places[:number],
+        )
         group = DeviceGroup(
             config_json=self._captured,
             tokens=None,
-            batch=DeviceBatch(
-                common.block_table_tensor, table.rows[:number], table.lengths[:number]
-            ),
+            batch=batch,
             sizes=table.sizes(number),
             reads=self._reads[:number],
             rows=tuple(sparse),
             counts=GroupCounts.of(sparse),
+            sequences=StepSequences(batch),
         )
         if sparse:
-            places = np.array([row.row for row in sparse])
-            counted = CountedGroup(group.counts, places, lengths[places].astype(np.int64), use)
+            own = np.array([row.row for row in sparse])
+            counted = CountedGroup(group.counts, own, lengths[own].astype(np.int64), use)
             self._open((counted,), group.reads)
         return DeviceStep(
             dense=self._build_masked(common, table.dense_lengths[:number], dense, fast_build),
@@ -202,6 +246,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         dense: np.ndarray,
         has_dense: bool,
         sparse: Sequence[SparseRow],
+        rows: Mapping[int, Row],
         fast_build: bool,
     ) -> DeviceStep:
         """Any other step, in memory of its own.
@@ -211,42 +256,18 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
             dense: `[num_rows]`, int32, see `dense_lengths`.
             has_dense: Whether any query is dense.
             sparse: The sparse parts of rows.
+            rows: See `split_rows`.
             fast_build: See `build`.
         """
-        by_config: dict[str, list[SparseRow]] = {}
-        for row in sparse:
-            assert row.parameters.config_json is not None
-            by_config.setdefault(row.parameters.config_json, []).append(row)
-        groups, counted, uses, start = [], [], [], 0
-        for config_json, rows in by_config.items():
-            use = self._planner.use(config_json, self._layers)
-            tokens, owners, lengths = flat_queries(rows)
-            end = start + len(tokens)
-            counts = GroupCounts.of(rows)
-            sizes = [attention.sizes(lengths) for attention in use.attentions]
-            table = upload(
-                np.concatenate([owners[None], lengths[None], *sizes]).astype(np.int32), self.device
+        groups, counted, start = [], [], 0
+        for use, own in launches_of(sparse, self._use, self._sequences):
+            table, reads = common.block_table_tensor, self._reads[start:]
+            group, lengths = mixed_group(own, use, rows, self._sequences, table, reads)
+            end = start + len(lengths)
+            groups.append(group)
+            counted.append(
+                CountedGroup(group.counts, np.arange(start, end), lengths.astype(np.int64), use)
             )
-            ends = itertools.accumulate(map(len, sizes), initial=2)
-            groups.append(
-                DeviceGroup(
-                    config_json=config_json,
-                    tokens=upload(tokens, self.device),
-                    batch=DeviceBatch(common.block_table_tensor, table[0], table[1]),
-                    sizes={
-                        attention: table[first:last]
-                        for attention, (first, last) in zip(
-                            use.attentions, itertools.pairwise(ends), strict=True
-                        )
-                    },
-                    reads=self._reads[start:end],
-                    rows=tuple(rows),
-                    counts=counts,
-                )
-            )
-            places = np.arange(start, end)
-            counted.append(CountedGroup(counts, places, lengths.astype(np.int64), use))
-            uses.append(use)
             start = end
         self._open(counted, self._reads[:start])
         masked = None
@@ -254,7 +275,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
             masked = self._build_masked(common, upload(dense, self.device), dense, fast_build)
         return DeviceStep(
             dense=masked,
-            whole=self._build_whole(common, uses, fast_build),
+            whole=self._build_whole(common, [group.use for group in counted], fast_build),
             groups=tuple(groups),
             block_table=common.block_table_tensor,
         )

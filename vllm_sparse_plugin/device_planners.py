@@ -10,7 +10,12 @@ import torch
 
 from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.paged.device.attention import device_maskers
-from vllm_sparse_plugin.paged.device.planner import DevicePlanner, Limits
+from vllm_sparse_plugin.paged.device.planner import (
+    STATES_BYTES,
+    DevicePlanner,
+    Limits,
+    sequences_within,
+)
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape
 from vllm_sparse_plugin.paged.served import indices_of
 
@@ -54,10 +59,12 @@ def _planner(engine: VllmConfig, shape: BlockShape) -> DevicePlanner:
         ", ".join(map(str, layout.indices)) or "none",
     )
     scheduler = engine.scheduler_config
+    most, num_layers = scheduler.max_num_seqs, compat.attention_shape(engine).num_layers
     limits = Limits(
-        max_queries=scheduler.max_num_seqs,
+        max_queries=most,
         capacity=-(-engine.model_config.max_model_len // 16) * 16,
         max_tokens=scheduler.max_num_batched_tokens,
+        max_sequences=sequences_within(STATES_BYTES, most, layout, num_layers),
     )
     device = torch.device(compat.device_type())
     return DevicePlanner(layout, limits, device, config.attention if has_fast_path else None)

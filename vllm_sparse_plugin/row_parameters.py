@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate
 
+    from vllm_sparse_plugin.paged.device.sequences import SequenceStates
+
 
 @dataclass(frozen=True)
 class Row:
@@ -51,6 +53,8 @@ class GraphState:
         has_dense_graphs: Whether there are graphs without maskers besides.
         step_is_sparse: Whether the step that was planned last takes a graph with maskers.
         is_dummy: Whether the batch that is prepared holds no request at all (runner V2).
+        sequences: By first layer of each KV cache group whose graphs make codes with something
+            learned: what was learned so far.
     """
 
     captured: dict[str, str | None] = field(default_factory=dict)
@@ -59,6 +63,7 @@ class GraphState:
     has_dense_graphs: bool = False
     step_is_sparse: bool = False
     is_dummy: bool = False
+    sequences: dict[str, SequenceStates] = field(default_factory=dict)
 
     @property
     def config_json(self) -> str | None:
@@ -85,16 +90,20 @@ class RowTable:
     graphs: GraphState = field(default_factory=GraphState)
 
     def fits_graphs(self, keys: Iterable[int]) -> bool:
-        """Whether graphs can serve some requests: sparse ones need the maskers that graphs hold.
+        """Whether graphs can serve the next queries of some requests.
+
+        Sparse ones need the maskers that graphs hold, and nothing learned that is not there yet.
 
         Args:
             keys: Of `rows`.
         """
         if self.graphs.is_always_dense:
             return True
-        allowed = (None, self.graphs.config_json)
         found = (self.rows.get(key) for key in keys)
-        return all(row is None or row.parameters.config_json in allowed for row in found)
+        sparse = [row for row in found if row is not None and row.parameters.config_json]
+        return all(row.parameters.config_json == self.graphs.config_json for row in sparse) and all(
+            known.can_go_on(row) for known in self.graphs.sequences.values() for row in sparse
+        )
 
 
 _TABLES: dict[int, RowTable] = {}

@@ -133,6 +133,18 @@ def test_a_codebook_learned_in_pieces_is_the_same(monkeypatch, limit) -> None:
     assert torch.equal(nearest_centroids(keys, some_keys), codes)
 
 
+@pytest.mark.parametrize("limit", [1, 500, 1 << 20])
+def test_sums_of_centroids_without_scattering(monkeypatch, limit) -> None:
+    """As devices get them; of small integers, whose sums are exact in any order."""
+    monkeypatch.setattr(pq_top_k, "_DISTANCES_ELSEWHERE", limit)
+    generator = torch.Generator().manual_seed(4)
+    parts = torch.randint(-9, 10, (2, 3, 5, 70, 4), generator=generator).float()
+    nearest = torch.randint(0, 6, parts.shape[:-1], generator=generator)
+    expected = pq_top_k._sums_of(parts, nearest, 8)
+    for found, right in zip(pq_top_k._products_of(parts, nearest, 8), expected, strict=True):
+        assert torch.equal(found, right)
+
+
 def test_k_means_of_many_keys_sees_evenly_spaced_ones() -> None:
     """And is hardly worse for it: keys of a mixture, their distances to the nearest centroids."""
     generator = torch.Generator().manual_seed(0)

@@ -60,13 +60,22 @@ class CentroidCodes(LearnedIndex):
 
     def learn(self, keys: torch.Tensor) -> np.ndarray:
         """See `LearnedIndex.learn`: the reference's codebook, bit for bit."""
+        return self.state_of(keys).numpy()
+
+    def state_of(self, keys: torch.Tensor) -> torch.Tensor:
+        """The same on any device: `[num_kv_heads, M, sub_dim + 1, C]`, float32.
+
+        Args:
+            keys: See `LearnedIndex.learn`.
+        """
         books = learned_codebook(keys, self.sub_dim, self.bits, self.iterations)[0]
         heads, parts, found, _ = books.shape  # fewer centroids than C where there are fewer keys
-        state = torch.zeros(heads, parts, self.sub_dim + 1, self.num_centroids)
+        size = (heads, parts, self.sub_dim + 1, self.num_centroids)
+        state = torch.zeros(size, device=keys.device)
         state[..., :-1, :found] = books.transpose(-1, -2)
         state[..., -1, :found] = books.square().sum(-1)
         state[..., -1, found:] = torch.inf
-        return state.numpy()
+        return state
 
     def encode(self, cache: LayerCache, short: ShortBlocks, states: np.ndarray) -> None:
         """See `LearnedIndex.encode`."""

@@ -42,6 +42,7 @@ SAMPLE = {
     "local_offset": 2,
 }
 PQ = {"type": "pq_cache", "heavy_size": 8, "pq_sub_dim": 16, "pq_bits": 3}
+SOCKET = {"type": "socket", "heavy_size": 8, "K": 4, "L": 20}
 OFF = {"sparse_attention": "off"}
 OWN = {"sparse_attention_config": json.dumps({"maskers": SINK_LOCAL})}
 """Maskers that no CUDA graph has."""
@@ -93,6 +94,16 @@ SHARED = [
 ]
 """Prefixes in common, and more keys than there are blocks for (see `FEW_BLOCKS`)."""
 
+LEARNED_RUN = [
+    request(0, 40, 40),  # doubles to 64 keys while it decodes
+    request(1, 5, 9, arrives=1, **OFF),
+    request(2, 20, 8, arrives=3, **SPARSE_PROMPT),  # doubles within its prompt
+    request(0, 40, 12, arrives=8),  # finds the first one's blocks, and their codes
+    request(0, 68, 9, arrives=12),  # wants other codes of them
+    request(7, 30, 3, arrives=24, **OWN),
+]
+"""For maskers that learn from each sequence."""
+
 FEW_BLOCKS = {"num_gpu_blocks_override": 11, "max_model_len": 128}
 
 
@@ -141,14 +152,14 @@ CASES = {
         [SHARED],
         {"enable_prefix_caching": True, "max_num_batched_tokens": 48},
     ),
+    "learned": Case(
+        {"maskers": [*SINK_LOCAL, PQ]},
+        [LEARNED_RUN],
+        {"enable_prefix_caching": True, "max_num_batched_tokens": 48},
+    ),
     # No masker of the server's own takes the fast path.
     "general": Case(
-        {
-            "maskers": [
-                *SINK_LOCAL,
-                {"type": "pq_cache", "heavy_size": 8, "pq_sub_dim": 16, "pq_bits": 3},
-            ]
-        },
+        {"maskers": [*SINK_LOCAL, SOCKET]},
         [[request(2, 30, 6), request(3, 20, 6, arrives=2, **OWN)]],
     ),
 }
@@ -168,13 +179,14 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     model = str(write_tiny_llama(folder / "llama"))
     dry: dict[tuple[str, str], dict[str, Any]] = {}
     graphs = {**DRY_OPTIONS, "compilation_config": GRAPHS}
-    for name in ("quest", "mixed", "general"):
+    for name in ("quest", "mixed", "learned", "general"):
         dry[name, "graphs"] = CASES[name].engine(model, graphs)
     dry["mixed", "graphs"]["options"].update(FEW_BLOCKS)
     short = CASES["short"]
     dry["short", "eager"] = short.engine(model, {**DRY_OPTIONS, "enforce_eager": True})
-    dry["short", "V1 graphs"] = {**short.engine(model, graphs), "environment": V1}
-    for name, kind in (("quest", "graphs"), ("short", "eager"), ("short", "V1 graphs")):
+    learned = CASES["learned"].engine(model, graphs)
+    dry["learned", "V1 graphs"] = {**learned, "environment": V1}
+    for name, kind in (("quest", "graphs"), ("short", "eager"), ("learned", "V1 graphs")):
         dry[name, kind]["calls"] = [*DUMMY, *DUMMY, *STATISTICS]
     dry["quest", "speculative"] = {
         **dry["quest", "graphs"],
@@ -208,8 +220,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     [
         ("quest", "graphs"),
         ("short", "eager"),
-        ("short", "V1 graphs"),
         ("mixed", "graphs"),
+        ("learned", "graphs"),
+        ("learned", "V1 graphs"),
         ("general", "graphs"),
     ],
 )
@@ -220,6 +233,9 @@ def test_tokens_and_counts_are_the_cpu_s(answers: Answers, case: str, kind: str)
     [counts], [right] = found["calls"][-1], expected["calls"][-1]
     if case in ("quest", "short"):
         assert counts == right
+    if case == "learned":  # shared in blocks of another size, and so fewer dense queries
+        for name in ("sparse_queries", "read_keys", "visible_keys"):
+            assert counts[name] == right[name]
     assert counts["sparse_queries"] > 0
     assert counts["density"] < 0.9
 
@@ -257,8 +273,11 @@ def test_graphs_of_dense_steps_and_of_sparse_ones(answers: Answers) -> None:
     sizes = len(GRAPHS["cudagraph_capture_sizes"])
     assert answers.dry["quest", "graphs"]["captured"] == 2 * sizes
     assert answers.dry["mixed", "graphs"]["captured"] == 2 * sizes
-    assert answers.dry["short", "V1 graphs"]["captured"] == sizes
-    assert answers.dry["short", "V1 graphs"]["replays"] > 3
+    assert answers.dry["learned", "graphs"]["captured"] == 2 * sizes
+    for kind in ("graphs", "V1 graphs"):
+        # But for the steps in which a sequence is new, has doubled, or asks for other maskers.
+        assert answers.dry["learned", kind]["replays"] > 20
+    assert answers.dry["learned", "V1 graphs"]["captured"] == sizes
     # No graph can hold maskers that take the general path.
     assert answers.dry["general", "graphs"]["captured"] == sizes
     assert answers.dry["general", "graphs"]["replays"] == 0

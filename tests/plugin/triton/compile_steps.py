@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from tests.plugin.triton.compiling import Compiled, Launch, compile_all, recording
-from tests.plugin.triton.whole_steps import Engine, Steps, launch_product_codes, masker_lists
+from tests.plugin.triton.whole_steps import Engine, Steps, masker_lists
 
 MODELS = ((32, 8, 128), (28, 4, 128), (32, 8, 64), (32, 8, 80), (28, 4, 64), (28, 4, 80))
 QUERIES, PREFILL = (1, 8, 64), 8192
@@ -33,6 +33,7 @@ CASES = (
             "hash silu, query_head",
             "quest, adaptive sampling, kv_head",
             "top p",
+            "pq 6, kv_head",
         ),
     ),
     (
@@ -53,8 +54,8 @@ def launches_of(cases: Iterator[tuple[Engine, tuple[int, ...], str]]) -> list[La
             steps = Steps(engine, masker_lists(engine, Path(folder))[name])
             for number in queries:
                 steps.step(number)
+                steps.attend(number, number, changes=True)
             steps.write(PREFILL)
-        launch_product_codes(Engine(), 8)
     return list(found.values())
 
 
@@ -82,10 +83,13 @@ def late_launches() -> list[Launch]:
             with recording() as early:
                 steps.step(1)
                 steps.step(engine.max_queries)
+                steps.attend(1, 1, changes=True)
             with recording() as found:
                 for queries in (2, 3, 5, 16, 17, 48, engine.max_queries):
                     steps.step(queries)
-                    steps.attend(queries, rows=queries)  # beside a prefill: a table of their own
+                    steps.attend(
+                        queries, rows=queries, changes=True
+                    )  # beside a prefill: a table of their own
                 for tokens in (100, 1024, 1025, PREFILL):
                     steps.write(tokens)
             late |= {key: launch for key, launch in found.items() if key not in early}

@@ -23,6 +23,7 @@ from vllm_sparse_plugin.paged.centroid_codes import CentroidCodes, stored_codes
 from vllm_sparse_plugin.paged.kernels import centroid_codes as numba_kernels
 from vllm_sparse_plugin.paged.layout import BlockLayout
 from vllm_sparse_plugin.paged.triton_kernels import centroid_codes, tiles
+from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 from vllm_sparse_plugin.paged.triton_kernels.code_scores import score_codes
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -41,31 +42,37 @@ CASES = [
 
 @dataclass
 class Short:
-    """Blocks that lack codes, as `encode_keys` takes them."""
+    """Sequences that lack codes, and their blocks as the numba kernel takes them.
 
-    blocks: np.ndarray
-    wanted: np.ndarray
-    tags: np.ndarray
-    places: np.ndarray
+    Attributes:
+        tag: Of the first codebook; the second one's is the next number.
+        lengths: Keys of each row that need codes; rows take turns with the codebooks.
+    """
 
-    def on_device(self) -> tuple[torch.Tensor, ...]:
-        """With padding, which the numba kernel does not know."""
-        arrays = (self.blocks, self.wanted, self.tags, self.places)
-        return tuple(torch.from_numpy(np.append(array, -1)).to(DEVICE) for array in arrays)
+    tag: int
+    lengths: list[int]
+
+    def blocks(self, rows: Rows) -> tuple[np.ndarray, ...]:
+        size = rows.cache.layout.shape.block_size
+        found = [
+            (rows.batch.block_table[row, block], min(size, length - block * size), row % 2)
+            for row, length in enumerate(self.lengths)
+            for block in range(-(-length // size))
+        ]
+        blocks, wanted, places = (np.array(column, np.int64) for column in zip(*found, strict=True))
+        return blocks, wanted, places + self.tag, places
+
+    def batch(self, rows: Rows) -> DeviceBatch:
+        number = len(self.lengths)
+        owners, places = torch.arange(number), torch.arange(number) % 2
+        table = torch.from_numpy(rows.batch.block_table).to(DEVICE)
+        others = (owners, torch.tensor(self.lengths), places)
+        return DeviceBatch(table, *(other.int().to(DEVICE) for other in others))
 
 
-def short_blocks(rows: Rows, tag: int, spare: int) -> Short:
-    """All blocks of all rows, each with the codebook of its row; not of each row's last tokens."""
-    size = rows.cache.layout.shape.block_size
-    blocks, wanted, places = [], [], []
-    for row, keys in enumerate(rows.keys):
-        length = max(0, keys.shape[2] - spare)
-        for block in range(-(-length // size)):
-            blocks.append(rows.batch.block_table[row, block])
-            wanted.append(min(size, length - block * size))
-            places.append(row % 2)
-    tags = np.array(places, np.int64) + tag
-    return Short(np.array(blocks, np.int64), np.array(wanted, np.int64), tags, np.array(places))
+def short_of(rows: Rows, tag: int, spare: int) -> Short:
+    """All keys of all rows but the last ones."""
+    return Short(tag, [max(0, keys.shape[2] - spare) for keys in rows.keys])
 
 
 def encode(rows: Rows, index: CentroidCodes, short: Short, states: np.ndarray) -> None:
@@ -81,30 +88,44 @@ def encode(rows: Rows, index: CentroidCodes, short: Short, states: np.ndarray) -
         shape.block_size,
         index.sub_dim,
         index.num_centroids,
-        short.blocks,
-        short.wanted,
-        short.tags,
-        short.places,
+        *short.blocks(rows),
         states,
         shape.head_size,
     )
 
 
 def encode_on_device(
-    layout: BlockLayout, index: CentroidCodes, kv_cache: torch.Tensor, short: Short, states
+    layout: BlockLayout,
+    index: CentroidCodes,
+    kv_cache: torch.Tensor,
+    batch: DeviceBatch,
+    tag: int,
+    states: np.ndarray,
+    only_last: bool,
 ) -> None:
     shape = layout.shape
-    centroid_codes.encode_keys(
-        kv_cache,
-        layout.place_of(index),
-        index.codes_at(shape),
-        index.stored_bits,
-        shape.head_size,
-        index.sub_dim,
-        index.num_centroids,
-        *short.on_device(),
-        torch.from_numpy(states).to(DEVICE),
-    )
+    tags = torch.tensor([tag, tag + 1], device=DEVICE)
+
+    def launch(some: DeviceBatch, num_blocks: int | None) -> None:
+        centroid_codes.encode_keys(
+            kv_cache,
+            layout.place_of(index),
+            index.codes_at(shape),
+            index.stored_bits,
+            shape.head_size,
+            index.sub_dim,
+            index.num_centroids,
+            some,
+            tags,
+            torch.from_numpy(states).to(DEVICE),
+            num_blocks,
+        )
+
+    if only_last:
+        launch(batch, None)
+        return
+    for row, length in enumerate(batch.lengths.tolist()):
+        launch(batch.part(slice(row, row + 1)), -(-length // shape.block_size))
 
 
 def scores_of(
@@ -143,25 +164,25 @@ def scores_of(
     )
     on_device, found = Batch.of(rows), empty_scores(rows)
     own_tables = torch.full((count, *size), torch.nan, device=DEVICE)
-    own_queries = torch.from_numpy(np.append(queries, -1)).to(DEVICE)
+    own_places = torch.from_numpy(np.where(np.arange(count) < count - 1, places, -1)).int()
     centroid_codes.fill_tables(
         rows.query.to(DEVICE),
-        own_queries,
-        torch.from_numpy(places).to(DEVICE),
+        own_places.to(DEVICE),
         torch.from_numpy(states).to(DEVICE),
         index.sub_dim,
         own_tables,
     )
     assert own_tables[-1].isnan().all()
+    seen = on_device.lengths.clone()
+    seen[-1] = 0
     score_codes(
         own_tables,
-        own_queries,
         kv_cache,
         place,
         index.stored_bits,
         on_device.block_table,
         on_device.rows,
-        on_device.lengths,
+        seen,
         found,
     )
     return found.cpu(), torch.from_numpy(expected)
@@ -181,11 +202,11 @@ def test_bytes_and_scores(
     # Two codebooks, of some keys, and of fewer keys than there are centroids.
     keys = rows.keys[2][:, :, :16].float()
     states = np.stack([index.learn(keys).ravel(), index.learn(keys[:, :, 3:4]).ravel()])
-    # Some tokens of each block first, then the others; then all of them with another tag.
-    for tag, spare in ((11, 9), (11, 0), (90, 0)):
-        short = short_blocks(rows, tag, spare)
+    # Some tokens of each block first, one more, then the others; then all with another tag.
+    for tag, spare, only_last in ((11, 9, False), (11, 8, True), (11, 0, False), (90, 0, False)):
+        short = short_of(rows, tag, spare)
         encode(rows, index, short, states)
-        encode_on_device(layout, index, kv_cache, short, states)
+        encode_on_device(layout, index, kv_cache, short.batch(rows), tag, states, only_last)
         assert_same_bytes(rows, kv_cache)
     found, expected = scores_of(rows, index, kv_cache, states)
     written = expected != UNWRITTEN
@@ -221,9 +242,9 @@ def test_any_key_gets_its_nearest_centroids(
     state[:, :4, : len(centroids)] = books.T
     state[:, 4] = torch.inf
     state[:, 4, : len(centroids)] = books.square().sum(-1)
-    short = Short(np.array([block]), np.array([1]), np.array([5]), np.array([0]))
     kv_cache = kv_cache.to(DEVICE)
-    encode_on_device(layout, index, kv_cache, short, state.reshape(1, -1).numpy())
+    batch = Short(5, [1]).batch(rows)
+    encode_on_device(layout, index, kv_cache, batch, 5, state.reshape(1, -1).numpy(), False)
     cache = type(rows.cache).of(kv_cache.cpu(), layout, 0)
     distances = (books[None] - keys.view(2, 1, 4)).square().sum(-1)
     expected = [row.index(min(row)) for row in distances.tolist()]

@@ -13,6 +13,7 @@ from tests.plugin.paged.paged_rows import SINK_LOCAL, shape_of
 from tests.plugin.triton.interpreter import DEVICE
 from vllm_sparse_plugin.paged.device.attention import DeviceAttention, device_maskers
 from vllm_sparse_plugin.paged.device.cache import DeviceCache
+from vllm_sparse_plugin.paged.device.sequences import Change, StepSequences, prefix_of
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
 from vllm_sparse_plugin.paged.layout import BlockLayout
 from vllm_sparse_plugin.paged.served import indices_of
@@ -46,6 +47,7 @@ def masker_of(name: str, folder: Path) -> dict:
         "labels": lambda: double_sparsity.config(folder, 2, 4),
         "labels, whole": lambda: double_sparsity.config(folder, 2, 16),
         "signatures": lambda: hash_attention.config(folder, 2, heads=2, bits=8),
+        "codes": lambda: {"type": "pq_cache", "heavy_size": 0.2, "pq_sub_dim": 8, "pq_bits": 3},
         "sampling": lambda: SAMPLING,
         "adaptive sampling": lambda: ADAPTIVE,
     }[name]()
@@ -53,7 +55,7 @@ def masker_of(name: str, folder: Path) -> dict:
 
 def run(maskers: list[dict], kv_cache: torch.Tensor, layout: BlockLayout, first_block: int):
     """What the kernels leave of two sequences that begin at some block: outputs, counts, blocks."""
-    space = DeviceSpace(SHAPE, 2, 96, 128, torch.device(DEVICE))
+    space = DeviceSpace(SHAPE, 2, 96, 128, torch.device(DEVICE), max_sequences=2)
     config = config_from_dict({"maskers": maskers})
     attention = DeviceAttention(config.masker_configs, space)
     cache = DeviceCache.of(kv_cache, layout, 0, space)
@@ -79,9 +81,13 @@ def run(maskers: list[dict], kv_cache: torch.Tensor, layout: BlockLayout, first_
         table.int().to(DEVICE),
         torch.arange(2, dtype=torch.int32, device=DEVICE),
         torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE),
+        torch.arange(2, dtype=torch.int32, device=DEVICE),
     )
     sizes = torch.from_numpy(attention.sizes(np.array(LENGTHS))).to(DEVICE)
-    attention.attend(query, cache, batch, sizes, 0.2, output, counts)
+    lengths = enumerate(LENGTHS)
+    changes = tuple(Change(row, row, length, prefix_of(length)) for row, length in lengths)
+    sequences = StepSequences(batch, changes)
+    attention.attend(query, cache, batch, sizes, 0.2, output, counts, sequences)
     return output.cpu(), counts.cpu(), own.clone().view(torch.uint8).cpu()
 
 
@@ -95,6 +101,7 @@ def run(maskers: list[dict], kv_cache: torch.Tensor, layout: BlockLayout, first_
         "labels",
         "labels, whole",
         "signatures",
+        "codes",
         "sampling",
         "adaptive sampling",
     ],

@@ -15,11 +15,10 @@ from sparse_attention_hub.sparse_attention.utils.hashattention_utils import save
 from vllm_sparse_plugin.paged.device.attention import device_maskers
 from vllm_sparse_plugin.paged.device.cache import DeviceCache
 from vllm_sparse_plugin.paged.device.planner import DevicePlanner, Limits
+from vllm_sparse_plugin.paged.device.sequences import Change, StepSequences, prefix_of
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape
 from vllm_sparse_plugin.paged.served import indices_of
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
-from vllm_sparse_plugin.paged.triton_kernels.centroid_codes import encode_keys, fill_tables
-from vllm_sparse_plugin.paged.triton_kernels.code_scores import score_codes
 
 META = torch.device("meta")
 SINK_LOCAL = [{"type": "sink", "sink_size": 128}, {"type": "local", "window_size": 128}]
@@ -97,6 +96,9 @@ def masker_lists(engine: Engine, folder: Path) -> dict[str, list[dict[str, Any]]
                 "hat_weight_file": _weight_file(engine, folder, who),
             }
             lists[f"hash {activation}, {who}"] = [*SINK_LOCAL, {**hashes, **by}]
+        codes = {"type": "pq_cache", "heavy_size": 0.1, "pq_sub_dim": engine.head_size // 4}
+        for bits in (4, 6):
+            lists[f"pq {bits}, {who}"] = [*SINK_LOCAL, {**codes, "pq_bits": bits, **by}]
         sampling = {"type": "random_sampling", "sampling_rate": 0.05, **by}
         lists[f"sampling, {who}"] = [*SINK_LOCAL, sampling]
         lists[f"quest, adaptive sampling, {who}"] = [*SINK_LOCAL, quest, {**ADAPTIVE, **by}]
@@ -167,55 +169,35 @@ class Steps:
         _, key, value = self._projected(tokens)
         self.cache.write(key, value, self._tensor(tokens, dtype=torch.int64))
 
-    def attend(self, queries: int, rows: int) -> None:
+    def attend(self, queries: int, rows: int, changes: bool = False) -> None:
         """Attention of some queries.
 
         Args:
             queries: How many.
             rows: Of the table that their lengths are in: as many, or those of a CUDA graph.
+            changes: Whether a sequence is new.
         """
         query, _, _ = self._projected(queries)
-        table = self._tensor(2 + self.attention.num_sizes, rows, dtype=torch.int32)[:, :queries]
+        table = self._tensor(3 + self.attention.num_sizes, rows, dtype=torch.int32)[:, :queries]
         blocks = self.engine.capacity // self.engine.block_size
         batch = DeviceBatch(
-            self._tensor(self.engine.max_queries, blocks, dtype=torch.int32), table[0], table[1]
+            self._tensor(self.engine.max_queries, blocks, dtype=torch.int32), *table[:3]
         )
         output = torch.empty(query.shape, dtype=query.dtype, device=META)
         reads = self._tensor(queries, 3, dtype=torch.int64)
         scaling = self.engine.head_size**-0.5
-        self.attention.attend(query, self.cache, batch, table[2:], scaling, output, reads)
+        sequences = self._sequences(batch, changes) if self.attention.learns else None
+        self.attention.attend(
+            query, self.cache, batch, table[3:], scaling, output, reads, sequences
+        )
+
+    def _sequences(self, batch: DeviceBatch, changes: bool) -> StepSequences:
+        """Of a query each; with the longest one new, if there are changes."""
+        length = self.engine.capacity - 1
+        change = Change(number=0, place=0, length=length, prefix=prefix_of(length))
+        return StepSequences(batch, (change,) if changes else ())
 
     def step(self, queries: int) -> None:
         """A decode step."""
         self.write(queries)
         self.attend(queries, self.engine.max_queries)
-
-
-def launch_product_codes(engine: Engine, queries: int) -> None:
-    """PQCache's kernels, which no step has yet."""
-    shape, longs = engine.shape, torch.empty(queries, dtype=torch.int64, device=META)
-    ints, kv_heads = longs.int(), engine.kv_heads
-    parts, centroids = 8, 64
-    kv_cache = torch.empty(
-        64, kv_heads, engine.block_size, 3 * engine.head_size, dtype=engine.dtype, device=META
-    )
-    place = (kv_heads * engine.block_size * shape.key_value_bytes, 256)
-    width = kv_heads * parts * (engine.head_size // parts + 1) * centroids
-    states = torch.empty(2, width, device=META)
-    encode_keys(
-        kv_cache,
-        place,
-        64,
-        8,
-        engine.head_size,
-        engine.head_size // parts,
-        centroids,
-        *[longs] * 4,
-        states,
-    )
-    query = torch.empty(queries, engine.heads, engine.head_size, dtype=engine.dtype, device=META)
-    tables = torch.empty(queries, kv_heads, parts, centroids, engine.heads // kv_heads, device=META)
-    fill_tables(query, longs, longs, states, engine.head_size // parts, tables)
-    table = torch.empty(queries, engine.capacity // engine.block_size, device=META).int()
-    scores = torch.empty(queries, engine.heads, engine.capacity, device=META)
-    score_codes(tables, longs, kv_cache, place, 8, table, ints, ints, scores)

@@ -14,10 +14,13 @@ from vllm_sparse_plugin.paged.attention import paged_maskers
 from vllm_sparse_plugin.paged.device import indices as _registers_indices  # noqa: F401
 from vllm_sparse_plugin.paged.device import maskers as _registers_maskers  # noqa: F401
 from vllm_sparse_plugin.paged.device.cache import DeviceCache
+from vllm_sparse_plugin.paged.device.indices.learned import DeviceLearnedIndex
 from vllm_sparse_plugin.paged.device.maskers.base import DeviceMasker, device_masker
 from vllm_sparse_plugin.paged.device.queries import DeviceQueries
+from vllm_sparse_plugin.paged.device.sequences import StepSequences
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
 from vllm_sparse_plugin.paged.layout import BlockShape
+from vllm_sparse_plugin.paged.learned_index import LearnedIndex
 from vllm_sparse_plugin.paged.maskers.base import PagedMasker
 from vllm_sparse_plugin.paged.triton_kernels.attention import AttentionWorkspace, attend_lists
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch, parts_for
@@ -87,6 +90,8 @@ class DeviceAttention:
         self.space = space
         self.paged = paged_maskers(configs, space.shape)
         self.maskers: list[DeviceMasker] = [device_masker(paged, space) for paged in self.paged]
+        used = dict.fromkeys(index for paged in self.paged for index in paged.indices)
+        self._learned = [index for index in used if isinstance(index, LearnedIndex)]
         by_head = any(paged.needs_query_heads for paged in self.paged)
         self._num_units = space.shape.num_heads if by_head else space.shape.num_kv_heads
         self._is_sampled = any(paged.samples for paged in self.paged)
@@ -98,6 +103,11 @@ class DeviceAttention:
         counts = [len(masker.sizes(nothing)) for masker in self.maskers]
         ends = itertools.accumulate(counts, initial=0)
         self._parts = [slice(*pair) for pair in itertools.pairwise(ends)]
+
+    @property
+    def learns(self) -> bool:
+        """Whether it needs to know the queries' sequences, see `attend`."""
+        return bool(self._learned)
 
     @property
     def num_sizes(self) -> int:
@@ -126,10 +136,11 @@ class DeviceAttention:
         scaling: float,
         output: torch.Tensor,
         counts: torch.Tensor,
+        sequences: StepSequences | None = None,
     ) -> None:
         """Attention of each query over what the maskers select for it.
 
-        It only launches: no value is looked at, no memory asked for.
+        It only launches: no value is looked at, and no memory asked for, unless sequences changed.
 
         Args:
             query: `[num_queries, num_heads, head_size]`, the heads of a query side by side.
@@ -139,13 +150,19 @@ class DeviceAttention:
             scaling: Of the scores.
             output: As `query`, contiguous; written, but for padding.
             counts: `[num_queries, 3]`, int64: added to, see `KEYS_READ`.
+            sequences: Of the queries; needed if it `learns`.
         """
+        for index in self._learned:
+            held = cache.indices[index]
+            assert isinstance(held, DeviceLearnedIndex)
+            assert sequences is not None
+            held.prepare(cache.kv_cache, sequences)
         for start in range(0, len(query), self.space.max_queries):
             part = slice(start, start + self.space.max_queries)
             self._attend(
                 query[part],
                 cache,
-                DeviceBatch(batch.block_table, batch.rows[part], batch.lengths[part]),
+                batch.part(part),
                 sizes[:, part],
                 scaling,
                 output[part],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +9,7 @@ import torch
 from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex, device_index
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
 from vllm_sparse_plugin.paged.layout import BlockIndex, BlockLayout
+from vllm_sparse_plugin.paged.triton_kernels.cache_rows import key_value_rows
 from vllm_sparse_plugin.paged.triton_kernels.writing import write_rows
 
 
@@ -102,11 +102,3 @@ def require_layout(kv_cache: torch.Tensor, layout: BlockLayout) -> None:
             f"{shape.dtype}, got {tuple(kv_cache.shape)} of {kv_cache.dtype} with strides "
             f"{kv_cache.stride()}"
         )
-
-
-def key_value_rows(kv_cache: torch.Tensor, head_size: int) -> torch.Tensor:
-    """A cache's keys and values without indices; see `DeviceCache.rows`."""
-    num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
-    row = 2 * head_size
-    strides: Sequence[int] = (kv_cache.stride(0), block_size * row, row, 1)
-    return kv_cache.as_strided((num_blocks, num_kv_heads, block_size, row), strides)

@@ -16,6 +16,7 @@ from vllm_sparse_plugin.paged.attention import scanned_bytes_per_block
 from vllm_sparse_plugin.paged.device.attention import DeviceAttention
 from vllm_sparse_plugin.paged.device.space import DeviceSpace, queries_within
 from vllm_sparse_plugin.paged.layout import BlockLayout
+from vllm_sparse_plugin.paged.learned_index import LearnedIndex
 from vllm_sparse_plugin.paged.maskers.base import Unsupported
 from vllm_sparse_plugin.paged.served import require_indices, say_once
 
@@ -23,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 BUDGET_BYTES = 1 << 30
 """Memory for the launches of one list of maskers; more queries go in slices."""
+STATES_BYTES = 1 << 30
+"""Memory for what one index has learned; of more sequences than fit, it is learned again."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,13 @@ class Limits:
         max_queries: Requests that decode in a step.
         capacity: Keys that a query may see, a multiple of 16.
         max_tokens: New keys of a step.
+        max_sequences: Sequences of which something learned is held, see `sequences_within`.
     """
 
     max_queries: int
     capacity: int
     max_tokens: int
+    max_sequences: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class LayerUse:
         dense_layers: How many stay dense.
         general_layers: How many take the general path.
         scanned_bytes_per_block: Bytes that maskers read of a block to select, over all layers.
+        learns: Whether any of them needs to know the queries' sequences.
     """
 
     attentions: tuple[DeviceAttention, ...]
@@ -57,6 +63,7 @@ class LayerUse:
     dense_layers: int
     general_layers: int
     scanned_bytes_per_block: int
+    learns: bool
 
 
 class DevicePlanner:
@@ -139,6 +146,7 @@ class DevicePlanner:
             scanned_bytes_per_block=sum(
                 scanned_bytes_per_block(attention.paged, self.layout.shape) for attention in fast
             ),
+            learns=any(attention.learns for attention in fast),
         )
 
     def _attention(
@@ -182,8 +190,27 @@ class DevicePlanner:
     def _space(self, max_queries: int, device: torch.device) -> DeviceSpace:
         limits = self.limits
         return DeviceSpace(
-            self.layout.shape, max_queries, limits.capacity, limits.max_tokens, device
+            self.layout.shape,
+            max_queries,
+            limits.capacity,
+            limits.max_tokens,
+            device,
+            limits.max_sequences,
         )
+
+
+def sequences_within(budget: int, most: int, layout: BlockLayout, num_layers: int) -> int:
+    """Of how many sequences all layers can hold what they have learned; at least 1.
+
+    Args:
+        budget: Bytes, of each index.
+        most: Sequences of a step.
+        layout: Of the blocks.
+        num_layers: With such blocks.
+    """
+    learned = [index for index in layout.indices if isinstance(index, LearnedIndex)]
+    sizes = [4 * num_layers * index.state_width(layout.shape) for index in learned]
+    return max(1, min([most, *[budget // size for size in sizes]]))
 
 
 def _configs(config_json: str, layer_index: int) -> tuple[MaskerConfig, ...]:

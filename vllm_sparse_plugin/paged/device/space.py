@@ -24,6 +24,7 @@ class DeviceSpace:
         capacity: Keys that a query may see, a multiple of 16.
         max_tokens: New keys of a step.
         device: Of all memory.
+        max_sequences: Sequences of which something learned is held.
     """
 
     shape: BlockShape
@@ -31,6 +32,7 @@ class DeviceSpace:
     capacity: int
     max_tokens: int
     device: torch.device
+    max_sequences: int = 1
     _held: dict[Hashable, Any] = field(default_factory=dict)
 
     def buffer(self, name: str, *size: int, dtype: torch.dtype) -> torch.Tensor:

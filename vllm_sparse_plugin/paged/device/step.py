@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from vllm_sparse_plugin.paged.device.attention import DeviceAttention
+from vllm_sparse_plugin.paged.device.sequences import StepSequences
 from vllm_sparse_plugin.paged.group_counts import GroupCounts
 from vllm_sparse_plugin.paged.served import is_dense_layer
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
@@ -29,6 +30,7 @@ class DeviceGroup:
         reads: `[num_queries, 3]`, int64: what they have read, see `KEYS_READ`.
         rows: The rows that they belong to.
         counts: Where the general path counts.
+        sequences: Of the queries; None where no masker needs them.
     """
 
     config_json: str
@@ -38,6 +40,7 @@ class DeviceGroup:
     reads: torch.Tensor
     rows: tuple[SparseRow, ...]
     counts: GroupCounts
+    sequences: StepSequences | None = None
 
     def take(self, query: torch.Tensor) -> torch.Tensor:
         """Their part of the step's queries `[num_tokens, num_heads, head_size]`."""
@@ -121,6 +124,7 @@ class StepTable:
     Attributes:
         dense_lengths: `[max_rows]`, int32, for the dense backend.
         lengths: `[max_rows]`, int32: keys that each row's query sees if it is sparse, else 0.
+        places: `[max_rows]`, int32: where what was learned from each row is.
         rows: `[max_rows]`, int32: 0, 1, 2, ...
     """
 
@@ -136,29 +140,33 @@ class StepTable:
         """
         self._attentions = tuple(attentions)
         self._device = device
-        rows = 2 + sum(attention.num_sizes for attention in attentions)
+        rows = 3 + sum(attention.num_sizes for attention in attentions)
         self._table = torch.zeros((rows, max_rows), dtype=torch.int32, device=device)
-        self.dense_lengths, self.lengths = self._table[0], self._table[1]
+        self.dense_lengths, self.lengths, self.places = self._table[:3]
         self.rows = torch.arange(max_rows, dtype=torch.int32, device=device)
 
     def sizes(self, num_rows: int) -> dict[DeviceAttention, torch.Tensor]:
         """The sizes of the first rows, for each list of maskers; views."""
-        found, start = {}, 2
+        found, start = {}, 3
         for attention in self._attentions:
             end = start + attention.num_sizes
             found[attention] = self._table[start:end, :num_rows]
             start = end
         return found
 
-    def fill(self, dense: np.ndarray, lengths: np.ndarray) -> None:
+    def fill(
+        self, dense: np.ndarray, lengths: np.ndarray, places: np.ndarray | None = None
+    ) -> None:
         """Uploads the lengths of a step, and the sizes that follow from them.
 
         Args:
             dense: `[num_rows]`, int32.
             lengths: `[num_rows]`, int32.
+            places: `[num_rows]`, int32; None: zeros.
         """
+        places = np.zeros_like(lengths) if places is None else places
         sizes = [attention.sizes(lengths) for attention in self._attentions]
-        values = np.concatenate([dense[None], lengths[None], *sizes]).astype(np.int32)
+        values = np.concatenate([dense[None], lengths[None], places[None], *sizes]).astype(np.int32)
         rows = values.shape[1]
         whole = np.zeros(self._table.shape, np.int32)
         whole[:, :rows] = values

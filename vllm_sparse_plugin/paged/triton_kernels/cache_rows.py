@@ -37,11 +37,19 @@ class DeviceBatch:
         block_table: `[num_rows, max_blocks]`, int32.
         rows: `[num_queries]`, int32, of the block table.
         lengths: `[num_queries]`, int32: keys that each sees; 0 = padding.
+        places: `[num_queries]`, int32: where what was learned from its sequence is; None where no
+            masker needs it.
     """
 
     block_table: torch.Tensor
     rows: torch.Tensor
     lengths: torch.Tensor
+    places: torch.Tensor | None = None
+
+    def part(self, queries: slice) -> DeviceBatch:
+        """Some of the queries."""
+        places = None if self.places is None else self.places[queries]
+        return DeviceBatch(self.block_table, self.rows[queries], self.lengths[queries], places)
 
 
 @triton.jit
@@ -119,6 +127,22 @@ def score_keys(
         return tl.dot(queries.to(tl.float32), keys.to(tl.float32), input_precision="ieee")
     else:
         return tl.dot(queries.to(keys.dtype), keys)
+
+
+def key_value_rows(kv_cache: torch.Tensor, head_size: int) -> torch.Tensor:
+    """A cache's keys and values without indices: a view.
+
+    Args:
+        kv_cache: See above.
+        head_size: Channels of a key.
+
+    Returns:
+        `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
+    """
+    num_blocks, num_kv_heads, block_size, _ = kv_cache.shape
+    row = 2 * head_size
+    strides = (kv_cache.stride(0), block_size * row, row, 1)
+    return kv_cache.as_strided((num_blocks, num_kv_heads, block_size, row), strides)
 
 
 def block_sizes(query: torch.Tensor, kv_cache: torch.Tensor) -> dict[str, int | bool]:

@@ -12,33 +12,22 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 from vllm_sparse_plugin.paged.triton_kernels.grids import launched
+from vllm_sparse_plugin.paged.triton_kernels.learned_blocks import coded_tokens, header_of
 from vllm_sparse_plugin.paged.triton_kernels.tiles import TILE_NUMBERS, block_bytes, padded
-
-
-@triton.jit
-def _coded_tokens(header, tag):
-    """How many leading tokens have codes of the state with this tag; see `learned_blocks`."""
-    count = tl.load(header)
-    return tl.where(tl.load(header + 1) == tag, count, 0)
-
-
-@triton.jit
-def _header_of(
-    cache, block, head, BLOCK_BYTES: tl.constexpr, OFFSET: tl.constexpr, STRIDE: tl.constexpr
-):
-    record = cache.to(tl.pointer_type(tl.uint8)) + block * BLOCK_BYTES + OFFSET + head * STRIDE
-    return record.to(tl.pointer_type(tl.int64))
 
 
 @launched
 def _encode_keys(
     cache,
-    blocks,
-    wanted,
-    tags,
+    block_table,
+    rows,
+    lengths,
     places,
+    tags,
     states,
+    table_stride,
     states_stride,
     BLOCK_BYTES: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -52,17 +41,25 @@ def _encode_keys(
     CENTROIDS: tl.constexpr,
     CENTROIDS_TILE: tl.constexpr,
     TOKENS: tl.constexpr,
+    IS_LAST: tl.constexpr,
 ):
-    task, head, byte = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    block = tl.load(blocks + task).to(tl.int64)
-    if block >= 0:
+    sequence, head, byte = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    number = sequence
+    if not IS_LAST:
+        sequence = 0
+    length = tl.load(lengths + sequence)
+    if IS_LAST:
+        number = tl.maximum(length - 1, 0) // BLOCK_SIZE
+    end = tl.minimum(BLOCK_SIZE, length - number * BLOCK_SIZE)
+    if end > 0:
         parts: tl.constexpr = HEAD_SIZE // SUB_DIM
         per_byte: tl.constexpr = 8 // STORED_BITS
-        header = _header_of(cache, block, head, BLOCK_BYTES, OFFSET, STRIDE)
-        first = _coded_tokens(header, tl.load(tags + task)).to(tl.int32)
-        end = tl.load(wanted + task).to(tl.int32)
-        book = states + tl.load(places + task) * states_stride
-        book += head * (parts * (SUB_DIM + 1) * CENTROIDS)
+        row = tl.load(rows + sequence).to(tl.int64)
+        block = tl.load(block_table + row * table_stride + number).to(tl.int64)
+        place = tl.load(places + sequence).to(tl.int64)
+        header = header_of(cache, block, head, BLOCK_BYTES, OFFSET, STRIDE)
+        first = coded_tokens(header, tl.load(tags + place), end > 0)
+        book = states + place * states_stride + head * (parts * (SUB_DIM + 1) * CENTROIDS)
         codes = header.to(tl.pointer_type(tl.uint8)) + CODES_AT
         memory = (cache.to(tl.pointer_type(tl.uint8)) + block * BLOCK_BYTES).to(cache.dtype)
         centroids = tl.arange(0, CENTROIDS_TILE)
@@ -73,46 +70,77 @@ def _encode_keys(
             packed = tl.zeros([TOKENS], tl.int32)
             for part in tl.static_range(per_byte):
                 m = byte * per_byte + part
-                own = book + m * ((SUB_DIM + 1) * CENTROIDS) + centroids
                 # The last byte may have fewer codes.
-                there = tokens < tl.where(m < parts, end, 0)
-                real = centroids < tl.where(m < parts, CENTROIDS, 0)
-                sums = tl.zeros([TOKENS, CENTROIDS_TILE], tl.float32)
-                for k in tl.range(SUB_DIM):
-                    number = tl.load(keys + m * SUB_DIM + k, mask=there, other=0.0).to(tl.float32)
-                    channel = tl.load(own + k * CENTROIDS, mask=real, other=0.0)
-                    sums = tl.fma((2.0 * number)[:, None], channel[None, :], sums)
-                squares = tl.load(own + SUB_DIM * CENTROIDS, mask=real, other=float("inf"))
-                # Of |c|^2 - 2 x c; the lower one of equal ones.
-                nearest = tl.argmin(squares[None, :] - sums, axis=1, tie_break_left=True)
+                nearest = nearest_centroids(
+                    keys + m * SUB_DIM,
+                    tokens < tl.where(m < parts, end, 0),
+                    book + m * ((SUB_DIM + 1) * CENTROIDS) + centroids,
+                    centroids < tl.where(m < parts, CENTROIDS, 0),
+                    SUB_DIM,
+                    CENTROIDS,
+                )
                 packed |= tl.where(m < parts, nearest, 0) << (part * STORED_BITS)
             tl.store(codes + tokens * ROW_BYTES + byte, packed.to(tl.uint8), mask=present)
+
+
+@triton.jit
+def nearest_centroids(keys, mask, book, is_real, SUB_DIM: tl.constexpr, CENTROIDS: tl.constexpr):
+    """The codes of one sub-vector of some keys, `[keys]`, int32; the lower one of equal ones.
+
+    Args:
+        keys: Pointers to the first channel of each.
+        mask: Which of the keys there are.
+        book: Pointers to the first channel of each centroid.
+        is_real: Which of the centroids there are.
+        SUB_DIM: Channels.
+        CENTROIDS: C.
+    """
+    sums = tl.zeros([keys.shape[0], book.shape[0]], tl.float32)
+    for k in tl.range(SUB_DIM):
+        number = tl.load(keys + k, mask=mask, other=0.0).to(tl.float32)
+        channel = tl.load(book + k * CENTROIDS, mask=is_real, other=0.0)
+        sums = tl.fma((2.0 * number)[:, None], channel[None, :], sums)
+    squares = tl.load(book + SUB_DIM * CENTROIDS, mask=is_real, other=float("inf"))
+    # Of |c|^2 - 2 x c.
+    return tl.argmin(squares[None, :] - sums, axis=1, tie_break_left=True)
 
 
 @launched
 def _note_codes(
     cache,
-    blocks,
-    wanted,
+    block_table,
+    rows,
+    lengths,
+    places,
     tags,
+    table_stride,
     BLOCK_BYTES: tl.constexpr,
     OFFSET: tl.constexpr,
     STRIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    IS_LAST: tl.constexpr,
 ):
-    task, head = tl.program_id(0), tl.program_id(1)
-    block = tl.load(blocks + task).to(tl.int64)
-    if block >= 0:
-        header = _header_of(cache, block, head, BLOCK_BYTES, OFFSET, STRIDE)
-        tag = tl.load(tags + task)
-        count = tl.maximum(_coded_tokens(header, tag), tl.load(wanted + task))
-        tl.store(header, count)
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    number = sequence
+    if not IS_LAST:
+        sequence = 0
+    length = tl.load(lengths + sequence)
+    if IS_LAST:
+        number = tl.maximum(length - 1, 0) // BLOCK_SIZE
+    end = tl.minimum(BLOCK_SIZE, length - number * BLOCK_SIZE)
+    if end > 0:
+        row = tl.load(rows + sequence).to(tl.int64)
+        block = tl.load(block_table + row * table_stride + number).to(tl.int64)
+        header = header_of(cache, block, head, BLOCK_BYTES, OFFSET, STRIDE)
+        tag = tl.load(tags + tl.load(places + sequence))
+        count = tl.maximum(coded_tokens(header, tag, end > 0), end)
+        tl.store(header, count.to(tl.int64))
         tl.store(header + 1, tag)
 
 
 @launched
 def _fill_tables(
     query,
-    queries,
     places,
     states,
     tables,
@@ -126,12 +154,12 @@ def _fill_tables(
     CENTROIDS_TILE: tl.constexpr,
     GROUP_TILE: tl.constexpr,
 ):
-    task, head, m = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    index = tl.load(queries + task).to(tl.int64)
-    if index >= 0:
+    index, head, m = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    place = tl.load(places + index).to(tl.int64)
+    if place >= 0:
         part = head * PARTS + m
         centroids, heads = tl.arange(0, CENTROIDS_TILE), tl.arange(0, GROUP_TILE)
-        book = states + tl.load(places + index) * states_stride
+        book = states + place * states_stride
         book += part * ((SUB_DIM + 1) * CENTROIDS) + centroids
         own = query + index * query_stride + (head * GROUP + heads) * head_stride + m * SUB_DIM
         sums = tl.zeros([CENTROIDS_TILE, GROUP_TILE], tl.float32)
@@ -139,7 +167,7 @@ def _fill_tables(
             number = tl.load(own + k, mask=heads < GROUP, other=0.0).to(tl.float32)
             channel = tl.load(book + k * CENTROIDS, mask=centroids < CENTROIDS, other=0.0)
             sums = tl.fma(number[None, :], channel[:, None], sums)
-        target = tables + (task * tl.num_programs(1) * PARTS + part) * (CENTROIDS * GROUP)
+        target = tables + (index * tl.num_programs(1) * PARTS + part) * (CENTROIDS * GROUP)
         target += centroids[:, None] * GROUP + heads[None, :]
         mask = (centroids < CENTROIDS)[:, None] & (heads < GROUP)[None, :]
         tl.store(target, sums, mask=mask)
@@ -153,11 +181,10 @@ def encode_keys(
     head_size: int,
     sub_dim: int,
     num_centroids: int,
-    blocks: torch.Tensor,
-    wanted: torch.Tensor,
+    batch: DeviceBatch,
     tags: torch.Tensor,
-    places: torch.Tensor,
     states: torch.Tensor,
+    num_blocks: int | None = None,
 ) -> None:
     """Makes the codes that blocks lack, and says so in their headers.
 
@@ -171,47 +198,50 @@ def encode_keys(
         head_size: Channels of a key.
         sub_dim: Channels of a sub-vector.
         num_centroids: C.
-        blocks: `[n]`, int64, each once; negative = padding.
-        wanted: `[n]`, int64: tokens that need codes.
-        tags: `[n]`, int64: of the codebook.
-        places: `[n]`, int64: of the codebook in `states`.
+        batch: Sequences, with the places of their codebooks: each sees the keys that need codes.
+        tags: `[places]`, int64: of the codebooks.
         states: `[places, width]`, float32, the last axis contiguous.
+        num_blocks: Of the only sequence; None: each sequence's last block, which nobody shares.
     """
-    if blocks.shape[0] == 0:
-        return
+    assert batch.places is not None
     heads, block_size = kv_cache.shape[1:3]
     row_bytes = -(-(head_size // sub_dim) * stored_bits // 8)
     tile = padded(num_centroids)
-    where = {"BLOCK_BYTES": block_bytes(kv_cache), "OFFSET": place[0], "STRIDE": place[1]}
-    _encode_keys[(blocks.shape[0], heads, row_bytes)](
+    programs = len(batch.lengths) if num_blocks is None else num_blocks
+    if programs == 0:
+        return
+    table, stride = batch.block_table, batch.block_table.stride(0)
+    sequences = (table, batch.rows, batch.lengths, batch.places, tags)
+    where = {
+        "BLOCK_BYTES": block_bytes(kv_cache),
+        "OFFSET": place[0],
+        "STRIDE": place[1],
+        "BLOCK_SIZE": block_size,
+        "IS_LAST": num_blocks is None,
+        "enable_fp_fusion": False,
+    }
+    _encode_keys[(programs, heads, row_bytes)](
         kv_cache,
-        blocks,
-        wanted,
-        tags,
-        places,
+        *sequences,
         states,
+        stride,
         states.stride(0),
         **where,
         CODES_AT=codes_at,
         STORED_BITS=stored_bits,
         ROW_BYTES=row_bytes,
-        BLOCK_SIZE=block_size,
         HEAD_SIZE=head_size,
         SUB_DIM=sub_dim,
         CENTROIDS=num_centroids,
         CENTROIDS_TILE=tile,
         TOKENS=max(1, min(padded(block_size), TILE_NUMBERS // 2 // tile)),
-        enable_fp_fusion=False,
     )
     # Afterwards: programs of other bytes of the same codes read the header too.
-    _note_codes[(blocks.shape[0], heads)](
-        kv_cache, blocks, wanted, tags, **where, num_warps=1, enable_fp_fusion=False
-    )
+    _note_codes[(programs, heads)](kv_cache, *sequences, stride, **where, num_warps=1)
 
 
 def fill_tables(
     query: torch.Tensor,
-    queries: torch.Tensor,
     places: torch.Tensor,
     states: torch.Tensor,
     sub_dim: int,
@@ -221,18 +251,16 @@ def fill_tables(
 
     Args:
         query: `[num_queries, num_heads, head_size]`, of any float type; channels side by side.
-        queries: `[n]`, int64: which of them; negative = padding.
-        places: `[num_queries]`, int64: of their codebooks.
+        places: `[num_queries]`, int32: of their codebooks; negative = padding.
         states: `[places, width]`, float32, the last axis contiguous.
         sub_dim: Channels of a sub-vector.
-        tables: `[n, num_kv_heads, M, C, heads of a group]`, float32, contiguous; written.
+        tables: `[num_queries, num_kv_heads, M, C, heads of a group]`, float32, contiguous; written.
     """
     count, heads, parts, num_centroids, group = tables.shape
     if count == 0:
         return
     _fill_tables[(count, heads, parts)](
         query,
-        queries,
         places,
         states,
         tables,

@@ -23,6 +23,8 @@ launched = triton.jit(
         "sizes",
         "probability",
         "layer",
+        "places",
+        "digest",
         "count",
         "num_tokens",
         "programs",

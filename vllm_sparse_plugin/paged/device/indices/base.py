@@ -57,6 +57,9 @@ class DeviceIndex(ABC):
             value: Likewise.
         """
 
+    def reserve(self) -> None:  # noqa: B027  # most indices need none
+        """Takes, and gives back, memory that some step needs, for vLLM to see how much it is."""
+
 
 _INDICES: dict[type[BlockIndex], type[DeviceIndex]] = {}
 Index = TypeVar("Index", bound="type[DeviceIndex]")

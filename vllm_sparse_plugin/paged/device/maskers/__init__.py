@@ -11,6 +11,7 @@ from vllm_sparse_plugin.paged.device.maskers import (  # noqa: F401  # each regi
     local,
     oracle_top_k,
     oracle_top_p,
+    pq_cache,
     quest_top_k,
     random_sampling,
     sink,

@@ -177,22 +177,59 @@ def learned_codebook(
         float32 `(B, G, D // sub_dim, C, sub_dim)`.
     """
     if keys.shape[2] > MAX_TRAINING_KEYS:
-        places = torch.arange(MAX_TRAINING_KEYS, device=keys.device)
-        keys = keys[:, :, places * keys.shape[2] // MAX_TRAINING_KEYS]
-    batch, kv_heads, num_keys, _ = keys.shape
+        keys = keys[:, :, training_keys(keys.shape[2], keys.device)]
+    num_keys = keys.shape[2]
     parts = split_channels(keys.float(), sub_dim).transpose(2, 3)  # (B, G, M, n, sub_dim)
     size = min(2**num_bits, num_keys)
     starts = torch.arange(size, device=keys.device) * num_keys // size
     centroids = parts[:, :, :, starts]
     for _ in range(iterations):
-        nearest = _nearest(parts, centroids).unsqueeze(-1)
-        shape = (batch, kv_heads, parts.shape[2], size)
-        counts = torch.zeros(*shape, 1, device=keys.device)
-        counts.scatter_add_(3, nearest, torch.ones_like(nearest, dtype=torch.float32))
-        sums = torch.zeros(*shape, sub_dim, device=keys.device)
-        sums.scatter_add_(3, nearest.expand_as(parts), parts)
+        counts, sums = _sums_of(parts, _nearest(parts, centroids), size)
         centroids = torch.where(counts > 0, sums / counts.clamp(min=1), centroids)
     return centroids
+
+
+def training_keys(count: int, device: torch.device) -> torch.Tensor:
+    """Which of `count` keys a codebook is learned from, int64."""
+    size = min(count, MAX_TRAINING_KEYS)
+    return torch.arange(size, device=device) * count // size
+
+
+def _sums_of(
+    parts: torch.Tensor, nearest: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each of `size` centroids, how many sub-vectors are nearest to it, and their sums.
+
+    Args:
+        parts: `(..., n, s)`.
+        nearest: `(..., n)`, see `_nearest`.
+        size: Centroids, C.
+
+    Returns:
+        `(..., C, 1)` and `(..., C, s)`, float32.
+    """
+    if parts.device.type != "cpu":
+        return _products_of(parts, nearest, size)
+    shape, places = (*parts.shape[:-2], size), nearest.unsqueeze(-1)
+    counts = parts.new_zeros(*shape, 1)
+    counts.scatter_add_(-2, places, torch.ones_like(places, dtype=counts.dtype))
+    sums = parts.new_zeros(*shape, parts.shape[-1])
+    return counts, sums.scatter_add_(-2, places.expand_as(parts), parts)
+
+
+def _products_of(
+    parts: torch.Tensor, nearest: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_sums_of` where scattering adds in any order, and would give another codebook each time."""
+    shape = (*parts.shape[:-2], size)
+    counts, sums = parts.new_zeros(*shape, 1), parts.new_zeros(*shape, parts.shape[-1])
+    ids = torch.arange(size, device=parts.device)
+    step = max(1, _DISTANCES_ELSEWHERE // sums[..., 0].numel())
+    for some, own in zip(torch.split(nearest, step, -1), torch.split(parts, step, -2), strict=True):
+        chosen = (some.unsqueeze(-2) == ids.unsqueeze(-1)).to(parts.dtype)  # (..., C, n)
+        counts += chosen.sum(-1, keepdim=True)
+        sums += chosen @ own
+    return counts, sums
 
 
 def nearest_centroids(keys: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:

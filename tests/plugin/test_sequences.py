@@ -1,0 +1,149 @@
+"""What the host plans for maskers that learn from sequences."""
+
+from types import SimpleNamespace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_sparse_plugin.paged.device.mixed_step import launches_of
+from vllm_sparse_plugin.paged.device.sequences import (
+    Change,
+    SequenceStates,
+    of_one_prefix,
+    prefix_of,
+)
+from vllm_sparse_plugin.request_parameters import RequestParameters
+from vllm_sparse_plugin.row_parameters import GraphState, Row, RowTable
+from vllm_sparse_plugin.step_plan import SparseRow
+
+OWN = "own"
+
+
+def new_row(dense_prefix: int = 0, config_json: str | None = OWN) -> Row:
+    return Row(RequestParameters(config_json, "", None, None), dense_prefix, 0)
+
+
+def sparse_row(row: int, start: int, count: int, seq_len: int, config: str = OWN) -> SparseRow:
+    parameters = RequestParameters(config, "", None, None)
+    return SparseRow(row, start, start + count, seq_len, parameters)
+
+
+def step(states: SequenceStates, *rows: tuple[Row, int]) -> tuple[list[int], tuple[Change, ...]]:
+    """A decode step of rows that see so many keys."""
+    states.see(rows)
+    places, changes = states.take([(row, length, length) for row, length in rows])
+    return places.tolist(), changes
+
+
+def test_a_sequence_changes_when_it_is_new_and_when_it_has_doubled() -> None:
+    states, row = SequenceStates(4), new_row()
+    changed = []
+    for length in range(5, 40):
+        if length > 5:
+            # What is said before a step is what the step then finds.
+            assert states.can_go_on(row) is states.has_all_but_the_last(row, length)
+        else:
+            assert not states.can_go_on(row)
+        was_ready = states.has_all_but_the_last(row, length)
+        places, changes = step(states, (row, length))
+        assert places == [0]
+        assert was_ready is not bool(changes)
+        changed += [(change.length, change.prefix) for change in changes]
+    assert changed == [(5, 4), (8, 8), (16, 16), (32, 32)]
+
+
+def test_steps_without_sparse_queries_leave_codes_out() -> None:
+    states, row = SequenceStates(4), new_row()
+    step(states, (row, 9))
+    states.see([(row, 10)])
+    states.see([(row, 11)])
+    assert not states.can_go_on(row)
+    assert step(states, (row, 12))[1] == (Change(0, 0, 12, 0),)  # learned already
+    assert states.can_go_on(row)
+
+
+def test_a_request_goes_on_while_it_is_dense() -> None:
+    states, row = SequenceStates(4), new_row(dense_prefix=20)
+    assert not states.can_go_on(row)
+    step(states, (row, 18))  # by another configuration, say
+    states.see([(row, 19)])
+    assert states.can_go_on(row)
+    states.see([(row, 20)])
+    assert not states.can_go_on(row)
+
+
+def test_equal_requests_are_two() -> None:
+    states = SequenceStates(2)
+    first, second = new_row(), new_row()
+    assert first == second
+    assert step(states, (first, 4), (second, 4))[0] == [0, 1]
+
+
+def test_places_of_what_was_used_last_stay() -> None:
+    states = SequenceStates(2)
+    rows = [new_row() for _ in range(3)]
+    step(states, (rows[0], 4))
+    step(states, (rows[1], 4))
+    step(states, (rows[0], 5))
+    places, changes = step(states, (rows[2], 9))
+    assert (places, changes) == ([1], (Change(0, 1, 9, 8),))
+    assert states.can_go_on(rows[0])
+    assert not states.can_go_on(rows[1])
+
+
+@given(start=st.integers(0, 70), count=st.integers(1, 70), first=st.integers(0, 9))
+def test_parts_of_a_row_have_one_prefix_each(start: int, count: int, first: int) -> None:
+    row = sparse_row(3, first, count, start + count)
+    parts = of_one_prefix(row)
+    assert [parts[0].query_start, parts[-1].query_end] == [first, first + count]
+    position = start
+    for part in parts:
+        number = part.query_end - part.query_start
+        assert number > 0
+        assert part.seq_len == position + number
+        assert prefix_of(position + 1) == prefix_of(part.seq_len)
+        position = part.seq_len
+    prefixes = [prefix_of(part.seq_len) for part in parts]
+    assert prefixes == sorted(set(prefixes))
+    ends = [part.query_end for part in parts]
+    assert [part.query_start for part in parts[1:]] == ends[:-1]
+
+
+def test_launches_have_one_configuration_in_order_and_fit_the_places() -> None:
+    uses = {name: SimpleNamespace(learns=name != "plain") for name in (OWN, "other", "plain")}
+    sparse = [
+        sparse_row(0, 0, 20, 20),  # of prefixes 1, 2, 4, 8, 16
+        sparse_row(1, 20, 1, 50),
+        sparse_row(2, 21, 1, 60),
+        sparse_row(3, 22, 9, 9, "plain"),
+        sparse_row(4, 31, 1, 7, "other"),
+    ]
+    found = launches_of(sparse, uses.__getitem__, SequenceStates(2))
+    listed = [[(row.row, row.seq_len) for row in rows] for _, rows in found]
+    assert listed[:2] == [[(0, 1), (1, 50)], [(2, 60)]]
+    assert [(3, 9)] in listed
+    assert [(4, 7)] in listed
+    assert [rows for rows in listed if rows[0][0] == 0][1:] == [
+        [(0, 3)],
+        [(0, 7)],
+        [(0, 15)],
+        [(0, 20)],
+    ]
+    assert len(launches_of(sparse, lambda _: uses["plain"], None)) == 3
+
+
+def test_graphs_serve_rows_whose_states_are_there_in_all_groups() -> None:
+    first, second = SequenceStates(2), SequenceStates(2)
+    table = RowTable(graphs=GraphState(captured={"a": OWN}, sequences={"a": first, "b": second}))
+    row = new_row()
+    table.rows.update({0: row, 1: new_row(config_json=None)})
+    assert table.fits_graphs([1, 2])
+    assert not table.fits_graphs([0])
+    step(first, (row, 5))
+    assert not table.fits_graphs([0])
+    step(second, (row, 5))
+    assert table.fits_graphs([0, 1])
+    for length in (6, 7):
+        step(first, (row, length))
+        step(second, (row, length))
+    assert not table.fits_graphs([0])  # it has doubled then

@@ -1,0 +1,175 @@
+"""Headers of blocks whose codes are made with something learned; see `learned_index`.
+
+A header has, int64, how many of its block's tokens have codes, and the tag of the learned state
+that they are of. On CPUs a tag names the writes that the state was learned from, by stamps in the
+headers; here it is a digest of the keys themselves, and the stamps are not used. Either way equal
+tags are equal keys, and nothing else is asked of a tag.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse_plugin.paged.triton_kernels.counter_random import mixed
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched
+from vllm_sparse_plugin.paged.triton_kernels.tiles import block_bytes, padded, rows_at_once
+
+_BITS = {4: tl.int32, 2: tl.int16}
+"""Integers of as many bytes as a number of the cache."""
+
+
+@triton.jit
+def header_of(
+    cache, block, head, BLOCK_BYTES: tl.constexpr, OFFSET: tl.constexpr, STRIDE: tl.constexpr
+):
+    """The headers of some blocks, as pointers to int64.
+
+    Args:
+        cache: Pointer.
+        block: Of the cache, int64.
+        head: KV head.
+        BLOCK_BYTES: Of a block.
+        OFFSET: Of the index in a block, bytes.
+        STRIDE: From one KV head's index to the next one's, bytes.
+    """
+    record = cache.to(tl.pointer_type(tl.uint8)) + block * BLOCK_BYTES + OFFSET + head * STRIDE
+    return record.to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def coded_tokens(header, tag, mask):
+    """How many leading tokens of blocks have codes of the state with this tag, int32.
+
+    Args:
+        header: See `header_of`.
+        tag: Of the state.
+        mask: Which of the headers there are: others have none.
+    """
+    count = tl.load(header, mask=mask, other=0)
+    found = tl.load(header + 1, mask=mask, other=0)
+    return tl.where(found == tag, count, 0).to(tl.int32)
+
+
+@launched
+def _note_writes(
+    cache,
+    slots,
+    count,
+    BLOCK_BYTES: tl.constexpr,
+    OFFSET: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEADS_TILE: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    slot = tl.load(slots + tokens, mask=tokens < count, other=-1)[:, None]
+    heads = tl.arange(0, HEADS_TILE)[None, :]
+    mask = (slot >= 0) & (heads < HEADS)
+    block = tl.where(mask, slot // BLOCK_SIZE, 0)
+    header = header_of(cache, block, heads, BLOCK_BYTES, OFFSET, STRIDE)
+    # Of one block several tokens may be written, by any programs: the first of them counts.
+    tl.atomic_min(header, tl.where(mask, slot % BLOCK_SIZE, 0), mask=mask)
+
+
+@launched
+def _digest_keys(
+    cache,
+    block_table,
+    rows,
+    count,
+    digest,
+    table_stride,
+    BLOCK_ELEMENTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    number, head = tl.program_id(0), tl.program_id(1)
+    row = tl.load(rows).to(tl.int64)
+    block = tl.load(block_table + row * table_stride + number).to(tl.int64)
+    channels = tl.arange(0, CHANNELS)[None, :]
+    keys = cache.to(tl.pointer_type(BITS)) + block * BLOCK_ELEMENTS + channels
+    sums = tl.zeros([TOKENS, CHANNELS], tl.int64)
+    for start in tl.range(0, tl.minimum(BLOCK_SIZE, count - number * BLOCK_SIZE), TOKENS):
+        tokens = start + tl.arange(0, TOKENS)[:, None]
+        places = number * BLOCK_SIZE + tokens
+        mask = (tokens < BLOCK_SIZE) & (places < count) & (channels < HEAD_SIZE)
+        bits = tl.load(keys + (head * BLOCK_SIZE + tokens) * (2 * HEAD_SIZE), mask=mask, other=0)
+        # What is added is of a number and its place, so that any order gives the same sum.
+        place = (places * tl.num_programs(1) + head).to(tl.uint64) * HEAD_SIZE
+        place = (place + channels.to(tl.uint64)) << 32
+        own = place | (bits.to(tl.int64).to(tl.uint64) & 0xFFFFFFFF)
+        sums += tl.where(mask, mixed(own).to(tl.int64), 0)
+    tl.atomic_add(digest, tl.sum(tl.sum(sums, 1), 0))
+
+
+def note_writes(kv_cache: torch.Tensor, place: tuple[int, int], slots: torch.Tensor) -> None:
+    """Takes the codes of written places back, and those behind them in their blocks.
+
+    Args:
+        kv_cache: See the package; so the others.
+        place: Of the index.
+        slots: Where keys were written.
+    """
+    count, heads = slots.shape[0], kv_cache.shape[1]
+    if count == 0:
+        return
+    at_once = rows_at_once(padded(heads), most=128)
+    _note_writes[(-(-count // at_once),)](
+        kv_cache,
+        slots,
+        count,
+        BLOCK_BYTES=block_bytes(kv_cache),
+        OFFSET=place[0],
+        STRIDE=place[1],
+        BLOCK_SIZE=kv_cache.shape[2],
+        HEADS=heads,
+        HEADS_TILE=padded(heads),
+        TOKENS=at_once,
+    )
+
+
+def digest_keys(
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    rows: torch.Tensor,
+    count: int,
+    head_size: int,
+    digest: torch.Tensor,
+) -> None:
+    """A number that names the first keys of a sequence, with all of their bits.
+
+    Each number and its place are mixed (SplitMix64), and the results are added up: different keys
+    have the same digest by chance alone, once in 2**64 times.
+
+    Args:
+        kv_cache: See the package; so the next one.
+        block_table: Of the batch.
+        rows: `[1]`, int32: whose.
+        count: Of keys, at least 1.
+        head_size: Channels of a key.
+        digest: `[1]`, int64; written.
+    """
+    heads, block_size = kv_cache.shape[1:3]
+    channels = padded(head_size)
+    digest.zero_()
+    _digest_keys[(-(-count // block_size), heads)](
+        kv_cache,
+        block_table,
+        rows,
+        count,
+        digest,
+        block_table.stride(0),
+        BLOCK_ELEMENTS=block_bytes(kv_cache) // kv_cache.itemsize,
+        BLOCK_SIZE=block_size,
+        HEAD_SIZE=head_size,
+        CHANNELS=channels,
+        TOKENS=min(padded(block_size), rows_at_once(4 * channels)),
+        BITS=_BITS[kv_cache.itemsize],
+    )
