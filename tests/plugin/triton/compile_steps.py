@@ -34,6 +34,7 @@ CASES = (
             "quest, adaptive sampling, kv_head",
             "top p",
             "pq 6, kv_head",
+            "magic pig 75 x 8",
         ),
     ),
     (

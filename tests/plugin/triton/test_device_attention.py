@@ -22,9 +22,11 @@ from vllm_sparse_plugin.paged.device.attention import (
     DeviceAttention,
 )
 from vllm_sparse_plugin.paged.device.cache import DeviceCache
+from vllm_sparse_plugin.paged.device.maskers import base as registry
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape
 from vllm_sparse_plugin.paged.maskers.base import Unsupported
+from vllm_sparse_plugin.paged.maskers.local import PagedLocalMasker
 
 CAPACITY = 320
 LENGTHS = (1, 16, 33, 300)
@@ -192,10 +194,9 @@ def test_memory_stays_within_its_budget() -> None:
     assert spaces.queries_within(0, 64, bytes_of) == 1
 
 
-def test_what_has_no_counterpart() -> None:
-    configs = config_from_dict(
-        {"maskers": [{"type": "magic_pig", "lsh_l": 2, "lsh_k": 4}]}
-    ).masker_configs
+def test_what_has_no_counterpart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(registry._COUNTERPARTS, PagedLocalMasker)
+    configs = config_from_dict({"maskers": SINK_LOCAL}).masker_configs
     with pytest.raises(Unsupported, match="no counterpart on CUDA"):
         DeviceAttention(configs, space_of(shape_of()))
 

@@ -48,6 +48,7 @@ def masker_of(name: str, folder: Path) -> dict:
         "labels, whole": lambda: double_sparsity.config(folder, 2, 16),
         "signatures": lambda: hash_attention.config(folder, 2, heads=2, bits=8),
         "codes": lambda: {"type": "pq_cache", "heavy_size": 0.2, "pq_sub_dim": 8, "pq_bits": 3},
+        "buckets": lambda: {"type": "magic_pig", "lsh_l": 6, "lsh_k": 2},
         "sampling": lambda: SAMPLING,
         "adaptive sampling": lambda: ADAPTIVE,
     }[name]()
@@ -102,6 +103,7 @@ def run(maskers: list[dict], kv_cache: torch.Tensor, layout: BlockLayout, first_
         "labels, whole",
         "signatures",
         "codes",
+        "buckets",
         "sampling",
         "adaptive sampling",
     ],

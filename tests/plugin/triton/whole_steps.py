@@ -102,6 +102,9 @@ def masker_lists(engine: Engine, folder: Path) -> dict[str, list[dict[str, Any]]
         sampling = {"type": "random_sampling", "sampling_rate": 0.05, **by}
         lists[f"sampling, {who}"] = [*SINK_LOCAL, sampling]
         lists[f"quest, adaptive sampling, {who}"] = [*SINK_LOCAL, quest, {**ADAPTIVE, **by}]
+    for tables, bits in ((75, 8), (150, 10)):
+        buckets = {"type": "magic_pig", "lsh_l": tables, "lsh_k": bits}
+        lists[f"magic pig {tables} x {bits}"] = [*SINK_LOCAL, buckets]
     lists["top p"] = [*SINK_LOCAL, {"type": "oracle_top_p", "top_p": 0.9}]
     other = {**ADAPTIVE, "base_rate_sampling": 64, "head_granularity": "kv_head"}
     oracle = {**ORACLE, "head_granularity": "query_head"}

@@ -39,16 +39,22 @@ class _Memory:
 
     flags: torch.Tensor
     probability: torch.Tensor
+    key_probability: torch.Tensor | None
     lists: DeviceLists
     attention: AttentionWorkspace
 
     @classmethod
-    def of(cls, space: DeviceSpace, num_units: int, is_sampled: bool) -> _Memory:
+    def of(
+        cls, space: DeviceSpace, num_units: int, is_sampled: bool, has_key_probabilities: bool
+    ) -> _Memory:
         shape = space.shape
         rows = space.max_queries * num_units
         return cls(
             space.buffer("flags", rows, space.capacity, dtype=torch.uint8),
             space.buffer("probability", rows, dtype=torch.float32),
+            space.buffer("key_probability", rows, space.capacity, dtype=torch.float32)
+            if has_key_probabilities
+            else None,
             space.workspace(
                 DeviceLists.of,
                 space.max_queries,
@@ -95,7 +101,8 @@ class DeviceAttention:
         by_head = any(paged.needs_query_heads for paged in self.paged)
         self._num_units = space.shape.num_heads if by_head else space.shape.num_kv_heads
         self._is_sampled = any(paged.samples for paged in self.paged)
-        self._memory = _Memory.of(space, self._num_units, self._is_sampled)
+        by_key = any(paged.has_key_probabilities for paged in self.paged)
+        self._memory = _Memory.of(space, self._num_units, self._is_sampled, by_key)
         # The first maskers' ranges are marked by the launch that clears the flags.
         is_first = itertools.takewhile(lambda masker: masker.is_range, self.maskers)
         self._num_ranges = len(list(is_first))
@@ -188,6 +195,7 @@ class DeviceAttention:
             scaling=scaling,
             flags=memory.flags[:rows],
             probability=memory.probability[:rows],
+            key_probability=memory.key_probability,
             reads=counts,
             space=self.space,
         )
@@ -199,7 +207,11 @@ class DeviceAttention:
             masker.select(queries, sizes[part])
         lists = memory.lists
         list_tokens(
-            queries.flags, lengths, lists, queries.probability if self._is_sampled else None
+            queries.flags,
+            lengths,
+            lists,
+            queries.probability if self._is_sampled else None,
+            memory.key_probability,
         )
         units = self._num_units
         add_reads(

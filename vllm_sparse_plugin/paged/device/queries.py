@@ -28,6 +28,8 @@ class DeviceQueries:
         scaling: Of the scores.
         flags: `[num_queries * num_units, capacity]`, uint8. Maskers write it.
         probability: `[num_queries * num_units]`, float32. Samplers write it.
+        key_probability: `[>= num_queries * num_units, capacity]`, float32, of keys that are sampled
+            with a probability of their own, or None; see `PagedMasker.has_key_probabilities`.
         reads: `[num_queries, 3]`, int64, see `triton_kernels.read_counts`. Maskers that load some
             keys in order to select add to it.
         space: Where workspaces are.
@@ -39,6 +41,7 @@ class DeviceQueries:
     scaling: float
     flags: torch.Tensor
     probability: torch.Tensor
+    key_probability: torch.Tensor | None
     reads: torch.Tensor
     space: DeviceSpace
 

@@ -14,7 +14,12 @@ import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 from vllm_sparse_plugin.paged.triton_kernels.grids import launched
-from vllm_sparse_plugin.paged.triton_kernels.learned_blocks import coded_tokens, header_of
+from vllm_sparse_plugin.paged.triton_kernels.learned_blocks import (
+    block_to_encode,
+    coded_tokens,
+    header_of,
+    note_codes,
+)
 from vllm_sparse_plugin.paged.triton_kernels.tiles import TILE_NUMBERS, block_bytes, padded
 
 
@@ -43,14 +48,8 @@ def _encode_keys(
     TOKENS: tl.constexpr,
     IS_LAST: tl.constexpr,
 ):
-    sequence, head, byte = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    number = sequence
-    if not IS_LAST:
-        sequence = 0
-    length = tl.load(lengths + sequence)
-    if IS_LAST:
-        number = tl.maximum(length - 1, 0) // BLOCK_SIZE
-    end = tl.minimum(BLOCK_SIZE, length - number * BLOCK_SIZE)
+    head, byte = tl.program_id(1), tl.program_id(2)
+    sequence, number, end = block_to_encode(lengths, BLOCK_SIZE, IS_LAST)
     if end > 0:
         parts: tl.constexpr = HEAD_SIZE // SUB_DIM
         per_byte: tl.constexpr = 8 // STORED_BITS
@@ -103,39 +102,6 @@ def nearest_centroids(keys, mask, book, is_real, SUB_DIM: tl.constexpr, CENTROID
     squares = tl.load(book + SUB_DIM * CENTROIDS, mask=is_real, other=float("inf"))
     # Of |c|^2 - 2 x c.
     return tl.argmin(squares[None, :] - sums, axis=1, tie_break_left=True)
-
-
-@launched
-def _note_codes(
-    cache,
-    block_table,
-    rows,
-    lengths,
-    places,
-    tags,
-    table_stride,
-    BLOCK_BYTES: tl.constexpr,
-    OFFSET: tl.constexpr,
-    STRIDE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    IS_LAST: tl.constexpr,
-):
-    sequence, head = tl.program_id(0), tl.program_id(1)
-    number = sequence
-    if not IS_LAST:
-        sequence = 0
-    length = tl.load(lengths + sequence)
-    if IS_LAST:
-        number = tl.maximum(length - 1, 0) // BLOCK_SIZE
-    end = tl.minimum(BLOCK_SIZE, length - number * BLOCK_SIZE)
-    if end > 0:
-        row = tl.load(rows + sequence).to(tl.int64)
-        block = tl.load(block_table + row * table_stride + number).to(tl.int64)
-        header = header_of(cache, block, head, BLOCK_BYTES, OFFSET, STRIDE)
-        tag = tl.load(tags + tl.load(places + sequence))
-        count = tl.maximum(coded_tokens(header, tag, end > 0), end)
-        tl.store(header, count.to(tl.int64))
-        tl.store(header + 1, tag)
 
 
 @launched
@@ -210,34 +176,34 @@ def encode_keys(
     programs = len(batch.lengths) if num_blocks is None else num_blocks
     if programs == 0:
         return
-    table, stride = batch.block_table, batch.block_table.stride(0)
-    sequences = (table, batch.rows, batch.lengths, batch.places, tags)
-    where = {
-        "BLOCK_BYTES": block_bytes(kv_cache),
-        "OFFSET": place[0],
-        "STRIDE": place[1],
-        "BLOCK_SIZE": block_size,
-        "IS_LAST": num_blocks is None,
-        "enable_fp_fusion": False,
-    }
+    table = batch.block_table
     _encode_keys[(programs, heads, row_bytes)](
         kv_cache,
-        *sequences,
+        table,
+        batch.rows,
+        batch.lengths,
+        batch.places,
+        tags,
         states,
-        stride,
+        table.stride(0),
         states.stride(0),
-        **where,
+        BLOCK_BYTES=block_bytes(kv_cache),
+        OFFSET=place[0],
+        STRIDE=place[1],
         CODES_AT=codes_at,
         STORED_BITS=stored_bits,
         ROW_BYTES=row_bytes,
+        BLOCK_SIZE=block_size,
         HEAD_SIZE=head_size,
         SUB_DIM=sub_dim,
         CENTROIDS=num_centroids,
         CENTROIDS_TILE=tile,
         TOKENS=max(1, min(padded(block_size), TILE_NUMBERS // 2 // tile)),
+        IS_LAST=num_blocks is None,
+        enable_fp_fusion=False,
     )
     # Afterwards: programs of other bytes of the same codes read the header too.
-    _note_codes[(programs, heads)](kv_cache, *sequences, stride, **where, num_warps=1)
+    note_codes(kv_cache, place, batch, tags, num_blocks)
 
 
 def fill_tables(

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 from vllm_sparse_plugin.paged.triton_kernels.counter_random import mixed
 from vllm_sparse_plugin.paged.triton_kernels.grids import launched
 from vllm_sparse_plugin.paged.triton_kernels.tiles import block_bytes, padded, rows_at_once
@@ -50,6 +51,57 @@ def coded_tokens(header, tag, mask):
     count = tl.load(header, mask=mask, other=0)
     found = tl.load(header + 1, mask=mask, other=0)
     return tl.where(found == tag, count, 0).to(tl.int32)
+
+
+@triton.jit
+def block_to_encode(lengths, BLOCK_SIZE: tl.constexpr, IS_LAST: tl.constexpr):
+    """What the programs of one place of a grid's first axis encode.
+
+    Args:
+        lengths: Pointer to the sequences' keys.
+        BLOCK_SIZE: Tokens of a block.
+        IS_LAST: Whether it is each sequence's last block; else every block of the only one.
+
+    Returns:
+        The sequence, which of its blocks, and how many of the block's tokens; not positive where
+        there is nothing to do.
+    """
+    if IS_LAST:
+        sequence = tl.program_id(0)
+        length = tl.load(lengths + sequence)
+        number = tl.maximum(length - 1, 0) // BLOCK_SIZE
+    else:
+        sequence = tl.program_id(0) * 0
+        length = tl.load(lengths)
+        number = tl.program_id(0)
+    return sequence, number, tl.minimum(BLOCK_SIZE, length - number * BLOCK_SIZE)
+
+
+@launched
+def _note_codes(
+    cache,
+    block_table,
+    rows,
+    lengths,
+    places,
+    tags,
+    table_stride,
+    BLOCK_BYTES: tl.constexpr,
+    OFFSET: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    IS_LAST: tl.constexpr,
+):
+    head = tl.program_id(1)
+    sequence, number, end = block_to_encode(lengths, BLOCK_SIZE, IS_LAST)
+    if end > 0:
+        row = tl.load(rows + sequence).to(tl.int64)
+        block = tl.load(block_table + row * table_stride + number).to(tl.int64)
+        header = header_of(cache, block, head, BLOCK_BYTES, OFFSET, STRIDE)
+        tag = tl.load(tags + tl.load(places + sequence))
+        count = tl.maximum(coded_tokens(header, tag, end > 0), end)
+        tl.store(header, count.to(tl.int64))
+        tl.store(header + 1, tag)
 
 
 @launched
@@ -132,6 +184,41 @@ def note_writes(kv_cache: torch.Tensor, place: tuple[int, int], slots: torch.Ten
         HEADS=heads,
         HEADS_TILE=padded(heads),
         TOKENS=at_once,
+    )
+
+
+def note_codes(
+    kv_cache: torch.Tensor,
+    place: tuple[int, int],
+    batch: DeviceBatch,
+    tags: torch.Tensor,
+    num_blocks: int | None,
+) -> None:
+    """Says in the headers of blocks that they have the codes that sequences need.
+
+    Args:
+        kv_cache: See the package; so `place`.
+        place: Of the index.
+        batch: Sequences, with the places of their states.
+        tags: `[places]`, int64: of the states.
+        num_blocks: Of the only sequence; None: each sequence's last block.
+    """
+    assert batch.places is not None
+    programs = len(batch.lengths) if num_blocks is None else num_blocks
+    _note_codes[(programs, kv_cache.shape[1])](
+        kv_cache,
+        batch.block_table,
+        batch.rows,
+        batch.lengths,
+        batch.places,
+        tags,
+        batch.block_table.stride(0),
+        BLOCK_BYTES=block_bytes(kv_cache),
+        OFFSET=place[0],
+        STRIDE=place[1],
+        BLOCK_SIZE=kv_cache.shape[2],
+        IS_LAST=num_blocks is None,
+        num_warps=1,
     )
 
 

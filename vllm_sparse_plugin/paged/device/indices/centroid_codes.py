@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.pq_top_k import (  # noqa: E501
@@ -38,10 +40,7 @@ class DeviceCentroidCodes(DeviceLearnedIndex):
             num_blocks,
         )
 
-    def training_keys(self, count: int) -> torch.Tensor:
-        """See `DeviceLearnedIndex.training_keys`."""
-        return training_keys(count, self.states.device)
-
-    def learn(self, keys: torch.Tensor) -> torch.Tensor:
+    def learn(self, read: Callable[[torch.Tensor], torch.Tensor], count: int) -> torch.Tensor:
         """See `DeviceLearnedIndex.learn`."""
-        return self.index.state_of(keys)
+        keys = read(training_keys(count, self.states.device))
+        return self.index.state_of(keys.transpose(0, 1)[None].float())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 
@@ -24,9 +25,11 @@ class DeviceLearnedIndex(DeviceIndex):
     Attributes:
         states: `[places, width]`, float32: what was learned.
         tags: `[places]`, int64: a digest of the keys that it was learned from.
+        has_states: Whether anything is learned at all; else all sequences want the same codes.
     """
 
     index: LearnedIndex
+    has_states: bool = True
 
     def __init__(
         self, index: LearnedIndex, layout: BlockLayout, layer_index: int, space: DeviceSpace
@@ -51,15 +54,13 @@ class DeviceLearnedIndex(DeviceIndex):
         """
 
     @abstractmethod
-    def training_keys(self, count: int) -> torch.Tensor:
-        """Which of the first `count` keys a state is learned from, `[n]`, int64."""
-
-    @abstractmethod
-    def learn(self, keys: torch.Tensor) -> torch.Tensor:
+    def learn(self, read: Callable[[torch.Tensor], torch.Tensor], count: int) -> torch.Tensor:
         """A state, of any shape.
 
         Args:
-            keys: `[1, num_kv_heads, n, head_size]`, float32.
+            read: Gives the keys at some positions `[n]`, int64, of a sequence: as
+                `[n, num_kv_heads, head_size]`, of the cache's type.
+            count: Of the first keys, that it is learned from.
         """
 
     def update(
@@ -83,7 +84,7 @@ class DeviceLearnedIndex(DeviceIndex):
         """
         for change in sequences.changes:
             one = sequences.batch.part(slice(change.number, change.number + 1))
-            if change.prefix:
+            if change.prefix and self.has_states:
                 self._learn_from(kv_cache, one, change)
             # One after the other: they may share blocks, and want different codes of them.
             self.encode(kv_cache, one, -(-change.length // self.shape.block_size))
@@ -91,16 +92,22 @@ class DeviceLearnedIndex(DeviceIndex):
 
     def reserve(self) -> None:
         """Takes, and gives back, the memory that learning needs."""
-        places = self.training_keys(prefix_of(self._capacity))
-        size = (1, self.shape.num_kv_heads, len(places), self.shape.head_size)
-        self.learn(torch.zeros(size, device=self._device))
+        shape = self.shape
+
+        def read(places: torch.Tensor) -> torch.Tensor:
+            size = (len(places), shape.num_kv_heads, shape.head_size)
+            return torch.zeros(size, dtype=shape.dtype, device=self._device)
+
+        self.learn(read, prefix_of(self._capacity))
 
     def _learn_from(self, kv_cache: torch.Tensor, one: DeviceBatch, change: Change) -> None:
         head_size, size = self.shape.head_size, self.shape.block_size
         place = slice(change.place, change.place + 1)
         digest_keys(kv_cache, one.block_table, one.rows, change.prefix, head_size, self.tags[place])
-        places = self.training_keys(change.prefix)
-        blocks = one.block_table.index_select(0, one.rows)[0][places // size].long()
-        rows = key_value_rows(kv_cache, head_size)[blocks, :, places % size, :head_size]
-        keys = rows.transpose(0, 1)[None].float()
-        self.states[place] = self.learn(keys).reshape(1, -1)
+        blocks = one.block_table.index_select(0, one.rows)[0].long()
+        rows = key_value_rows(kv_cache, head_size)
+
+        def read(places: torch.Tensor) -> torch.Tensor:
+            return rows[blocks[places // size], :, places % size, :head_size]
+
+        self.states[place] = self.learn(read, change.prefix).reshape(1, -1)

@@ -9,6 +9,7 @@ from vllm_sparse_plugin.paged.device.maskers import (  # noqa: F401  # each regi
     double_sparsity_top_k,
     hash_attention_top_k,
     local,
+    magic_pig,
     oracle_top_k,
     oracle_top_p,
     pq_cache,
