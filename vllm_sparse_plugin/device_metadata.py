@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 from sparse_attention_hub.sparse_attention.serialization import config_to_json
 from vllm_sparse_plugin import compat
+from vllm_sparse_plugin.automatic_rows import settle_automatic
 from vllm_sparse_plugin.backend import SparseAttentionMetadataBuilder
 from vllm_sparse_plugin.device_planners import planner_of
 from vllm_sparse_plugin.paged.device.planner import LayerUse
@@ -29,7 +30,7 @@ from vllm_sparse_plugin.paged.device.step import (
 )
 from vllm_sparse_plugin.paged.group_counts import GroupCounts
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
-from vllm_sparse_plugin.step_plan import SparseRow, flat_queries, split_rows
+from vllm_sparse_plugin.step_plan import DenseRow, SparseRow, flat_queries, split_rows
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -81,6 +82,13 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         if use.fast_layers or len(own_cache) < len(self._sparse_layers) or use.general_layers:
             # Not where all layers stay dense in this configuration: their graphs serve it as well.
             graphs.captured[self._name] = self._captured
+        if self._sparse_layers:
+            self._table.builders[self._name] = self
+
+    @property
+    def sparse_layers(self) -> tuple[str, ...]:
+        """Names of the layers that have no window."""
+        return tuple(self._sparse_layers)
 
     @classmethod
     def get_cudagraph_support(
@@ -109,7 +117,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         rows = {} if graphs.is_dummy else self._rows_of_batch(common)
         starts: list[int] = common.query_start_loc_cpu.tolist()
         seq_lens = self._host_seq_lens(common)
-        dense, sparse = split_rows(starts, seq_lens, rows)
+        dense, sparse = self._settle(common, *split_rows(starts, seq_lens, rows))
         if self._is_speculative:
             self._count_fallback(sparse)
             sparse = []
@@ -152,6 +160,42 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         # One key each: a capture with the longest sequences would take long.
         ones, zeros = np.ones(number, np.int32), np.zeros(number, np.int32)
         return self._decode_step(common_attn_metadata, ones, zeros, [], fast_build=False)
+
+    def build_measured(self, common: CommonAttentionMetadata) -> tuple[Any, DeviceStep]:
+        """A decode step in which all rows are dense, and the same in which all are sparse.
+
+        What its layers count belongs to no request: see `forget_reads`.
+
+        Args:
+            common: Of the step.
+        """
+        starts: list[int] = common.query_start_loc_cpu.tolist()
+        lengths = np.array(self._host_seq_lens(common), np.int32)
+        dense = dense_lengths(starts, lengths.tolist(), [])
+        return (
+            self._build_dense(common, fast_build=False),
+            self._decode_step(common, dense, lengths, [], fast_build=False),
+        )
+
+    def forget_reads(self) -> None:
+        """Between steps: what was counted since the last one is not anyone's."""
+        self._reads.zero_()
+
+    def _settle(
+        self,
+        common: CommonAttentionMetadata,
+        dense: list[DenseRow],
+        sparse: list[SparseRow],
+    ) -> tuple[list[DenseRow], list[SparseRow]]:
+        """Lets automatic rows attend densely where that takes less time."""
+        costs, graphs = self._table.costs, self._table.graphs
+        if costs is None:
+            return dense, sparse
+        is_replayed = self._has_graphs and common.max_query_len <= 1
+        is_replayed &= all(row.parameters.config_json == self._captured for row in sparse)
+        # With one set of graphs, the launches of maskers are in each.
+        is_paid = is_replayed and not graphs.has_dense_graphs
+        return settle_automatic(dense, sparse, costs.of_step(is_replayed), is_paid)
 
     def _decode_step(
         self,

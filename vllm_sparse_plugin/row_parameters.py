@@ -8,7 +8,7 @@ runner V2 which request slot was filled. This processor never touches logits.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sampling_params import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate
+
+    from vllm_sparse_plugin.paged.device.cost_model import StepCosts
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,18 @@ class RowTable:
         counter: First layer of the KV cache group whose plans count queries: each is counted once,
             however many groups there are.
         graphs: What this engine's CUDA graphs hold.
+        costs: What steps cost, dense and sparse, for rows that are automatic; None: not measured,
+            and all of them are sparse.
+        builders: What plans the steps on CUDA, by the first layer of each KV cache group.
     """
 
     rows: dict[int, Row] = field(default_factory=dict)
     statistics: Statistics = field(default_factory=Statistics)
     counter: str | None = None
     graphs: GraphState = field(default_factory=GraphState)
+    costs: StepCosts | None = None
+    # Not those themselves, which hold the engine's configuration.
+    builders: MutableMapping[str, Any] = field(default_factory=weakref.WeakValueDictionary)
 
     def fits_graphs(self, keys: Iterable[int]) -> bool:
         """Whether graphs can serve some requests: sparse ones need the maskers that graphs hold.
