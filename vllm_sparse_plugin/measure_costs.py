@@ -147,6 +147,7 @@ def measure_engine(vllm_config: VllmConfig, clock: Clock | None = None) -> None:
     has_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
     with torch.inference_mode():
         found = [_of_group(vllm_config, builder, has_graphs, clock) for builder in builders]
+    torch.cuda.empty_cache()  # what the graphs had
     costs: StepCosts = compat.of_first_rank(functools.reduce(StepCosts.__add__, found))
     table.costs = costs
     took = time.perf_counter() - started

@@ -6,6 +6,7 @@ them when a worker starts; here is what follows from them, without a device.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Sequence
@@ -169,15 +170,8 @@ class AttentionCosts:
         def pays(keys: int) -> bool:
             return self.sparse_pays(StepLoad(rows, rows * keys, rows, rows * keys), False)
 
-        ahead = self.sparse.high * self.sparse.seconds(rows, 0)
-        ahead -= self.dense.low * self.dense.seconds(rows, 0)
-        gain = self.dense.low * self.dense.per_key - self.sparse.high * self.sparse.per_key
-        if pays(1):
-            return 1
-        if gain <= 0 or ahead / gain > NEVER:
-            return NEVER
-        keys = max(1, math.floor(ahead / gain / rows))
-        return next((more for more in range(keys, keys + 3) if pays(more)), NEVER)
+        # More keys speak for maskers the more there are, or not at all.
+        return 1 if pays(1) else bisect.bisect_left(range(NEVER), True, lo=1, key=pays)
 
     def __add__(self, other: AttentionCosts) -> AttentionCosts:
         """Of steps with the layers of both."""
