@@ -15,6 +15,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 
 from sparse_attention_hub.sparse_attention.serialization import config_to_json
 from vllm_sparse_plugin import compat
+from vllm_sparse_plugin.automatic_rows import settle_automatic
 from vllm_sparse_plugin.backend import SparseAttentionMetadataBuilder
 from vllm_sparse_plugin.device_planners import planner_of
 from vllm_sparse_plugin.paged.device.mixed_step import launches_of, mixed_group
@@ -32,7 +33,7 @@ from vllm_sparse_plugin.paged.group_counts import GroupCounts
 from vllm_sparse_plugin.paged.learned_index import LearnedIndex
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 from vllm_sparse_plugin.row_parameters import Row
-from vllm_sparse_plugin.step_plan import SparseRow, split_rows
+from vllm_sparse_plugin.step_plan import DenseRow, SparseRow, split_rows
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -90,6 +91,13 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
             graphs.captured[self._name] = self._captured
             if is_captured and use.learns and self._sequences is not None:
                 graphs.sequences[self._name] = self._sequences
+        if self._sparse_layers:
+            self._table.builders[self._name] = self
+
+    @property
+    def sparse_layers(self) -> tuple[str, ...]:
+        """Names of the layers that have no window."""
+        return tuple(self._sparse_layers)
 
     @classmethod
     def get_cudagraph_support(
@@ -97,7 +105,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
     ) -> AttentionCGSupport:
         """Decode steps of one query per request; with speculation, what the dense backend can.
 
-        Steps with maskers that are not captured run without: see `RowTable.fits_graphs`.
+        Steps with maskers that are not captured run without: see `fits_graphs`.
         """
         _, dense_builder, _ = compat.dense_backend()
         support = dense_builder.get_cudagraph_support(vllm_config, kv_cache_spec)
@@ -118,7 +126,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         rows = {} if graphs.is_dummy else self._rows_of_batch(common)
         starts: list[int] = common.query_start_loc_cpu.tolist()
         seq_lens = self._host_seq_lens(common)
-        dense, sparse = split_rows(starts, seq_lens, rows)
+        dense, sparse = self._settle(common, *split_rows(starts, seq_lens, rows))
         if self._is_speculative:
             self._count_fallback(sparse)
             sparse = []
@@ -189,6 +197,42 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
 
     def _use(self, config_json: str) -> LayerUse:
         return self._planner.use(config_json, self._layers)
+
+    def build_measured(self, common: CommonAttentionMetadata) -> tuple[Any, DeviceStep]:
+        """A decode step in which all rows are dense, and the same in which all are sparse.
+
+        What its layers count belongs to no request: see `forget_reads`.
+
+        Args:
+            common: Of the step.
+        """
+        starts: list[int] = common.query_start_loc_cpu.tolist()
+        lengths = np.array(self._host_seq_lens(common), np.int32)
+        dense = dense_lengths(starts, lengths.tolist(), [])
+        return (
+            self._build_dense(common, fast_build=False),
+            self._decode_step(common, dense, lengths, np.zeros_like(lengths), [], fast_build=False),
+        )
+
+    def forget_reads(self) -> None:
+        """Between steps: what was counted since the last one is not anyone's."""
+        self._reads.zero_()
+
+    def _settle(
+        self,
+        common: CommonAttentionMetadata,
+        dense: list[DenseRow],
+        sparse: list[SparseRow],
+    ) -> tuple[list[DenseRow], list[SparseRow]]:
+        """Lets automatic rows attend densely where that takes less time."""
+        costs, graphs = self._table.costs, self._table.graphs
+        if costs is None:
+            return dense, sparse
+        is_replayed = self._has_graphs and common.max_query_len <= 1
+        is_replayed &= all(row.parameters.config_json == self._captured for row in sparse)
+        # With one set of graphs, the launches of maskers are in each.
+        is_paid = is_replayed and not graphs.has_dense_graphs
+        return settle_automatic(dense, sparse, costs.of_step(is_replayed), is_paid)
 
     def _decode_step(
         self,

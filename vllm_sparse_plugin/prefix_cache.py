@@ -12,6 +12,9 @@ from typing import Any
 
 from vllm_sparse_plugin.request_parameters import RequestParameters
 
+FIXED, AUTOMATIC = "sparse_attention", "sparse_attention_auto"
+"""Of tokens that attended sparsely, and of those that may have (`automatic_rows`)."""
+
 HashKey = tuple[str, str, int]
 
 
@@ -37,4 +40,5 @@ def sparse_hash_keys(
     dense_prefix = parameters.dense_prefix_tokens(num_prompt_tokens)
     if end <= dense_prefix:
         return ()
-    return (("sparse_attention", parameters.fingerprint, max(0, dense_prefix - start)),)
+    kind = AUTOMATIC if parameters.is_automatic else FIXED
+    return ((kind, parameters.fingerprint, max(0, dense_prefix - start)),)

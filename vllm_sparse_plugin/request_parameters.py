@@ -44,6 +44,8 @@ class RequestParameters:
         dense_prefix: Leading tokens whose queries attend densely; None = the whole prompt.
         tag: The name under which the measured density can be asked for, if any.
         min_sparse_keys: Queries that see fewer keys attend densely, whatever the prefix.
+        is_automatic: Whether other queries too attend densely, in steps that take less time so:
+            see `automatic_rows`.
     """
 
     config_json: str | None
@@ -51,6 +53,7 @@ class RequestParameters:
     dense_prefix: int | None
     tag: str | None
     min_sparse_keys: int = 0
+    is_automatic: bool = False
 
     def asked_prefix_tokens(self, num_prompt_tokens: int) -> int:
         """The dense prefix that was asked for, for a prompt of this many tokens."""
@@ -78,6 +81,7 @@ def resolve_request(
     extra_args: dict[str, Any] | None,
     server: ServingConfig | None,
     break_even: int = 0,
+    steps_decide: bool = False,
 ) -> dict[str, Any] | None:
     """Checks a request's parameters and adds their resolved record.
 
@@ -86,6 +90,7 @@ def resolve_request(
         server: The server's configuration; None when the plugin is not selected.
         break_even: Keys from which on the server's own maskers are worth their cost, for
             `ServingConfig.min_sparse_keys`. A request's own maskers run from the first key on.
+        steps_decide: Whether workers decide so in each step, for queries of as many keys or more.
 
     Returns:
         `extra_args` itself for a plain dense request, else a copy with the record.
@@ -108,14 +113,14 @@ def resolve_request(
                 "--attention-backend CUSTOM; this one was not"
             )
         return extra_args
-    parameters = _parameters(given, server, break_even)
+    parameters = _parameters(given, server, break_even, steps_decide)
     if parameters.config_json is None and parameters.tag is None:
         return extra_args
     return {**(extra_args or {}), RESOLVED: parameters}
 
 
 def _parameters(
-    given: Mapping[str, Any], server: ServingConfig, break_even: int
+    given: Mapping[str, Any], server: ServingConfig, break_even: int, steps_decide: bool
 ) -> RequestParameters:
     mode = _mode(given[MODE]) if MODE in given else server.sparse_by_default
     config = _config(given[CONFIG], server) if CONFIG in given else server.attention
@@ -123,11 +128,12 @@ def _parameters(
     if DENSE_PREFIX in given:
         dense_prefix = _count(DENSE_PREFIX, given[DENSE_PREFIX], "leading tokens")
     tag = _tag(given[TAG]) if TAG in given else None
-    least = server.min_sparse_keys
+    least, is_automatic = server.min_sparse_keys, False
     if MIN_KEYS in given:
         least = _count(MIN_KEYS, given[MIN_KEYS], "keys")
     elif least == "auto":
         least = 0 if CONFIG in given else break_even
+        is_automatic = steps_decide and CONFIG not in given
     if not mode or config.is_dense:
         return RequestParameters(None, "", None, tag)
     return RequestParameters(
@@ -136,6 +142,7 @@ def _parameters(
         dense_prefix=dense_prefix,
         tag=tag,
         min_sparse_keys=least,
+        is_automatic=is_automatic,
     )
 
 

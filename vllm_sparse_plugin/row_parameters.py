@@ -8,7 +8,7 @@ runner V2 which request slot was filled. This processor never touches logits.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate
 
+    from vllm_sparse_plugin.paged.device.cost_model import StepCosts
     from vllm_sparse_plugin.paged.device.sequences import SequenceStates
 
 
@@ -82,28 +83,18 @@ class RowTable:
         counter: First layer of the KV cache group whose plans count queries: each is counted once,
             however many groups there are.
         graphs: What this engine's CUDA graphs hold.
+        costs: What steps cost, dense and sparse, for rows that are automatic; None: not measured,
+            and all of them are sparse.
+        builders: What plans the steps on CUDA, by the first layer of each KV cache group.
     """
 
     rows: dict[int, Row] = field(default_factory=dict)
     statistics: Statistics = field(default_factory=Statistics)
     counter: str | None = None
     graphs: GraphState = field(default_factory=GraphState)
-
-    def fits_graphs(self, keys: Iterable[int]) -> bool:
-        """Whether graphs can serve the next queries of some requests.
-
-        Sparse ones need the maskers that graphs hold, and nothing learned that is not there yet.
-
-        Args:
-            keys: Of `rows`.
-        """
-        if self.graphs.is_always_dense:
-            return True
-        found = (self.rows.get(key) for key in keys)
-        sparse = [row for row in found if row is not None and row.parameters.config_json]
-        return all(row.parameters.config_json == self.graphs.config_json for row in sparse) and all(
-            known.can_go_on(row) for known in self.graphs.sequences.values() for row in sparse
-        )
+    costs: StepCosts | None = None
+    # Not those themselves, which hold the engine's configuration.
+    builders: MutableMapping[str, Any] = field(default_factory=weakref.WeakValueDictionary)
 
 
 _TABLES: dict[int, RowTable] = {}

@@ -40,9 +40,9 @@ class ServingConfig:
         fast_path: Whether maskers run on pages where they can; else on gathered keys, slowly, in
             the reference's own code.
         min_sparse_keys: Queries that see fewer keys than this attend densely, since maskers then
-            cost more than they save; "auto" = the break-even of the server's maskers: on CPUs
-            measured on this machine, on CUDA a constant (0 without the fast path, and on CPUs where
-            maskers take the general path, which never saves anything).
+            cost more than they save; "auto" = the break-even of the server's maskers, measured: on
+            CPUs a number of keys, on CUDA what each step costs either way (0 without the fast path,
+            and on CPUs where maskers take the general path, which never saves anything).
     """
 
     attention: ResearchAttentionConfig
@@ -131,6 +131,12 @@ class ServingConfig:
         }
         plain = {name: value[name] for name in options - set(read) if name in value}
         return cls(attention=attention, **read, **plain)
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether `min_sparse_keys` is to be found out: "auto", for maskers on the fast path."""
+        is_paged = self.fast_path and not self.attention.is_dense
+        return self.min_sparse_keys == "auto" and is_paged
 
     def indexed(self) -> list[ResearchAttentionConfig]:
         """What blocks hold an index for: `attention`, and each masker of `index` by itself."""

@@ -17,7 +17,8 @@ class ReadCount:
     Attributes:
         sparse_queries: Query tokens that attended sparsely, counted once (not per layer).
         dense_queries: Query tokens that attended densely.
-        automatic_dense_queries: Those of them that did because so few keys are not worth a masker.
+        automatic_dense_queries: Those of them that did because so few keys, or the whole step's,
+            are not worth maskers.
         fallback_queries: Those of them that did because the engine cannot serve them sparsely
             (speculative decoding).
         read_keys: Keys read by sparse queries, summed over layers and query heads.

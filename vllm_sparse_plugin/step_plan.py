@@ -2,7 +2,8 @@
 
 A row (one request's queries in this step) may be a decode, a prefill chunk, or a chunk that
 crosses the end of its dense prefix. The mode of a query depends on its position alone, so it is
-the same in any chunking, after preemption and after a prefix hit.
+the same in any chunking, after preemption and after a prefix hit. (On CUDA, `automatic_rows` may
+make more of a step dense afterwards.)
 """
 
 from __future__ import annotations

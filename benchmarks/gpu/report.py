@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.gpu.bars import Bar, Results, all_bars, engine_rows
 from benchmarks.gpu.cells import LAYERS
 from benchmarks.gpu.command import SKIPPED
+from vllm_sparse_plugin.paged.device.cost_model import AttentionCosts, CostModel, Point, StepLoad
 
 STAGES: dict[str, str] = {
     "environment": "the machine",
@@ -216,17 +217,48 @@ def _grid(results: Results) -> list[str]:
     lines = [
         "## From how many keys on maskers pay: one layer's attention",
         "",
-        "| keys | requests | dense, us | Quest 10 %, us | speed-up |",
-        "|---|---|---|---|---|",
+        "| keys | requests | dense, us (formula) | Quest 10 %, us (formula) | speed-up | chosen |",
+        "|---|---|---|---|---|---|",
     ]
+    costs = _formulas(found)
     for record in found:
         dense, sparse = record.get("microseconds"), record.get("sparse_microseconds")
-        place = f"| {record['keys']} | {record['requests']}"
-        if dense is None or sparse is None:
-            lines.append(f"{place} | {record['left_out']} | | |")
-        else:
-            lines.append(f"{place} | {dense:.1f} | {sparse:.1f} | {dense / sparse:.2f} x |")
-    return lines if found else []
+        keys, rows = record["keys"], record["requests"]
+        if costs is None or dense is None or sparse is None:
+            lines.append(f"| {keys} | {rows} | {record['left_out']} | | | |")
+            continue
+        ours, theirs = (
+            1e6 * model.seconds(rows, rows * keys) for model in (costs.sparse, costs.dense)
+        )
+        pays = costs.sparse_pays(StepLoad(rows, rows * keys, rows, rows * keys), False)
+        lines.append(
+            f"| {keys} | {rows} | {dense:.1f} ({theirs:.1f}) | {sparse:.1f} ({ours:.1f}) "
+            f"| {dense / sparse:.2f} x | {'sparse' if pays else 'dense'} |"
+        )
+    note = (
+        "Formula: a constant, so much per request and so much per key, fitted to these cells as "
+        'servers fit it when they start (`min_sparse_keys` "auto"); chosen: what they would choose '
+        "by it. Theirs is of all layers, and their sparse steps launch the dense kernel besides."
+    )
+    return [*lines, "", note] if found else []
+
+
+def _formulas(found: Sequence[Mapping[str, Any]]) -> AttentionCosts | None:
+    """Fitted to the cells of which both times are there; None without any."""
+    names = ("microseconds", "sparse_microseconds")
+    whole = [cell for cell in found if all(cell.get(name) is not None for name in names)]
+    if not whole:
+        return None
+    dense, sparse = (
+        CostModel.fit(
+            [
+                Point(cell["requests"], cell["requests"] * cell["keys"], 1e-6 * cell[name])
+                for cell in whole
+            ]
+        )
+        for name in names
+    )
+    return AttentionCosts(dense, sparse)
 
 
 def _engines(content: Mapping[str, Any]) -> list[str]:

@@ -71,6 +71,9 @@ def test_markdown_of_everything(tmp_path: Path) -> None:
         assert part in text
     assert "one that fails | FAILED: ValueError: no" in text
     assert "left out: FLASHINFER: not installed" in text
+    # Cells whose times are those of a formula: 1 us per 1000 keys, and 20 us.
+    assert "| 32768 | 16 | 524.3 (524.3) | 20.0 (20.0) | 26.21 x | sparse |" in text
+    assert "| 1024 | 1 | 1.0 (1.0) | 20.0 (20.0) | 0.05 x | dense |" in text
     assert failed_correctness(content) == ["tokens"]
     assert json.loads(json.dumps(content))["bars"]
 

@@ -17,17 +17,20 @@ PARALLEL = (
 )
 
 
-def test_where_maskers_pay_on_cuda_is_a_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_cuda_each_step_decides_about_queries_of_enough_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cuda=lambda: True))
     sink = {"maskers": [{"type": "sink", "sink_size": 4}]}
     for options, expected in (
-        ({}, 32_768),
+        ({}, 1024),
         ({"min_sparse_keys": 5}, 0),
         ({"fast_path": False}, 0),
         ({"maskers": []}, 0),
     ):
         config = ServingConfig.parse({**sink, **options})
         assert hooks._break_even(None, config) == expected
+        assert hooks.decides_per_step(config) is (expected > 0)
 
 
 def engine(**changes: Any) -> Any:

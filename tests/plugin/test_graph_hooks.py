@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from vllm_sparse_plugin.compat import graph_hooks
+from vllm_sparse_plugin.graph_steps import fits_graphs
 from vllm_sparse_plugin.request_parameters import RequestParameters
 from vllm_sparse_plugin.row_parameters import GraphState, Row, RowTable
 
@@ -106,7 +107,7 @@ def test_engines_without_the_plugin_are_left_alone(monkeypatch: pytest.MonkeyPat
 )
 def test_which_batches_graphs_serve(table: RowTable, configs: list, fits: bool) -> None:
     table.rows.update({slot: row(config) for slot, config in enumerate(configs)})
-    assert table.fits_graphs(range(9)) is fits
+    assert fits_graphs(table, range(9)) is fits
     asked: list[Any] = []
     hooked = graph_hooks._avoid_uniform_graphs(lambda self, *given, **more: asked.append(given))
     hooked(SimpleNamespace(vllm_config=None), 4, True)
@@ -141,7 +142,7 @@ def test_runner_v2_looks_at_the_batch_and_not_at_slots_left_over(table: RowTable
 def test_graphs_serve_what_is_dense_whatever_it_asks_for(table: RowTable) -> None:
     table.rows[0] = row(OTHER)
     table.graphs.is_always_dense = True
-    assert table.fits_graphs([0])
+    assert fits_graphs(table, [0])
 
 
 def test_graphs_have_maskers_where_those_of_all_cache_groups_do(table: RowTable) -> None:

@@ -24,10 +24,17 @@ def hooks() -> None:
     init_none_hash(HASH)
 
 
-def hashes(num_prompt: int, generated: int, extra_args: dict | None, server=SERVER) -> list[bytes]:
+def hashes(
+    num_prompt: int,
+    generated: int,
+    extra_args: dict | None,
+    server: ServingConfig | None = SERVER,
+    least: int = 0,
+    steps_decide: bool = False,
+) -> list[bytes]:
     """Block hashes of a request over the tokens 0, 1, 2, ... of which the last are generated."""
     parameters = SamplingParams(max_tokens=64)
-    parameters.extra_args = resolve_request(extra_args, server)
+    parameters.extra_args = resolve_request(extra_args, server, least, steps_decide)
     request = Request(
         request_id="r",
         prompt_token_ids=list(range(num_prompt)),
@@ -65,6 +72,14 @@ def test_dense_follow_up_reuses_only_what_was_computed_densely() -> None:
     sparse_turn = hashes(70, 42, None)
     assert shared(sparse_turn, hashes(112, 0, None)) == 4
     assert shared(sparse_turn, hashes(112, 0, {"sparse_attention_dense_prefix": 70})) == 7
+
+
+def test_tokens_that_may_be_dense_are_not_those_that_are_sparse() -> None:
+    automatic = hashes(64, 64, None, least=97, steps_decide=True)
+    assert shared(automatic, hashes(64, 64, None, least=97, steps_decide=True)) == 8
+    assert shared(automatic, hashes(64, 64, None, least=97)) == 6
+    # Queries of too few keys for any step are dense, and shared by everybody.
+    assert shared(automatic, hashes(128, 0, DENSE)) == 6
 
 
 def test_maskers_are_part_of_the_key() -> None:

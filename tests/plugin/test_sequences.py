@@ -2,9 +2,12 @@
 
 from types import SimpleNamespace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_sparse_plugin.graph_steps import fits_graphs
+from vllm_sparse_plugin.paged.device.cost_model import AttentionCosts, CostModel, StepCosts
 from vllm_sparse_plugin.paged.device.mixed_step import launches_of
 from vllm_sparse_plugin.paged.device.sequences import (
     Change,
@@ -23,6 +26,10 @@ def new_row(dense_prefix: int = 0, config_json: str | None = OWN) -> Row:
     return Row(RequestParameters(config_json, "", None, None), dense_prefix, 0)
 
 
+def table_of(states: SequenceStates) -> RowTable:
+    return RowTable(graphs=GraphState(captured={"a": OWN}, sequences={"a": states}))
+
+
 def sparse_row(row: int, start: int, count: int, seq_len: int, config: str = OWN) -> SparseRow:
     parameters = RequestParameters(config, "", None, None)
     return SparseRow(row, start, start + count, seq_len, parameters)
@@ -37,13 +44,12 @@ def step(states: SequenceStates, *rows: tuple[Row, int]) -> tuple[list[int], tup
 
 def test_a_sequence_changes_when_it_is_new_and_when_it_has_doubled() -> None:
     states, row = SequenceStates(4), new_row()
+    table = table_of(states)
+    table.rows[0] = row
     changed = []
     for length in range(5, 40):
-        if length > 5:
-            # What is said before a step is what the step then finds.
-            assert states.can_go_on(row) is states.has_all_but_the_last(row, length)
-        else:
-            assert not states.can_go_on(row)
+        # What is said before a step is what the step then finds.
+        assert fits_graphs(table, [0]) is states.has_all_but_the_last(row, length)
         was_ready = states.has_all_but_the_last(row, length)
         places, changes = step(states, (row, length))
         assert places == [0]
@@ -57,19 +63,37 @@ def test_steps_without_sparse_queries_leave_codes_out() -> None:
     step(states, (row, 9))
     states.see([(row, 10)])
     states.see([(row, 11)])
-    assert not states.can_go_on(row)
+    assert not states.has_all_but_the_last(row, 12)
     assert step(states, (row, 12))[1] == (Change(0, 0, 12, 0),)  # learned already
-    assert states.can_go_on(row)
+    assert states.has_all_but_the_last(row, 13)
 
 
-def test_a_request_goes_on_while_it_is_dense() -> None:
+def test_graphs_serve_a_request_while_it_is_dense() -> None:
     states, row = SequenceStates(4), new_row(dense_prefix=20)
-    assert not states.can_go_on(row)
-    step(states, (row, 18))  # by another configuration, say
-    states.see([(row, 19)])
-    assert states.can_go_on(row)
+    table = table_of(states)
+    table.rows[0] = row
+    assert not fits_graphs(table, [0])  # its length is not known
+    states.see([(row, 18)])
+    assert fits_graphs(table, [0])
     states.see([(row, 20)])
-    assert not states.can_go_on(row)
+    assert not fits_graphs(table, [0])
+
+
+@pytest.mark.parametrize("per_key", [1e-9, 1e-3])
+def test_graphs_serve_automatic_rows_that_their_step_makes_dense(per_key: float) -> None:
+    """Whose states are not there; and where sparse pays, the step has to learn first."""
+    states = SequenceStates(4)
+    table = table_of(states)
+    costs = AttentionCosts(CostModel(0.0, 0.0, per_key), CostModel(1e-6, 0.0, 0.0))
+    table.costs = StepCosts(launched=costs, replayed=costs)
+    table.graphs.has_dense_graphs = True
+    automatic = Row(RequestParameters(OWN, "", None, None, 0, is_automatic=True), 0, 0)
+    table.rows[0] = automatic
+    states.see([(automatic, 40)])
+    assert fits_graphs(table, [0]) is (per_key < 1e-6)
+    table.rows[1] = fixed = new_row()
+    states.see([(automatic, 40), (fixed, 40)])
+    assert not fits_graphs(table, [0, 1])
 
 
 def test_equal_requests_are_two() -> None:
@@ -87,8 +111,8 @@ def test_places_of_what_was_used_last_stay() -> None:
     step(states, (rows[0], 5))
     places, changes = step(states, (rows[2], 9))
     assert (places, changes) == ([1], (Change(0, 1, 9, 8),))
-    assert states.can_go_on(rows[0])
-    assert not states.can_go_on(rows[1])
+    assert states.has_all_but_the_last(rows[0], 6)
+    assert not states.has_all_but_the_last(rows[1], 5)
 
 
 @given(start=st.integers(0, 70), count=st.integers(1, 70), first=st.integers(0, 9))
@@ -137,13 +161,13 @@ def test_graphs_serve_rows_whose_states_are_there_in_all_groups() -> None:
     table = RowTable(graphs=GraphState(captured={"a": OWN}, sequences={"a": first, "b": second}))
     row = new_row()
     table.rows.update({0: row, 1: new_row(config_json=None)})
-    assert table.fits_graphs([1, 2])
-    assert not table.fits_graphs([0])
+    assert fits_graphs(table, [1, 2])
+    assert not fits_graphs(table, [0])
     step(first, (row, 5))
-    assert not table.fits_graphs([0])
+    assert not fits_graphs(table, [0])
     step(second, (row, 5))
-    assert table.fits_graphs([0, 1])
+    assert fits_graphs(table, [0, 1])
     for length in (6, 7):
         step(first, (row, length))
         step(second, (row, length))
-    assert not table.fits_graphs([0])  # it has doubled then
+    assert not fits_graphs(table, [0])  # it has doubled then

@@ -4,6 +4,7 @@ Names and signatures of vLLM, in the sources of each version: `test_vllm_symbols
 """
 
 import inspect
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -90,6 +91,22 @@ def test_the_processor_serves_both_runners() -> None:
     assert issubclass(RowParametersProcessor, version_1)
     assert issubclass(RowParametersProcessor, version_2)
     assert not inspect.isabstract(RowParametersProcessor)
+
+
+def test_the_plugin_s_log_goes_where_vllm_s_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, vllm = logging.getLogger("vllm_sparse_plugin"), logging.getLogger("vllm")
+    handler = logging.NullHandler()
+    monkeypatch.setattr(vllm, "handlers", [handler])
+    monkeypatch.setattr(vllm, "level", logging.INFO)
+    monkeypatch.setattr(own, "handlers", [])
+    monkeypatch.setattr(own, "level", logging.NOTSET)
+    plugin._log_as_vllm()
+    assert not own.handlers  # pytest has a log itself
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    for _ in range(2):
+        plugin._log_as_vllm()
+    assert own.handlers == [handler]
+    assert own.level == logging.INFO
 
 
 def test_what_the_backend_says_of_itself() -> None:

@@ -52,6 +52,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "vllm.config.compilation": ("CUDAGraphMode",),
     "vllm.v1.cudagraph_dispatcher": ("CudagraphDispatcher",),
     _GRAPHS: ("BatchExecutionDescriptor", "CudaGraphManager", "ModelCudaGraphManager"),
+    "vllm.distributed.parallel_state": ("get_tp_group",),
     "vllm.platforms.interface": ("DeviceCapability",),
     "vllm.v1.kv_cache_interface": ("AttentionSpec", "KVCacheLayout"),
     "vllm.v1.worker.gpu.model_runner": ("GPUModelRunner",),
@@ -103,6 +104,8 @@ MEMBERS: dict[str, tuple[str, ...]] = {
 
 CALLED: dict[str, str] = {
     "vllm.config.compilation:CUDAGraphMode.has_full_cudagraphs": "",
+    "vllm.distributed.parallel_state:GroupCoordinator.broadcast_object": "obj, *, src",
+    "vllm.distributed.parallel_state:get_tp_group": "",
     f"{_TRITON}:TritonAttentionImpl.__init__": IMPL_ARGUMENTS,
     f"{_FLASH}:FlashAttentionImpl.__init__": IMPL_ARGUMENTS,
     "vllm.v1.attention.ops.triton_unified_attention:unified_attention": (
@@ -194,6 +197,11 @@ PASSAGES: dict[str, tuple[str, ...]] = {
     f"{_GRAPHS}:CudaGraphManager.run_fullgraph": ("self.graphs[desc].replay()",),
     # The profiling run has no metadata: memory that is asked for then is counted.
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.profile_run": ("skip_attn=True",),
+    # Workers make their caches before they capture graphs.
+    "vllm.v1.engine.core:EngineCore._initialize_kv_caches": (
+        "self.model_executor.initialize_from_config(",
+        "self.model_executor.compile_or_warm_up_model()",
+    ),
     # Schedules are kept in one place.
     f"{_FLASH}:FlashAttentionMetadataBuilder._store_scheduler_metadata": (
         "self.scheduler_metadata[:n] = scheduler_metadata",

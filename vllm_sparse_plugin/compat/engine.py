@@ -290,6 +290,13 @@ def engine_being_built() -> VllmConfig:
     return engine
 
 
+def of_first_rank(value: Any) -> Any:
+    """What the first rank of the tensor parallel group has called this with; all ranks call it."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    return get_tp_group().broadcast_object(value, src=0)
+
+
 def current_vllm_config() -> VllmConfig:
     """The configuration of the engine whose model is being built."""
     from vllm.config import get_current_vllm_config

@@ -8,7 +8,7 @@ set that it needs. Steps whose maskers no graph has run without one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm_sparse_plugin.compat.engine import is_selected
@@ -42,6 +42,12 @@ def _table_of(vllm_config: VllmConfig) -> RowTable | None:
     from vllm_sparse_plugin.row_parameters import row_table
 
     return row_table(vllm_config) if is_selected(vllm_config) else None
+
+
+def _fits(table: RowTable, keys: Iterable[int]) -> bool:
+    from vllm_sparse_plugin.graph_steps import fits_graphs
+
+    return fits_graphs(table, keys)
 
 
 def _capture_twice(original: Callable[..., None], full: Any) -> Callable[..., None]:
@@ -112,7 +118,7 @@ def _avoid_decode_graphs(original: Callable[..., Any]) -> Callable[..., Any]:
             table.graphs.is_dummy = dummy_run
             slots = self.req_states.req_id_to_index
             scheduled = () if dummy_run else scheduler_output.num_scheduled_tokens
-            if not table.fits_graphs(slots[request] for request in scheduled):
+            if not _fits(table, (slots[request] for request in scheduled)):
                 # As for a batch whose requests have different numbers of queries.
                 uniform_token_count = None
         return state, uniform_token_count
@@ -128,7 +134,7 @@ def _avoid_uniform_graphs(original: Callable[..., Any]) -> Callable[..., Any]:
         self: Any, num_tokens: int, uniform_decode: bool = False, *arguments: Any, **named: Any
     ) -> Any:
         table = _table_of(self.vllm_config)
-        if uniform_decode and table is not None and not table.fits_graphs(table.rows):
+        if uniform_decode and table is not None and not _fits(table, table.rows):
             uniform_decode = False
         return original(self, num_tokens, uniform_decode, *arguments, **named)
 

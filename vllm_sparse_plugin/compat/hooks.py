@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 BACKEND_PATH = "vllm_sparse_plugin.backend.SparseAttentionBackend"
 DEVICE_BACKEND_PATH = "vllm_sparse_plugin.device_backend.DeviceAttentionBackend"
 PAGED_BACKEND_PATH = "vllm_sparse_plugin.paged_backend.PagedAttentionBackend"
-CUDA_BREAK_EVEN = 32_768
-"""Keys from which on maskers are taken to be worth their cost on a GPU: computed, not measured.
+CUDA_LEAST_KEYS = 1024
+"""Keys below which a query is dense on a GPU where `min_sparse_keys` is "auto"; from there on
+workers decide in each step (`automatic_rows`).
 
-One request's keys and values of a layer with 8 KV heads of 128 channels are 4 KiB a key; a GPU of
-3 to 5 TB/s reads 32,768 of them in 25 to 40 us, which is about what a dozen small launches take.
-Larger batches are worth it from fewer keys on, but a request must not attend otherwise beside other
-requests than it does alone.
+The prefix cache has to know, without knowing the steps, which tokens are dense in any case: with
+this, short conversations share all of their blocks. What is lost is small: 64 requests of 1,023
+keys are 8.6 GB that a decode step of an 8B model reads besides 15 GB of weights.
 """
 STATS_METHOD = "sparse_attention_stats"
 
@@ -72,20 +72,23 @@ def _hook_request_admission() -> None:
         @functools.wraps(original)
         def init(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
             config = serving_config(vllm_config)
-            shape, break_even = None, 0
+            shape, break_even, steps_decide = None, 0, False
             if config is not None:
                 check_engine(vllm_config)
                 shape = attention_shape(vllm_config)
                 if not config.attention.is_dense:
                     try_maskers(config_to_json(config.attention), shape)
                 break_even = _break_even(vllm_config, config)
+                steps_decide = decides_per_step(config)
             original(self, vllm_config, *args, **kwargs)
             validate = self.validate_logits_processors_params
 
             def validate_and_resolve(params: Any) -> None:
                 validate(params)
                 try:
-                    params.extra_args = resolve_request(params.extra_args, config, break_even)
+                    params.extra_args = resolve_request(
+                        params.extra_args, config, break_even, steps_decide
+                    )
                     resolved = RequestParameters.from_extra_args(params.extra_args)
                     if shape is not None and resolved is not None and resolved.config_json:
                         try_maskers(resolved.config_json, shape)
@@ -101,13 +104,10 @@ def _hook_request_admission() -> None:
 
 def _break_even(vllm_config: VllmConfig, config: ServingConfig) -> int:
     """Keys from which on the server's maskers are worth their cost; on CPUs measured, if asked."""
-    from vllm.platforms import current_platform
-
-    is_paged = config.fast_path and not config.attention.is_dense
-    if config.min_sparse_keys != "auto" or not is_paged:
+    if not config.is_automatic:
         return 0
-    if current_platform.is_cuda():
-        return CUDA_BREAK_EVEN
+    if decides_per_step(config):
+        return CUDA_LEAST_KEYS
     return break_even_of(
         config.attention,
         attention_shape(vllm_config),
@@ -115,6 +115,13 @@ def _break_even(vllm_config: VllmConfig, config: ServingConfig) -> int:
         vllm_config.model_config.dtype,
         config.imports,
     )
+
+
+def decides_per_step(config: ServingConfig) -> bool:
+    """Whether workers decide in each step which rows attend densely."""
+    from vllm.platforms import current_platform
+
+    return config.is_automatic and bool(current_platform.is_cuda())
 
 
 def _hook_block_hashes() -> None:
@@ -199,10 +206,19 @@ def _hook_worker_statistics() -> None:
     setattr(WorkerBase, STATS_METHOD, sparse_attention_stats)
 
 
-def _hook_cache_allocation() -> None:
-    """Lets layers look at their caches as soon as there are any, before the first request.
+def _measure_steps(vllm_config: VllmConfig) -> None:
+    config = serving_config(vllm_config)
+    if config is not None and decides_per_step(config):
+        from vllm_sparse_plugin import measure_costs  # which needs vLLM's layers
 
-    vLLM tells backends of a cache only when a request's keys are written into it.
+        measure_costs.measure_engine(vllm_config)
+
+
+def _hook_cache_allocation() -> None:
+    """Looks at the caches as soon as there are any, before the first request.
+
+    On CPUs, layers prepare them; on CUDA, what steps cost is measured. vLLM tells backends of a
+    cache only when a request's keys are written into it.
     """
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
@@ -219,6 +235,7 @@ def _hook_cache_allocation() -> None:
             # Takes a second or two for each GiB.
             for layer in tqdm(layers, desc="sparse attention: preparing the cache", disable=None):
                 layer.impl.prepare_cache(layer)
+            _measure_steps(self.vllm_config)
 
         return initialize_from_config
 

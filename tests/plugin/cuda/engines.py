@@ -5,6 +5,7 @@ With `tests.plugin.cuda.dry_cuda` in front it does so on the GPU that is not the
     {"engines": [{
         "options": {...},       # of vllm.LLM, its model included
         "environment": {...},   # optional: variables that vLLM reads when it builds the engine
+        "costs": {...},         # optional: what it finds when it measures steps, see `dry_clock`
         "batches": [[{          # asked one after the other, greedily
             "prompt_token_ids": [...],
             "max_tokens": 6,
@@ -16,9 +17,10 @@ With `tests.plugin.cuda.dry_cuda` in front it does so on the GPU that is not the
 
 The result has for each engine: `runner`, `platform`, `tokens` and their `logprobs` (batches of
 requests), `captured` and `replays` (CUDA graphs), `preemptions`, `prefix_hits` (tokens), `steps`
-(of all batches) and `calls` (their answers).
+(of all batches), `calls` (their answers) and `costs` (what was found, by engine).
 """
 
+import contextlib
 import gc
 import json
 import os
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from tests.plugin.cuda.dry_clock import measuring
 from tests.plugin.cuda.graphs import DryGraph
 
 
@@ -37,13 +40,16 @@ def run_engine(engine: dict[str, Any]) -> dict[str, Any]:
 
     gc.freeze()  # vLLM collects garbage often, and there are its own modules to look through
     captured = DryGraph.captured
-    llm = LLM(skip_tokenizer_init=True, **engine["options"])
+    costs = engine.get("costs")
+    with measuring(costs) if costs else contextlib.nullcontext([]) as found:
+        llm = LLM(skip_tokenizer_init=True, **engine["options"])
     core: Any = llm.llm_engine.engine_core.engine_core
     runner = type(core.model_executor.driver_worker.worker.model_runner)
     result: dict[str, Any] = {
         "runner": f"{runner.__module__}.{runner.__qualname__}",
         "platform": type(current_platform).__name__,
         "captured": DryGraph.captured - captured,
+        "costs": found,
         "tokens": [],
         "logprobs": [],
         "steps": 0,

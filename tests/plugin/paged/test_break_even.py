@@ -74,6 +74,11 @@ def test_who_decides(server, request_, expected: int) -> None:
     config = ServingConfig(config_from_dict({"maskers": SINK_LOCAL}), min_sparse_keys=server)
     resolved = resolve_request(request_, config, break_even=500)
     assert resolved["sparse_attention_resolved"].min_sparse_keys == expected
+    for steps_decide in (False, True):
+        resolved = resolve_request(request_, config, 500, steps_decide)
+        # Who gives a number, or maskers of their own, has decided.
+        is_automatic = steps_decide and server == "auto" and not request_
+        assert resolved["sparse_attention_resolved"].is_automatic is is_automatic
 
 
 def test_a_query_with_fewer_keys_is_dense_and_one_with_as_many_is_not() -> None:

@@ -59,14 +59,12 @@ class _Known:
     Attributes:
         row: Of the request; it is held so that its identity is not given to another one.
         place: Of its state.
-        seen: Keys after the last step.
         prefix: First keys that its state was learned from; 0: of none yet.
         coded: Keys that have codes of that state, from the first one on.
     """
 
     row: Row
     place: int
-    seen: int = 0
     prefix: int = 0
     coded: int = 0
 
@@ -86,30 +84,23 @@ class SequenceStates:
         """
         self.places = places
         self._known: OrderedDict[int, _Known] = OrderedDict()
+        self._seen: dict[int, tuple[Row, int]] = {}
 
     def see(self, rows: Iterable[tuple[Row, int]]) -> None:
         """Notes the requests of a step, and how many keys each has after it."""
-        for row, seq_len in rows:
-            known = self._known.get(id(row))
-            if known is not None:
-                known.seen = seq_len
+        self._seen = {id(row): (row, seq_len) for row, seq_len in rows}
 
-    def can_go_on(self, row: Row) -> bool:
-        """Whether a request's next query needs no more than its own key's code.
-
-        Args:
-            row: Of the request.
-        """
-        known = self._known.get(id(row))
-        if known is None:
-            return False
-        length = known.seen + 1
-        return length <= row.dense_prefix_tokens or _needs_its_last_code(known, length)
+    def next_length(self, row: Row) -> int | None:
+        """Keys that a request's next query sees; None if it was not in the last step."""
+        seen = self._seen.get(id(row))
+        return None if seen is None else seen[1] + 1
 
     def has_all_but_the_last(self, row: Row, length: int) -> bool:
         """Whether the query that sees so many keys needs no more than the last one's code."""
         known = self._known.get(id(row))
-        return known is not None and _needs_its_last_code(known, length)
+        if known is None:
+            return False
+        return known.prefix == prefix_of(length) and known.coded == length - 1
 
     def take(self, rows: Sequence[tuple[Row, int, int]]) -> tuple[np.ndarray, tuple[Change, ...]]:
         """Plans a launch.
@@ -131,7 +122,7 @@ class SequenceStates:
             if is_new or first != last or known.coded != last - 1:
                 change = Change(number, known.place, last, prefix if is_new else 0)
                 changes.append(change)
-            known.prefix, known.coded, known.seen = prefix, last, max(known.seen, last)
+            known.prefix, known.coded = prefix, last
         return np.array([known.place for known in found], np.int32), tuple(changes)
 
     def _touched(self, row: Row) -> _Known:
@@ -144,10 +135,6 @@ class SequenceStates:
             known = self._known[id(row)] = _Known(row, place)
         self._known.move_to_end(id(row))
         return known
-
-
-def _needs_its_last_code(known: _Known, length: int) -> bool:
-    return known.prefix == prefix_of(length) and known.coded == length - 1
 
 
 def prefix_of(length: int) -> int:
