@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,9 +21,11 @@ from sparse_attention_hub.sparse_attention.serialization import config_from_dict
 from vllm_sparse_plugin.masked_attention import attend_row, attention_of
 from vllm_sparse_plugin.paged.device.attention import DeviceAttention
 from vllm_sparse_plugin.paged.device.cache import DeviceCache
+from vllm_sparse_plugin.paged.device.sequences import Change, StepSequences, prefix_of
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape
 from vllm_sparse_plugin.paged.served import indices_of
+from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 
 
 @dataclass
@@ -39,6 +41,7 @@ class DeviceStep:
         output: Likewise; written.
         counts: `[count, 3]`, int64; added to, see `DeviceAttention`.
         sizes: What follows from lengths alone.
+        batch: Of the queries.
     """
 
     maskers: Maskers
@@ -49,6 +52,7 @@ class DeviceStep:
     output: torch.Tensor
     counts: torch.Tensor
     sizes: torch.Tensor
+    batch: DeviceBatch
 
     @classmethod
     def of(
@@ -73,7 +77,8 @@ class DeviceStep:
         config = config_from_dict({"maskers": maskers})
         layout = BlockLayout(shape, tuple(indices_of([config], shape)))
         sequences = Sequences.of(count, keys, shape.block_size, device)
-        space = DeviceSpace(shape, count, -(-keys // 16) * 16, WRITTEN_AT_ONCE, device)
+        capacity = -(-keys // 16) * 16
+        space = DeviceSpace(shape, count, capacity, WRITTEN_AT_ONCE, device, max_sequences=count)
         caches = []
         for layer in range(layers):
             cache = DeviceCache.of(empty_cache(layout, sequences), layout, layer, space)
@@ -83,7 +88,7 @@ class DeviceStep:
         query = random_heads(count, shape.num_heads, shape, generator)
         attention = DeviceAttention(config.masker_configs, space)
         lengths = np.full(count, keys, np.int32)
-        return cls(
+        step = cls(
             maskers,
             attention,
             sequences,
@@ -92,7 +97,18 @@ class DeviceStep:
             torch.empty_like(query),
             torch.zeros(count, 3, dtype=torch.int64, device=device),
             torch.from_numpy(attention.sizes(lengths)).to(device),
+            replace(sequences.batch, places=torch.arange(count, dtype=torch.int32, device=device)),
         )
+        step.learn()
+        return step
+
+    def learn(self) -> None:
+        """What maskers learn from new sequences, in all layers: no part of the steps after it."""
+        keys, prefix = self.sequences.keys, prefix_of(self.sequences.keys)
+        numbers = range(self.sequences.count)
+        changes = tuple(Change(number, number, keys, prefix) for number in numbers)
+        for layer in range(len(self.caches)):
+            self._attend(layer, changes)
 
     @property
     def layout(self) -> BlockLayout:
@@ -106,14 +122,18 @@ class DeviceStep:
 
     def attend(self, layer: int) -> None:
         """What each layer does."""
+        self._attend(layer, ())
+
+    def _attend(self, layer: int, changes: tuple[Change, ...]) -> None:
         self.attention.attend(
             self.query,
             self.caches[layer],
-            self.sequences.batch,
+            self.batch,
             self.sizes,
             self.layout.shape.head_size**-0.5,
             self.output,
             self.counts,
+            StepSequences(self.batch, changes),
         )
 
     def densities(self) -> tuple[float, float]:

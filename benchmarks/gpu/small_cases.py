@@ -41,6 +41,8 @@ def small_cases(folder: Path, kv_heads: int, head_size: int) -> dict[str, tuple[
     oracle = {"type": "oracle_top_k", "heavy_size": 0.05}
     cases["random sample"] = ([*fixed, sample], _KEYS)
     cases["oracle top-p"] = ([*fixed, {"type": "oracle_top_p", "top_p": 0.7}], _KEYS)
+    buckets = {"type": "magic_pig", "lsh_l": 12, "lsh_k": 4}
+    cases["MagicPIG"] = ([*fixed, buckets], _KEYS)
     cases["oracle top-k of many, and a sample"] = ([*fixed, oracle, sample], _MANY_KEYS)
     return cases
 

@@ -96,6 +96,7 @@ def sparse_cases(keys: int, folder: Path, kv_heads: int, head_size: int) -> list
     channels = {channel_key(layer, "qk_proj"): [order] * kv_heads for layer in range(MOST_LAYERS)}
     file.write_text(json.dumps(channels))
     labels = {"sorted_channel_file": str(file), "label_bits": LABEL_BITS}
+    codes = {"pq_sub_dim": head_size // 4, "pq_bits": 6}
     cases = [
         SparseCase(QUEST_5, quest(keys, 0.05), 0.05),
         SparseCase(QUEST_10, quest(keys, 0.1), 0.1),
@@ -113,6 +114,7 @@ def sparse_cases(keys: int, folder: Path, kv_heads: int, head_size: int) -> list
             None,
         ),
         SparseCase("oracle top-k, 10 %", with_heavy("oracle_top_k", keys, 0.1, "kv_head"), 0.1),
+        SparseCase("PQCache, 10 %", with_heavy("pq_cache", keys, 0.1, "kv_head", **codes), 0.1),
         SparseCase("sink + window", sink_and_window(keys), (SINK + WINDOW) / keys),
         SparseCase("vAttention over Quest", [*quest(keys, 0.05), ADAPTIVE], None),
     ]

@@ -44,6 +44,7 @@ def token_configs(folder: Path) -> dict[str, Maskers]:
         "oracle top-k": [*FIXED, heavy],
         "oracle top-p": [*FIXED, {"type": "oracle_top_p", "top_p": 0.8}],
         "Double Sparsity, per KV head": [*FIXED, labels | kv_head],
+        "PQCache": [*FIXED, {**heavy, "type": "pq_cache", "pq_sub_dim": 16, "pq_bits": 4}],
         "random sample": [*FIXED, {"type": "random_sampling", "sampling_rate": 0.1, "seed": 3}],
         "vAttention over Quest": [*FIXED, _PAGES | kv_head, _ADAPTIVE | kv_head],
     }
