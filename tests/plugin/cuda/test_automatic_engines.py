@@ -21,7 +21,7 @@ from tests.plugin.cuda.run_engines import (
     run_ranks,
     write_tiny_llama,
 )
-from tests.plugin.cuda.test_sparse_engines import OFF, QUEST, SINK_LOCAL, SPARSE_PROMPT, V1, request
+from tests.plugin.cuda.test_sparse_engines import QUEST, SINK_LOCAL, SPARSE_PROMPT, V1, request
 
 MASKERS = [*SINK_LOCAL, QUEST]
 FROM_50 = {"dense": [0, 0, 1e-6], "sparse": [49.5e-6, 0, 0], "least_keys": 5}
@@ -39,12 +39,10 @@ def tagged(tag: str) -> dict[str, str]:
 
 ALONE = [
     [request(0, 40, 20)],
-    [request(1, 5, 12)],
     [request(2, 75, 6)],
-    [request(4, 30, 6, **OFF)],
     [request(3, 70, 6, **SPARSE_PROMPT)],
 ]
-SPARSE_CHUNKS = [*ALONE[:4], [request(3, 70, 6, **SPARSE_PROMPT, **FIXED)]]
+SPARSE_CHUNKS = [*ALONE[:2], [request(3, 70, 6, **SPARSE_PROMPT, **FIXED)]]
 """Likewise: both chunks of the last prompt pay, so each is sparse as a whole."""
 JOINED = [
     request(0, 40, 12, **tagged("first")),
@@ -96,14 +94,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     folder: Path = tmp_path_factory.mktemp("automatic")
     model = str(write_tiny_llama(folder / "llama"))
     graphs = {**DRY_OPTIONS, "compilation_config": GRAPHS}
-    eager = {**DRY_OPTIONS, "enforce_eager": True}
     tags = ("first", "fixed", "stays")
     dry = {
         "alone": engine(model, ALONE, graphs, costs=FROM_50),
-        "alone, V1": engine(model, ALONE, eager, costs=FROM_50, environment=V1),
         "joined": engine(model, [JOINED, LEFT], graphs, costs=NOT_ALONE, tags=tags),
-        "joined, eager": engine(model, [JOINED, LEFT], eager, costs=NOT_ALONE, tags=tags),
-        "never, V1": engine(model, ALONE[:3], graphs, costs=NEVER, environment=V1),
+        "never, V1": engine(model, ALONE[:2], graphs, costs=NEVER, environment=V1),
     }
     others = [
         [{**JOINED[0], "extra_args": {"sparse_attention_min_keys": least}}] for least in CANDIDATES
@@ -111,7 +106,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     cpu = {
         "alone": engine(model, SPARSE_CHUNKS, OPTIONS, 50),
         "joined": engine(model, [JOINED[1:], *others], OPTIONS, 0),
-        "dense": engine(model, ALONE[:3], OPTIONS, 1000),
+        "dense": engine(model, ALONE[:2], OPTIONS, 1000),
     }
     with ThreadPoolExecutor() as both:
         on_cpu = both.submit(run_engines, list(cpu.values()), folder, dry=False)
@@ -122,32 +117,27 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
     )
 
 
-@pytest.mark.parametrize("kind", ["alone", "alone, V1"])
-def test_tokens_and_counts_are_the_cpu_s_with_the_same_decisions(
-    answers: Answers, kind: str
-) -> None:
-    found, expected = answers.dry[kind], answers.cpu["alone"]
+def test_tokens_and_counts_are_the_cpu_s_with_the_same_decisions(answers: Answers) -> None:
+    found, expected = answers.dry["alone"], answers.cpu["alone"]
     assert found["tokens"] == expected["tokens"]
     assert found["calls"] == expected["calls"]
     [[counts]] = found["calls"]
     assert counts["sparse_queries"] > 20
-    assert counts["automatic_dense_queries"] > 10
+    assert counts["automatic_dense_queries"] > 5
 
 
 def test_costs_are_what_the_clock_says(answers: Answers) -> None:
-    for kind, given in (("alone", FROM_50), ("joined", NOT_ALONE), ("joined, eager", NOT_ALONE)):
+    for kind, given in (("alone", FROM_50), ("joined", NOT_ALONE)):
         [costs] = answers.dry[kind]["costs"]
-        assert (costs["replayed"] is None) == ("eager" in kind)
-        for own in filter(None, costs.values()):
+        for own in costs.values():
             for name in ("dense", "sparse"):
                 model = own[name]
                 numbers = [model["constant"], model["per_row"], model["per_key"]]
                 assert numbers == pytest.approx(given[name], abs=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["joined", "joined, eager"])
-def test_a_request_changes_its_mode_when_another_joins(answers: Answers, kind: str) -> None:
-    report, cpu = answers.dry[kind], answers.cpu["joined"]
+def test_a_request_changes_its_mode_when_another_joins(answers: Answers) -> None:
+    report, cpu = answers.dry["joined"], answers.cpu["joined"]
     _, [first], [fixed], _ = report["calls"]
     assert fixed["automatic_dense_queries"] == 0
     assert fixed["sparse_queries"] == 29
@@ -161,9 +151,7 @@ def test_a_request_changes_its_mode_when_another_joins(answers: Answers, kind: s
 
 
 def test_a_request_changes_its_mode_twice(answers: Answers) -> None:
-    graphs, eager = (answers.dry[kind] for kind in ("joined", "joined, eager"))
-    assert graphs["tokens"] == eager["tokens"]
-    assert graphs["calls"] == eager["calls"]
+    graphs = answers.dry["joined"]
     [stays] = graphs["calls"][-1]
     assert stays["sparse_queries"] + stays["automatic_dense_queries"] == 23
     assert 0 < stays["sparse_queries"] <= 8
@@ -186,8 +174,8 @@ def test_ranks_decide_alike_though_they_measure_differently(
     model = str(write_tiny_llama(tmp_path / "llama"))
     graphs = {**DRY_OPTIONS, "compilation_config": GRAPHS}
     costs = {**FROM_50, "rank_1": ALWAYS["sparse"]}
-    reports = run_ranks(engine(model, ALONE[:2], graphs, costs=costs), tmp_path, 2)
-    assert [report["tokens"] for report in reports] == [answers.cpu["alone"]["tokens"][:2]] * 2
+    reports = run_ranks(engine(model, ALONE[:1], graphs, costs=costs), tmp_path, 2)
+    assert [report["tokens"] for report in reports] == [answers.cpu["alone"]["tokens"][:1]] * 2
     assert reports[0]["costs"] == reports[1]["costs"]
     assert reports[0]["costs"][0]["launched"]["sparse"]["constant"] == pytest.approx(49.5e-6)
     counts = [report["calls"][0][0] for report in reports]
