@@ -74,8 +74,14 @@ def run_engine(folder: str, maskers: list[dict[str, Any]], asked: dict[str, Aske
         maskers: The server's configuration.
         asked: By the names that their answers get.
     """
-    # vLLM asks for eight collections, of all its modules: two thirds of a tiny engine's start.
-    with mock.patch.object(gc, "collect"):
+    from vllm.model_executor.models import registry
+
+    # vLLM asks for eight collections, of all its modules: two thirds of a tiny engine's start. And
+    # it looks at each architecture in a process of its own, which imports vLLM anew.
+    with (
+        mock.patch.object(gc, "collect"),
+        mock.patch.object(registry, "_run_in_subprocess", lambda look: look()),
+    ):
         report = _run_engine(folder, maskers, asked)
     gc.collect()
     return report
