@@ -77,13 +77,13 @@ def main(arguments: list[str] | None = None) -> None:
     name = options.model or str(ensure_small_model())
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     ids = AutoTokenizer.from_pretrained(name)(LONG_DOCUMENT.text)["input_ids"]
-    ids, calibration = ids[: options.tokens], ids[options.tokens :] or ids
+    ids, following = ids[: options.tokens], ids[options.tokens : 2 * options.tokens]
     if min(options.densities) * len(ids) <= SINK + WINDOW:
         parser.error(f"densities must leave more than {SINK + WINDOW} of {len(ids)} keys")
     inputs = decode_step_inputs(model, ids)
     options.output.mkdir(parents=True, exist_ok=True)
     channel_file = options.output / "channels.json"
-    channel_file.write_text(json.dumps(calibrated_channels(model, calibration)))
+    channel_file.write_text(json.dumps(calibrated_channels(model, following or ids)))
 
     print(f"{len(ids)} keys, one decode step; error: mean of |sparse - dense| / |dense|\n")
     columns = [f"{density:.0%} wanted: density, error" for density in options.densities]

@@ -1,6 +1,6 @@
 """Composes maskers on a model, and asks it a question densely and sparsely.
 
-    python -m examples.compose_maskers [--model NAME] [--new-tokens 32]
+    python -m examples.compose_maskers [--model NAME] [--characters N] [--new-tokens 32]
 
 Sinks, a window, pages of heavy hitters and a sample of the rest; the first two layers stay dense.
 """
@@ -37,9 +37,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Prints both answers, and how much the sparse one read."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="left out = a small real model")
+    parser.add_argument("--characters", type=int, help="of the document; left out = all of it")
     parser.add_argument("--new-tokens", type=int, default=32)
     options = parser.parse_args(arguments)
-    request = Request(LONG_DOCUMENT.text, list(LONG_DOCUMENT.questions[:1]))
+    request = Request(LONG_DOCUMENT.text[: options.characters], list(LONG_DOCUMENT.questions[:1]))
     generation = {"max_new_tokens": options.new_tokens}
     with ModelAdapterHF(options.model or str(ensure_small_model()), CONFIG) as adapter:
         dense = adapter.process_request(request, generation)

@@ -1,6 +1,6 @@
 """Runs the masker of `examples.own_masker` in process, and served by vLLM: the same answer.
 
-python -m examples.serve_own_masker [--model NAME]
+python -m examples.serve_own_masker [--model NAME] [--characters N]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Prints the answer in process and the answer of a server."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="left out = a small real model")
+    parser.add_argument("--characters", type=int, help="of the document; left out = all of it")
     options = parser.parse_args(arguments)
     model = options.model or str(ensure_small_model())
     maskers = {
@@ -31,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
         ]
     }
     config = config_from_dict(maskers)
-    request = Request(LONG_DOCUMENT.text, list(LONG_DOCUMENT.questions[:1]))
+    request = Request(LONG_DOCUMENT.text[: options.characters], list(LONG_DOCUMENT.questions[:1]))
     generation = {"max_new_tokens": 16}
     with ModelAdapterHF(
         model, config, model_kwargs={"dtype": torch.float32}, sparse_by_default=True

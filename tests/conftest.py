@@ -5,6 +5,9 @@ from pathlib import Path
 
 # Before torch and vLLM are imported: CI has two cores, and nothing may be downloaded.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# By default threads that wait for work turn in circles, for milliseconds, also in servers and also
+# when another process needs the core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 TOKENS = [504, 1834, 216]
@@ -101,6 +102,11 @@ class StandInServer(ThreadingHTTPServer):
         self.behaviour = behaviour
         self.posts: list[str] = []
         self.stalled = threading.Event()
+
+
+def stand_in_command(behaviour: str) -> Callable[..., list[str]]:
+    """`ModelServerVLLM._command`, for a server that stands in for vLLM."""
+    return lambda self, port: [sys.executable, __file__, str(port), behaviour]
 
 
 if __name__ == "__main__":

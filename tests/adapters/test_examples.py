@@ -16,7 +16,7 @@ def run(module: str, *arguments: str) -> str:
 
 
 def test_compose_maskers() -> None:
-    output = run("examples.compose_maskers", "--new-tokens", "4")
+    output = run("examples.compose_maskers", "--characters", "2000", "--new-tokens", "4")
     densities = [float(value) for value in re.findall(r"density ([\d.]+)", output)]
     assert densities[0] == 1.0
     assert 0.1 < densities[1] < 0.6

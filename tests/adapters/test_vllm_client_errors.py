@@ -26,7 +26,7 @@ REQUEST = Request("A context.", "A question?")
 @pytest.fixture
 def stand_in() -> Iterator[StandInServer]:
     server = StandInServer()
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     yield server
     server.stalled.set()

@@ -20,8 +20,8 @@ from sparse_attention_hub.adapters.model_servers.shared_vllm import (
     release_server,
 )
 from sparse_attention_hub.adapters.model_servers.vllm import ModelServerVLLM
-from tests.adapters import stand_in_server
 from tests.adapters.processes import descendants, end_all, exists, wait_until
+from tests.adapters.stand_in_server import stand_in_command
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SPAWNS_AND_SLEEPS = (
@@ -32,16 +32,11 @@ SPAWNS_AND_SLEEPS = (
 NO_SERVERS = {"total_servers": 0, "total_references": 0, "server_keys": []}
 
 
-def stand_in_command(behaviour: str):
-    """`ModelServerVLLM._command`, for a server that stands in for vLLM."""
-    return lambda self, port: [sys.executable, stand_in_server.__file__, str(port), behaviour]
-
-
 HOLDS_A_SERVER = """
 import sys
 from sparse_attention_hub.adapters.model_servers.shared_vllm import acquire_server
 from sparse_attention_hub.adapters.model_servers.vllm import ModelServerVLLM
-from tests.adapters.test_vllm_server_process import stand_in_command
+from tests.adapters.stand_in_server import stand_in_command
 ModelServerVLLM._command = stand_in_command("answer")
 acquire_server(ModelServerVLLM("m"))
 print("ready", flush=True)
@@ -208,7 +203,8 @@ def test_a_server_that_dies_midway_is_an_error_with_its_log_and_stays_dead(
             with pytest.raises(ServerConnectionError, match=message) as error:
                 adapter.process_request(Request("A", "B"))
             assert "ValueError: the reason" in str(error.value)
-        assert wait_until(lambda: not adapter.server.is_running())
+            # Before that, its port may still take a connection.
+            assert wait_until(lambda: not adapter.server.is_running())
         with pytest.raises(ServerConnectionError, match="is gone") as error:
             ModelAdapterVLLM(model_path)
         assert "ValueError: the reason" in str(error.value)

@@ -85,7 +85,7 @@ def test_served_is_reference(sparse, model_path, masker_files, name, capsys) -> 
             "layers": {str(LAYERS - 1): SINK_LOCAL},
         }
     )
-    text = python_manual(["formatstrings"], 5000)
+    text = python_manual(["formatstrings"], 3000)
     request = Request("Read this.\n\n" + text, ["\n\nWhat is a field?", "\n\nGive an example."])
     arguments = {"max_new_tokens": 16}
     served = ModelAdapterVLLM(

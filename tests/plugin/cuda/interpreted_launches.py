@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from tests.plugin.cuda.memory import tensors_in
+from tests.plugin.triton.known_types import REPLACED
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def patch_language_once() -> None:
     # Lanes that are masked off compute too, with whatever is there.
     np.seterr(all="ignore")
     interpreter._patch_lang = lambda function: _NothingToRestore()
+    for place, name, value in REPLACED:
+        setattr(place, name, value)
 
 
 def launcher(launched: Callable[[Launch], None]) -> Callable[..., None]:

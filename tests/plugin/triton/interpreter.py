@@ -10,7 +10,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from types import ModuleType
 from unittest import mock
 
@@ -18,6 +18,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
+
+from tests.plugin.triton.known_types import REPLACED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _SWITCH = {"TRITON_INTERPRET": "1"}
@@ -56,7 +58,13 @@ def interpreted() -> Iterator[None]:
     # Once is enough; by itself it would do so at each call of a function, which takes longer than
     # the functions do.
     try:
-        with mock.patch.dict(os.environ, _SWITCH), mock.patch.object(interpreter, "_patch_lang"):
+        with (
+            mock.patch.dict(os.environ, _SWITCH),
+            mock.patch.object(interpreter, "_patch_lang"),
+            ExitStack() as replaced,
+        ):
+            for place, name, value in REPLACED:
+                replaced.enter_context(mock.patch.object(place, name, value))
             yield
     finally:
         for place, attributes in before:
