@@ -66,6 +66,10 @@ def test_instructions(report) -> None:
         if name == "attention._attend_kernel":
             assert kernel["async_copies"] >= 2, kernel
             assert (kernel["matrix_products"] > 0) == ("IN_FLOAT32=False" in variant), kernel
+        # Blocks and bounds too.
+        if name == "page_scores._score_pages":
+            assert kernel["async_copies"] >= 2, kernel
+            assert (kernel["matrix_products"] > 0) == ("IN_FLOAT32=False" in variant), kernel
 
 
 def test_no_number_of_queries_is_compiled_for(report) -> None:
