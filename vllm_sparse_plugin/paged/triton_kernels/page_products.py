@@ -1,9 +1,9 @@
 """Scores of pages as matrix products.
 
 A score is a product of two rows: a query's negative channels and then its positive ones, a page's
-lows and then its highs. So tensor cores make the scores, those of a group's heads at once. One
-by one, the products and sums of four heads take three to nine times the instructions for which
-there is time while bounds are loaded (counted from compiled code, at the bandwidth of an H100).
+lows and then its highs. So tensor cores make the scores, those of a group's heads at once. One by
+one, four heads' products and their sums would take two and a half to five times as long as loading
+the bounds (counted from compiled code, for an H100: `tests.plugin.triton.instruction_counts`).
 
 Of codes, tensor cores multiply the codes themselves; what a row of them starts from, and the step
 between them, come in afterwards:
@@ -133,7 +133,7 @@ def operands_of(
         )
         for _ in tl.static_range(PIECES):
             piece = own.to(KIND)
-            operands = operands + (piece,)  # noqa: RUF005 (Triton has no other way)
+            operands = operands + (piece,)  # type: ignore[assignment]  # noqa: RUF005
             own -= piece.to(tl.float32)
     return operands
 
