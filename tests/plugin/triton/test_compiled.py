@@ -53,12 +53,14 @@ def test_instructions(report) -> None:
             "page_bounds._update_pages",
         ):
             assert kernel["fused"] == 0, kernel
-        # Rows come in words of 16 bytes, neighbouring tokens' signatures too.
+        # Rows come in words of 16 bytes, neighbouring tokens' signatures and flags too.
         if name in (
             "writing._write_rows",
             "page_scores._score_pages",
             "key_scores._score_keys",
             "signature_scores._score_signatures",
+            "selection._select_kernel",
+            "selection._order_kernel",
         ):
             # But codes of 2 bits of 80 channels are 20 bytes.
             assert kernel["wide_loads"] > 0 or "PART=20" in variant, kernel
