@@ -61,7 +61,7 @@ def _order_pages(
         WIDTH: `PAGE_SIZE` as an axis.
     """
     for first in range(begin, end, PAGES):
-        pages = tl.multiple_of(first, 16) + tl.arange(0, PAGES)
+        pages = first // 16 * 16 + tl.arange(0, PAGES)  # so that Triton knows of the 16
         mask = pages < end
         # A mask that differs between neighbours would make each a load of its own.
         is_whole = (first + PAGES <= end) & ((first + PAGES) * PAGE_SIZE <= length)
@@ -69,17 +69,28 @@ def _order_pages(
             scores = tl.load(order + pages).to(tl.float32, bitcast=True)
         else:
             scores = tl.load(order + pages, mask=mask, other=0).to(tl.float32, bitcast=True)
-        inside = tl.arange(0, WIDTH)[None, :]
-        keys = pages[:, None] * PAGE_SIZE + inside
-        lowest = tl.full([PAGES, WIDTH], 255, tl.uint8)
-        for unit in range(UNITS):
-            at = flags + unit * stride + keys
-            if is_whole:
-                own = tl.load(at, mask=inside < PAGE_SIZE, other=255)
-            else:
-                own = tl.load(at, mask=(inside < PAGE_SIZE) & (keys < length), other=255)
-            lowest = tl.minimum(lowest, own)
-        is_open = tl.min(lowest.to(tl.int32), 1) == 0
+        if PAGE_SIZE == 1:
+            lowest = tl.full([PAGES], 255, tl.uint8)
+            for unit in range(UNITS):
+                at = flags + unit * stride + pages
+                if is_whole:  # noqa: SIM108 (a branch, no selection)
+                    own = tl.load(at)
+                else:
+                    own = tl.load(at, mask=mask, other=255)
+                lowest = tl.minimum(lowest, own)
+            is_open = lowest == 0
+        else:
+            inside = tl.arange(0, WIDTH)[None, :]
+            keys = pages[:, None] * PAGE_SIZE + inside
+            lowest_of_keys = tl.full([PAGES, WIDTH], 255, tl.uint8)
+            for unit in range(UNITS):
+                at = flags + unit * stride + keys
+                if is_whole:
+                    own = tl.load(at, mask=inside < PAGE_SIZE, other=255)
+                else:
+                    own = tl.load(at, mask=(inside < PAGE_SIZE) & (keys < length), other=255)
+                lowest_of_keys = tl.minimum(lowest_of_keys, own)
+            is_open = tl.min(lowest_of_keys.to(tl.int32), 1) == 0
         number = tl.where(is_open, order_of(scores), 0).to(tl.int32, bitcast=True)
         if is_whole:
             tl.store(order + pages, number)
@@ -120,7 +131,7 @@ def _mark_pages(
     """
     left = room
     for first in range(begin, end, PAGES):
-        pages = tl.multiple_of(first, 16) + tl.arange(0, PAGES)
+        pages = first // 16 * 16 + tl.arange(0, PAGES)  # so that Triton knows of the 16
         mask = pages < end
         is_whole = (first + PAGES <= end) & ((first + PAGES) * PAGE_SIZE <= length)
         if is_whole:
@@ -131,16 +142,21 @@ def _mark_pages(
         place = tl.cumsum(is_equal, 0)
         chosen = mask & ((own > bound) | ((is_equal > 0) & (place <= left)))
         left -= tl.sum(is_equal, 0)
-        inside = tl.arange(0, WIDTH)[None, :]
-        keys = pages[:, None] * PAGE_SIZE + inside
-        of_page = (inside < PAGE_SIZE) & chosen[:, None]
-        ones = tl.full([PAGES, WIDTH], 1, tl.uint8)
-        for unit in range(UNITS):
-            at = flags + unit * stride + keys
-            if is_whole:
-                tl.store(at, ones, mask=of_page)
-            else:
-                tl.store(at, ones, mask=of_page & (keys < length))
+        if PAGE_SIZE == 1:
+            ones = tl.full([PAGES], 1, tl.uint8)
+            for unit in range(UNITS):
+                tl.store(flags + unit * stride + pages, ones, mask=chosen)
+        else:
+            inside = tl.arange(0, WIDTH)[None, :]
+            keys = pages[:, None] * PAGE_SIZE + inside
+            of_page = (inside < PAGE_SIZE) & chosen[:, None]
+            ones_of_page = tl.full([PAGES, WIDTH], 1, tl.uint8)
+            for unit in range(UNITS):
+                at = flags + unit * stride + keys
+                if is_whole:
+                    tl.store(at, ones_of_page, mask=of_page)
+                else:
+                    tl.store(at, ones_of_page, mask=of_page & (keys < length))
 
 
 @launched
