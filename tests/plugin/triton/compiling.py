@@ -93,9 +93,13 @@ class Launch:
         options = self.options
         return " ".join([*parts, f"stages={options.num_stages} fuse={options.enable_fp_fusion}"])
 
-    def compiled(self) -> Compiled:
+    def built(self) -> Any:
+        """What Triton's compiler makes of it."""
         source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
-        result = triton.compile(source, target=TARGET, options=self.options.__dict__)
+        return triton.compile(source, target=TARGET, options=self.options.__dict__)
+
+    def compiled(self) -> Compiled:
+        result = self.built()
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(result.asm["cubin"])
             file.flush()

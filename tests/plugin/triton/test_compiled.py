@@ -53,17 +53,23 @@ def test_instructions(report) -> None:
             "page_bounds._update_pages",
         ):
             assert kernel["fused"] == 0, kernel
-        # Rows come in words of 16 bytes, neighbouring tokens' signatures too.
+        # Rows come in words of 16 bytes, neighbouring tokens' signatures and flags too.
         if name in (
             "writing._write_rows",
             "page_scores._score_pages",
             "key_scores._score_keys",
             "signature_scores._score_signatures",
+            "selection._select_kernel",
+            "selection._order_kernel",
         ):
             # But codes of 2 bits of 80 channels are 20 bytes.
             assert kernel["wide_loads"] > 0 or "PART=20" in variant, kernel
         # Keys and values are loaded ahead, and multiplied on tensor cores.
         if name == "attention._attend_kernel":
+            assert kernel["async_copies"] >= 2, kernel
+            assert (kernel["matrix_products"] > 0) == ("IN_FLOAT32=False" in variant), kernel
+        # Blocks and bounds too.
+        if name == "page_scores._score_pages":
             assert kernel["async_copies"] >= 2, kernel
             assert (kernel["matrix_products"] > 0) == ("IN_FLOAT32=False" in variant), kernel
 

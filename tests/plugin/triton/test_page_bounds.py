@@ -68,6 +68,10 @@ CASES = [
     Case(2, 1, 80, 48, 24, 2, BF16),
     Case(14, 2, 32, 16, 16, 2, F16),
     Case(4, 1, 128, 32, 16, 2, F32),
+    Case(16, 1, 96, 16, 16, 4, BF16),
+    Case(5, 1, 256, 16, 8, 8, F16),
+    Case(1, 1, 256, 16, 16, 16, F16),
+    Case(2, 1, 20, 16, 4, 2, F32),
 ]
 
 
@@ -84,11 +88,14 @@ def device_cache(layout: BlockLayout, kv_cache: torch.Tensor) -> DeviceCache:
     return DeviceCache.of(kv_cache, layout, 0, space)
 
 
-def scored(rows: Rows, index: PageBounds, kv_cache: torch.Tensor) -> torch.Tensor:
+def scored(
+    rows: Rows, index: PageBounds, kv_cache: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """By the kernel, from queries of some type."""
     layout = rows.cache.layout
     scores, batch = empty_scores(rows, index.page_size), Batch.of(rows)
     score_pages(
-        batch.query,
+        batch.query.to(dtype),
         kv_cache,
         layout.place_of(index),
         index.record_bytes(layout.shape),
@@ -124,6 +131,12 @@ def scored_by_numba(rows: Rows, index: PageBounds) -> torch.Tensor:
     return torch.from_numpy(scores)
 
 
+def added_size(bound: torch.Tensor, bits: int) -> torch.Tensor:
+    """What a row's bounds are, or the smallest one and the steps to each, which are added."""
+    least = bound.min()
+    return bound.abs() if bits == 16 else least.abs() + (bound - least)
+
+
 def reference(rows: Rows, index: PageBounds) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores from the keys themselves, float64, and the sums of their terms' sizes."""
     scores = empty_scores(rows, index.page_size).cpu().double()
@@ -137,10 +150,11 @@ def reference(rows: Rows, index: PageBounds) -> tuple[torch.Tensor, torch.Tensor
                 own = slice(head * group, (head + 1) * group)
                 query = rows.query[row, own].double()
                 # With few bits, a coarse low may even be above its high.
-                largest = torch.where(query > 0, query * high, query * low)
-                scores[row, own, page] = largest.sum(-1)
+                scores[row, own, page] = torch.where(query > 0, query * high, query * low).sum(-1)
                 # Either side's products are added, the one that is not taken as a zero.
-                sizes[row, own, page] = largest.abs().sum(-1)
+                low, high = (added_size(bound, index.label_bits) for bound in (low, high))
+                largest = torch.where(query > 0, query * high, query * low).abs()
+                sizes[row, own, page] = largest.sum(-1)
     return scores, sizes
 
 
@@ -158,19 +172,23 @@ def test_bytes_and_scores(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
         rows, lambda kv_cache, *step: device_cache(layout, kv_cache).write(*step)
     )
     assert_same_bytes(rows, at_once)
-    found, expected = scored(rows, index, kv_cache), scored_by_numba(rows, index)
     exact, sizes = reference(rows, index)
-    assert_close_sums(found, exact, sizes, case.head_size)
-    assert_close_sums(found, expected, sizes, case.head_size)
-    assert torch.equal(found == UNWRITTEN, exact == UNWRITTEN)
+    assert_close_sums(scored_by_numba(rows, index), exact, sizes, case.head_size)
+    # Queries are of the model's type, or of float32s that have as many digits, or more.
+    for dtype in {torch.float32, case.dtype}:
+        found = scored(rows, index, kv_cache, dtype)
+        assert_close_sums(found, exact, sizes, case.head_size)
+        assert torch.equal(found == UNWRITTEN, exact == UNWRITTEN)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.bits == 16], ids=str)
 def test_of_small_integers_the_scores_are_the_same(case: Case) -> None:
     index = PageBounds(case.page_size, 16)
     rows = make_rows(BlockLayout(case.shape, (index,)), case.lengths)
-    found = scored(rows, index, for_device(rows.kv_cache, case.shape))
-    assert torch.equal(found, scored_by_numba(rows, index))
+    kv_cache = for_device(rows.kv_cache, case.shape)
+    for dtype in {torch.float32, case.dtype}:
+        found = scored(rows, index, kv_cache, dtype)
+        assert torch.equal(found, scored_by_numba(rows, index))
 
 
 @settings(deadline=None, max_examples=8)

@@ -12,6 +12,7 @@ from tests.plugin.triton.interpreter import DEVICE
 from tests.plugin.triton.unit_flags import ONE_PROGRAM, POISON, SPLIT, WORKSPACES, poisoned
 from vllm_sparse_plugin.paged.kernels import pooling as numba_pooling
 from vllm_sparse_plugin.paged.kernels import selection as numba_selection
+from vllm_sparse_plugin.paged.triton_kernels import selection
 from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace, pool_scores
 from vllm_sparse_plugin.paged.triton_kernels.radix_workspace import RadixWorkspace
 from vllm_sparse_plugin.paged.triton_kernels.selection import flag_largest
@@ -45,8 +46,11 @@ def scores_with_ties(random: np.random.Generator, *shape: int) -> np.ndarray:
 @WORKSPACES
 @pytest.mark.parametrize("page_size", [1, 3, 8, 16, 32])
 @pytest.mark.parametrize(("selectors", "units"), [(3, 3), (1, 1), (1, 2)])
-def test_the_same_pages_as_numba(workspace, page_size: int, selectors: int, units: int) -> None:
+def test_the_same_pages_as_numba(
+    workspace, page_size: int, selectors: int, units: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Page and tile edges, nothing and everything wanted, keys selected or sampled before."""
+    monkeypatch.setattr(selection, "_KEYS_AT_ONCE", 256)  # some tiles are whole, some are not
     random = np.random.default_rng(page_size * 10 + selectors)
     edges = (0, 1, page_size, page_size + 1, 4 * page_size - 1, 65 * page_size, 999)
     lengths = np.array([*edges, 999, 999], np.int32)

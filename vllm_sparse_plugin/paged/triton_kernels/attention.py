@@ -26,7 +26,9 @@ from vllm_sparse_plugin.paged.triton_kernels.cache_rows import (
 )
 from vllm_sparse_plugin.paged.triton_kernels.grids import launched
 
-_STAGES = 3
+_STAGES = 4
+"""A list, its blocks, their keys and values: each is asked for a tile ahead of what depends on it.
+With three, a program waits for its list in every tile, and needs more registers."""
 
 
 @launched

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import triton
 
-_PROGRAMS = 512
-"""About as many as a large GPU runs at once."""
+_PROGRAMS = 2048
+"""About as many as a large GPU runs at once: of four warps with few registers, 16 per processor."""
 
 launched = triton.jit(
     do_not_specialize=[

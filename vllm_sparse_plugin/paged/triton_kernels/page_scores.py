@@ -1,4 +1,4 @@
-"""Bounds of pages (Quest) compared with queries."""
+"""Bounds of pages (Quest) compared with queries: see `page_products`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ from vllm_sparse_plugin.paged.triton_kernels.page_bounds import (
     bounds_of_keys,
     parts_of,
 )
+from vllm_sparse_plugin.paged.triton_kernels.page_products import (
+    add_products,
+    codes_of_words,
+    float16_factors,
+    operands_of,
+    scales_of_pages,
+    starts_of_pages,
+)
 from vllm_sparse_plugin.paged.triton_kernels.quantization import codes_of, smallest_and_step
 from vllm_sparse_plugin.paged.triton_kernels.tiles import (
     block_bytes,
@@ -22,31 +30,65 @@ from vllm_sparse_plugin.paged.triton_kernels.tiles import (
     store_scores,
 )
 
+ENOUGH_PROGRAMS = 512
+"""That keep a large GPU busy, about four for each processor. More of them share no longer scans."""
+_MOST_TILES = 4
+"""Of a program, while there are programs left to start. Before its first tile, it does the work of
+about two; long scans among short ones need many programs."""
+_STAGES = 5
+"""Two for blocks and two for bounds, which depend on them: while a tile's bounds are multiplied,
+those of the next one are on their way. With three or four there is one buffer, and no overlap."""
+
 
 @triton.jit
-def _largest_products(query, low, high, products):
-    """Adds products to `[heads, pages, columns]` of them: of positive queries with `high`.
-
-    Others are multiplied with `low`: the maximum of the two products, where `low` is the lower one.
+def _score_last_page(
+    query,
+    head_stride,
+    keys,
+    count,
+    HEAD_SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_TILE: tl.constexpr,
+    KEYS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Scores of some keys' own bounds, `[GROUP_TILE, 1]`, float32.
 
     Args:
-        query: `[heads, columns]`, float32.
-        low: `[pages, columns]`, float32.
-        high: Likewise.
-        products: Of other channels.
+        query: Pointer to the group's first query.
+        head_stride: From one query head's to the next one's.
+        keys: Pointer to the first key.
+        count: Keys, at least 1.
+        HEAD_SIZE: Channels of a key.
+        BITS: Of a code.
+        PARTS: See `parts_of`.
+        PART: See `parts_of`.
+        GROUP: Query heads.
+        GROUP_TILE: The same as an axis.
+        KEYS: That are loaded at once.
+        COLUMNS: `PART` as an axis.
     """
-    products = tl.fma(tl.maximum(query, 0.0)[:, None, :], high[None, :, :], products)
-    return tl.fma(tl.minimum(query, 0.0)[:, None, :], low[None, :, :], products)
-
-
-@triton.jit
-def _row_values(packed, scales, SIDE: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, mask):
-    """One part of some pages' lows or highs, `[pages, columns]`, from its codes."""
-    least = tl.load(scales + 2 * SIDE, mask=mask, other=0.0)[:, None]
-    step = tl.load(scales + 2 * SIDE + 1, mask=mask, other=0.0)[:, None]
-    codes = (packed >> SHIFT) & ((1 << BITS) - 1)
-    # In two steps, as `pseudo_quantize` does.
-    return codes.to(tl.float32) * step + least
+    columns = tl.arange(0, COLUMNS)[None, None, :]
+    inside = columns < PART
+    low, high = bounds_of_keys(keys, count, HEAD_SIZE, PARTS, PART, KEYS, COLUMNS)
+    low, high = low[None, :, :], high[None, :, :]
+    if BITS < 16:
+        # In two steps, as `pseudo_quantize` does.
+        least, step = smallest_and_step(low, inside, BITS)
+        low = codes_of(low, least, step, BITS) * step + least
+        least, step = smallest_and_step(high, inside, BITS)
+        high = codes_of(high, least, step, BITS) * step + least
+    heads = tl.arange(0, GROUP_TILE)[:, None, None]
+    channels = tl.arange(0, PARTS)[None, :, None] * PART + columns
+    mask = (heads < GROUP) & inside
+    own = tl.load(query + heads * head_stride + channels, mask=mask, other=0.0).to(tl.float32)
+    products = tl.zeros([GROUP_TILE, PARTS, COLUMNS], tl.float32)
+    products = tl.fma(tl.maximum(own, 0.0), high, products)
+    products = tl.fma(tl.minimum(own, 0.0), low, products)
+    return tl.sum(tl.sum(products, axis=2), axis=1)[:, None]
 
 
 @launched
@@ -74,72 +116,110 @@ def _score_pages(
     PART: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_TILE: tl.constexpr,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     PAGES: tl.constexpr,
+    UNITS: tl.constexpr,
     COLUMNS: tl.constexpr,
     KEYS: tl.constexpr,
+    IN_FLOAT32: tl.constexpr,
+    PIECES: tl.constexpr,
+    ENOUGH: tl.constexpr,
+    MOST_TILES: tl.constexpr,
 ):
+    per_block: tl.constexpr = BLOCK_SIZE // PAGE_SIZE
     index, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + index)
     whole = length // PAGE_SIZE
     tiles = tl.cdiv(whole, PAGES)
-    per_block: tl.constexpr = BLOCK_SIZE // PAGE_SIZE
-    blocks = block_table + tl.load(rows + index).to(tl.int64) * table_stride
-    memory = cache.to(tl.pointer_type(tl.uint8))
-    query += index * query_stride + kv_head * GROUP * head_stride
-    scores += index * scores_stride + kv_head * GROUP * scores_head_stride
-    columns = tl.arange(0, COLUMNS)
-    inside = columns < PART
-    for tile in tl.range(split, tiles, tl.num_programs(2)):
-        pages = tile * PAGES + tl.arange(0, PAGES)
-        present = pages < whole
-        block = tl.load(blocks + pages // per_block, mask=present, other=0).to(tl.int64)
-        start = block * BLOCK_BYTES + pages % per_block * RECORD_BYTES
-        records = memory + OFFSET + kv_head * STRIDE + start
-        mask = present[:, None] & inside[None, :]
-        products = tl.zeros([GROUP_TILE, PAGES, COLUMNS], tl.float32)
-        if BITS == 16:
-            rows_of = records.to(cache.dtype)[:, None] + columns[None, :]
-            low = tl.load(rows_of, mask=mask, other=0.0).to(tl.float32)
-            high = tl.load(rows_of + HEAD_SIZE, mask=mask, other=0.0).to(tl.float32)
-            own = load_queries(query, head_stride, columns, inside, GROUP, GROUP_TILE)
-            products = _largest_products(own, low, high, products)
-        else:
-            codes = records[:, None] + 16 + columns[None, :]
-            lows = tl.load(codes, mask=mask, other=0)
-            highs = tl.load(codes + PART, mask=mask, other=0)
-            scales = records.to(tl.pointer_type(tl.float32))
-            for part in tl.static_range(PARTS):
-                low = _row_values(lows, scales, 0, part * BITS, BITS, present)
-                high = _row_values(highs, scales, 1, part * BITS, BITS, present)
-                channels = part * PART + columns
-                own = load_queries(query, head_stride, channels, inside, GROUP, GROUP_TILE)
-                products = _largest_products(own, low, high, products)
-        sums = tl.sum(products, axis=2)
-        store_scores(scores, scores_head_stride, tile * PAGES, whole, sums, GROUP)
-    rest = length - whole * PAGE_SIZE
-    if (rest > 0) & (split == tiles % tl.num_programs(2)):
-        # The last page has the bounds of the keys that this query sees: they are made from those.
-        block = tl.load(blocks + whole // per_block).to(tl.int64)
-        keys = (memory + block * BLOCK_BYTES).to(cache.dtype)
-        keys += (kv_head * BLOCK_SIZE + whole % per_block * PAGE_SIZE) * (2 * HEAD_SIZE)
-        low, high = bounds_of_keys(keys, rest, HEAD_SIZE, PARTS, PART, KEYS, COLUMNS)
-        low, high = low[None, :, :], high[None, :, :]
-        part = inside[None, None, :]
+    share = tiles * tl.num_programs(0) * tl.num_programs(1) // ENOUGH
+    share = tl.minimum(tl.maximum(share, 1), MOST_TILES)
+    programs = tl.minimum(tl.maximum(tl.cdiv(tiles, share), 1), tl.num_programs(2))
+    if (split < programs) & (length > 0):
+        blocks = block_table + tl.load(rows + index).to(tl.int64) * table_stride
+        memory = cache.to(tl.pointer_type(tl.uint8))
+        query += index * query_stride + kv_head * GROUP * head_stride
+        scores += index * scores_stride + kv_head * GROUP * scores_head_stride
+        PLACES: tl.constexpr = 16 // BITS
+        SIDES: tl.constexpr = 1 if BITS == 16 else 2
+        WIDTH: tl.constexpr = 2 * HEAD_SIZE if BITS == 16 else PART
+        units = tl.arange(0, UNITS)
+        mask = (units < WIDTH)[None, :]
+        channels = tl.arange(0, CHANNELS)
+        every = load_queries(query, head_stride, channels, channels < HEAD_SIZE, GROUP, HEADS)
+        factor = tl.full([HEADS], 1.0, tl.float32)
+        inverse = factor
         if BITS < 16:
-            least, step = smallest_and_step(low, part, BITS)
-            low = codes_of(low, least, step, BITS) * step + least
-            least, step = smallest_and_step(high, part, BITS)
-            high = codes_of(high, least, step, BITS) * step + least
-        heads = tl.arange(0, GROUP_TILE)[:, None, None]
-        channels = tl.arange(0, PARTS)[None, :, None] * PART + columns[None, None, :]
-        own = tl.load(
-            query + heads * head_stride + channels, mask=(heads < GROUP) & part, other=0.0
-        ).to(tl.float32)
-        products = tl.zeros([GROUP_TILE, PARTS, COLUMNS], tl.float32)
-        products = tl.fma(tl.maximum(own, 0.0), high, products)
-        products = tl.fma(tl.minimum(own, 0.0), low, products)
-        sums = tl.sum(tl.sum(products, axis=2), axis=1)
-        store_scores(scores, scores_head_stride, whole, whole + 1, sums[:, None], GROUP)
+            factor, inverse = float16_factors(tl.max(tl.abs(every), axis=1))
+        sides = tl.arange(0, SIDES)[:, None]
+        down, up = tl.sum(tl.minimum(every, 0.0), axis=1), tl.sum(tl.maximum(every, 0.0), axis=1)
+        totals = tl.where(sides == 0, down[None, :], up[None, :])
+        operands = operands_of(
+            query,
+            head_stride,
+            factor,
+            tl.float16 if BITS < 16 else tl.float32 if IN_FLOAT32 else cache.dtype.element_ty,
+            BITS,
+            PART,
+            UNITS,
+            SIDES,
+            HEADS,
+            GROUP,
+            PIECES,
+        )
+        records = memory + OFFSET + kv_head * STRIDE
+        if BITS < 16:
+            starts = starts_of_pages(
+                blocks, split, whole, BLOCK_BYTES, RECORD_BYTES, per_block, PAGES
+            )
+            least, step = scales_of_pages(records + starts, SIDES)
+        for tile in tl.range(split, tiles, programs):
+            starts = starts_of_pages(
+                blocks, tile, whole, BLOCK_BYTES, RECORD_BYTES, per_block, PAGES
+            )
+            sums = tl.zeros([SIDES * HEADS, PAGES], tl.float32)
+            if BITS == 16:
+                bounds = (records + starts).to(cache.dtype)[:, None] + units[None, :]
+                bounds = tl.load(bounds, mask=mask, other=0.0)
+                sums = add_products(operands[0], bounds, sums, IN_FLOAT32)
+            else:
+                words = (records + starts + 16).to(tl.pointer_type(tl.uint16))
+                words = tl.load(words[:, None] + units[None, :], mask=mask, other=0)
+                for place in tl.static_range(PLACES):
+                    codes = codes_of_words(words, place % 2, place // 2 * BITS, BITS)
+                    for piece in tl.static_range(PIECES):
+                        sums = add_products(operands[place * PIECES + piece], codes, sums, False)
+                sums = tl.reshape(sums, [SIDES, HEADS, PAGES]) * inverse[None, :, None]
+                rests = totals[:, :, None] * least[:, None, :]
+                sums = tl.sum(tl.fma(sums, step[:, None, :], rests), axis=0)
+                # Triton asks for codes ahead of their turn, but not for what meets no matrix.
+                tile_after = tl.minimum(tile + programs, tiles - 1)
+                starts = starts_of_pages(
+                    blocks, tile_after, whole, BLOCK_BYTES, RECORD_BYTES, per_block, PAGES
+                )
+                least, step = scales_of_pages(records + starts, SIDES)
+            store_scores(scores, scores_head_stride, tile * PAGES, whole, sums, GROUP)
+        rest = length - whole * PAGE_SIZE
+        if (rest > 0) & (split == tiles % programs):
+            # The last page has the bounds of the keys that this query sees: they are made of those.
+            block = tl.load(blocks + whole // per_block).to(tl.int64)
+            keys = (memory + block * BLOCK_BYTES).to(cache.dtype)
+            keys += (kv_head * BLOCK_SIZE + whole % per_block * PAGE_SIZE) * (2 * HEAD_SIZE)
+            sums = _score_last_page(
+                query,
+                head_stride,
+                keys,
+                rest,
+                HEAD_SIZE,
+                BITS,
+                PARTS,
+                PART,
+                GROUP,
+                GROUP_TILE,
+                KEYS,
+                COLUMNS,
+            )
+            store_scores(scores, scores_head_stride, whole, whole + 1, sums, GROUP)
 
 
 def score_pages(
@@ -179,8 +259,15 @@ def score_pages(
         return
     group = num_heads // heads
     parts, part = parts_of(head_size, bits)
-    columns = padded(part)
-    pages = rows_at_once(padded(group), columns, most=64)
+    is_coded = bits < 16
+    units = max(16, padded(part if is_coded else 2 * head_size))
+    # Tensor cores multiply 16 rows at once: codes' lows and highs have their own.
+    rows_of_side = max(8 if is_coded else 16, padded(group))
+    pages = rows_at_once(max(units, 2 * rows_of_side), least=16, most=64)
+    is_half = query.dtype != torch.float32
+    # Triton's interpreter multiplies bfloat16s wrongly.
+    is_wrong = kv_cache.device.type == "cpu" and kv_cache.dtype == torch.bfloat16
+    in_float32 = not is_coded and (not is_half or is_wrong or query.dtype != kv_cache.dtype)
     _score_pages[
         (num_queries, heads, splits_of(num_queries * heads, -(-scores.shape[2] // pages)))
     ](
@@ -207,8 +294,16 @@ def score_pages(
         PART=part,
         GROUP=group,
         GROUP_TILE=padded(group),
+        HEADS=rows_of_side,
+        CHANNELS=padded(head_size),
         PAGES=pages,
-        COLUMNS=columns,
+        UNITS=units,
+        COLUMNS=padded(part),
         KEYS=min(KEYS_AT_ONCE, padded(page_size)),
+        IN_FLOAT32=in_float32,
+        PIECES=3 if is_coded and not is_half else 1,
+        ENOUGH=ENOUGH_PROGRAMS,
+        MOST_TILES=_MOST_TILES,
         enable_fp_fusion=False,
+        num_stages=_STAGES,
     )

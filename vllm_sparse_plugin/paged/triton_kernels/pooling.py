@@ -11,6 +11,8 @@ from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2, 
 
 POOLING_TILE = 1024
 """Scores whose sum is taken at once. Fixed: sums in other parts would differ in their last bits."""
+_SHARED_AT_ONCE = 256
+"""Shares that a program works on at once: there are few rows, and more programs than those."""
 
 
 @launched
@@ -54,17 +56,19 @@ def _share_kernel(
     HEADS: tl.constexpr,
     TILES: tl.constexpr,
     TILE: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """The mean of a group's shares, into the row of its first head."""
     item = tl.program_id(0).to(tl.int64)
     pages = tl.cdiv(tl.load(lengths + item // SELECTORS), PAGE_SIZE)
     live = tl.cdiv(pages, TILE)
     every = tl.arange(0, TILES)
-    for tile in range(tl.program_id(1), live, tl.num_programs(1)):
-        places = tile * TILE + tl.arange(0, TILE)
+    for step in range(tl.program_id(1), tl.cdiv(pages, STEP), tl.num_programs(1)):
+        places = step * STEP + tl.arange(0, STEP)
         mask = places < pages
-        shares = tl.zeros([TILE], tl.float32)
-        for head in range(HEADS):
+        shares = tl.zeros([STEP], tl.float32)
+        # Unrolled, so that heads do not wait for each other's loads.
+        for head in tl.range(HEADS, loop_unroll_factor=4):
             row = item * HEADS + head
             found = tl.load(peaks + row * tiles + every, mask=every < live, other=float("-inf"))
             parts = tl.load(masses + row * tiles + every, mask=every < live, other=0.0)
@@ -149,7 +153,7 @@ def pool_scores(
         HEADS=num_heads,
         TILE=POOLING_TILE,
     )
-    _share_kernel[(items, programs_per_row(items, capacity, POOLING_TILE))](
+    _share_kernel[(items, programs_per_row(items, capacity, _SHARED_AT_ONCE))](
         scores,
         lengths,
         workspace.peaks,
@@ -162,4 +166,5 @@ def pool_scores(
         HEADS=num_heads // selectors,
         TILES=power_of_2(tiles),
         TILE=POOLING_TILE,
+        STEP=_SHARED_AT_ONCE,
     )

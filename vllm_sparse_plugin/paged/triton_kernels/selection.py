@@ -26,8 +26,11 @@ from vllm_sparse_plugin.paged.triton_kernels.radix import (
 )
 from vllm_sparse_plugin.paged.triton_kernels.radix_workspace import RadixWorkspace
 
-_KEYS_AT_ONCE = 2048
-"""16 flags of each of 128 threads, a load of 16 bytes; of more numbers, registers would run out."""
+_WARPS = 16
+"""Of a program. There are few rows, and each step of a program waits for what it has loaded: the
+more of a row it loads at once, the better."""
+_KEYS_AT_ONCE = 16 * 32 * _WARPS
+"""16 flags of each thread, a load of 16 bytes; of more numbers, registers would run out."""
 
 
 @triton.jit
@@ -43,28 +46,56 @@ def _order_pages(
     PAGES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Replaces the scores of pages by numbers: 0 where all units have all keys."""
+    """Replaces the scores of pages by numbers: 0 where all units have all keys.
+
+    Args:
+        order: Pointer to the row's scores, and to its numbers.
+        flags: Pointer to the flags of the row's first unit.
+        begin: First page, a multiple of 16.
+        end: The one after the last.
+        length: Keys that the query sees.
+        stride: From one unit's flags to the next one's.
+        PAGE_SIZE: Keys of a page.
+        UNITS: Of the row.
+        PAGES: At once.
+        WIDTH: `PAGE_SIZE` as an axis.
+    """
     for first in range(begin, end, PAGES):
-        pages = first + tl.arange(0, PAGES)
+        pages = first // 16 * 16 + tl.arange(0, PAGES)  # so that Triton knows of the 16
         mask = pages < end
-        scores = tl.load(order + pages, mask=mask, other=0).to(tl.float32, bitcast=True)
+        # A mask that differs between neighbours would make each a load of its own.
+        is_whole = (first + PAGES <= end) & ((first + PAGES) * PAGE_SIZE <= length)
+        if is_whole:
+            scores = tl.load(order + pages).to(tl.float32, bitcast=True)
+        else:
+            scores = tl.load(order + pages, mask=mask, other=0).to(tl.float32, bitcast=True)
         if PAGE_SIZE == 1:
-            least = tl.full([PAGES], 255, tl.uint8)
+            lowest = tl.full([PAGES], 255, tl.uint8)
             for unit in range(UNITS):
-                own = tl.load(flags + unit * stride + pages, mask=mask, other=255)
-                least = tl.minimum(least, own)
-            is_open = least == 0
+                at = flags + unit * stride + pages
+                if is_whole:  # noqa: SIM108 (a branch, no selection)
+                    own = tl.load(at)
+                else:
+                    own = tl.load(at, mask=mask, other=255)
+                lowest = tl.minimum(lowest, own)
+            is_open = lowest == 0
         else:
             inside = tl.arange(0, WIDTH)[None, :]
             keys = pages[:, None] * PAGE_SIZE + inside
-            of_page = (inside < PAGE_SIZE) & (keys < length) & mask[:, None]
-            lowest = tl.full([PAGES, WIDTH], 255, tl.uint8)
+            lowest_of_keys = tl.full([PAGES, WIDTH], 255, tl.uint8)
             for unit in range(UNITS):
-                own = tl.load(flags + unit * stride + keys, mask=of_page, other=255)
-                lowest = tl.minimum(lowest, own)
-            is_open = tl.min(lowest.to(tl.int32), 1) == 0
-        number = tl.where(is_open, order_of(scores), 0)
-        tl.store(order + pages, number.to(tl.int32, bitcast=True), mask=mask)
+                at = flags + unit * stride + keys
+                if is_whole:
+                    own = tl.load(at, mask=inside < PAGE_SIZE, other=255)
+                else:
+                    own = tl.load(at, mask=(inside < PAGE_SIZE) & (keys < length), other=255)
+                lowest_of_keys = tl.minimum(lowest_of_keys, own)
+            is_open = tl.min(lowest_of_keys.to(tl.int32), 1) == 0
+        number = tl.where(is_open, order_of(scores), 0).to(tl.int32, bitcast=True)
+        if is_whole:
+            tl.store(order + pages, number)
+        else:
+            tl.store(order + pages, number, mask=mask)
 
 
 @triton.jit
@@ -82,12 +113,31 @@ def _mark_pages(
     PAGES: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Selects the pages above a bound, and the first ones that equal it."""
+    """Selects the pages above a bound, and the first ones that equal it.
+
+    Args:
+        order: Pointer to the row's numbers.
+        flags: See `_order_pages`; so the next four.
+        begin: First page, a multiple of 16.
+        end: The one after the last.
+        length: Keys that the query sees.
+        stride: From one unit's flags to the next one's.
+        bound: A number.
+        room: How many of those that equal it are selected.
+        PAGE_SIZE: See `_order_pages`; so the last three.
+        UNITS: Of the row.
+        PAGES: At once.
+        WIDTH: `PAGE_SIZE` as an axis.
+    """
     left = room
     for first in range(begin, end, PAGES):
-        pages = first + tl.arange(0, PAGES)
+        pages = first // 16 * 16 + tl.arange(0, PAGES)  # so that Triton knows of the 16
         mask = pages < end
-        own = tl.load(order + pages, mask=mask, other=0).to(tl.uint32, bitcast=True)
+        is_whole = (first + PAGES <= end) & ((first + PAGES) * PAGE_SIZE <= length)
+        if is_whole:
+            own = tl.load(order + pages).to(tl.uint32, bitcast=True)
+        else:
+            own = tl.load(order + pages, mask=mask, other=0).to(tl.uint32, bitcast=True)
         is_equal = ((own == bound) & mask).to(tl.int32)
         place = tl.cumsum(is_equal, 0)
         chosen = mask & ((own > bound) | ((is_equal > 0) & (place <= left)))
@@ -99,10 +149,14 @@ def _mark_pages(
         else:
             inside = tl.arange(0, WIDTH)[None, :]
             keys = pages[:, None] * PAGE_SIZE + inside
-            of_page = (inside < PAGE_SIZE) & (keys < length) & chosen[:, None]
-            ones = tl.full([PAGES, WIDTH], 1, tl.uint8)
+            of_page = (inside < PAGE_SIZE) & chosen[:, None]
+            ones_of_page = tl.full([PAGES, WIDTH], 1, tl.uint8)
             for unit in range(UNITS):
-                tl.store(flags + unit * stride + keys, ones, mask=of_page)
+                at = flags + unit * stride + keys
+                if is_whole:
+                    tl.store(at, ones_of_page, mask=of_page)
+                else:
+                    tl.store(at, ones_of_page, mask=of_page & (keys < length))
 
 
 @launched
@@ -255,18 +309,22 @@ def flag_largest(
         "SELECTORS": selectors,
         "HEADS": heads,
         "UNITS": len(flags) // items,
-        "PAGES": max(16, _KEYS_AT_ONCE // width),
+        "PAGES": max(16, min(TILE, _KEYS_AT_ONCE // width)),
         "WIDTH": width,
         "BINS": BINS,
         "TILE": TILE,
     }
     if not workspace.splits(items, capacity):
-        _select_kernel[(items,)](order, flags, lengths, counts, capacity, stride, **shape)
+        _select_kernel[(items,)](
+            order, flags, lengths, counts, capacity, stride, **shape, num_warps=_WARPS
+        )
         return
     workspace.reset(items)
     histograms, equals, parts = workspace.histograms, workspace.equals, workspace.parts
     grid = (items, parts)
-    _order_kernel[grid](order, flags, lengths, histograms, capacity, stride, **shape)
+    _order_kernel[grid](
+        order, flags, lengths, histograms, capacity, stride, **shape, num_warps=_WARPS
+    )
     for level in range(1, LEVELS):
         count_kernel[grid](
             order,
@@ -285,6 +343,7 @@ def flag_largest(
             KEYS=0,
             BINS=BINS,
             TILE=TILE,
+            num_warps=_WARPS,
         )
     _mark_kernel[grid](
         order,
@@ -297,4 +356,5 @@ def flag_largest(
         stride,
         PARTS=power_of_2(parts),
         **shape,
+        num_warps=_WARPS,
     )
