@@ -135,9 +135,9 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
             return self._build_dense(common, fast_build)
         self._collect_reads()
         graphs.step_is_sparse = bool(sparse)
-        if self._sequences is not None:
-            lengths_seen = ((rows[row], seq_lens[row]) for row in rows if row < len(seq_lens))
-            self._sequences.see(lengths_seen)
+        if self._sequences is not None and not graphs.is_dummy:
+            present = [(rows[row], seq_lens[row]) for row in rows if row < len(seq_lens)]
+            self._sequences.see(present)
         fits = (
             self._captured is not None
             and common.max_query_len <= 1

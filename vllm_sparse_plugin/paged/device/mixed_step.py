@@ -44,12 +44,12 @@ def launches_of(
         parts = of_one_prefix(row) if use_of(config_json).learns else [row]
         for turn, part in enumerate(parts):
             by_config.setdefault((turn, config_json), []).append(part)
-    most = len(sparse) if states is None else states.places
-    return [
-        (use_of(config_json), rows[first : first + most])
-        for (_, config_json), rows in sorted(by_config.items(), key=lambda item: item[0][0])
-        for first in range(0, len(rows), most)
-    ]
+    launches = []
+    for (_, config_json), rows in sorted(by_config.items(), key=lambda item: item[0][0]):
+        use = use_of(config_json)
+        most = states.places if use.learns and states is not None else len(rows)
+        launches += [(use, rows[first : first + most]) for first in range(0, len(rows), most)]
+    return launches
 
 
 def mixed_group(
