@@ -11,7 +11,12 @@ from tests.plugin.triton.row_order import for_device
 from vllm_sparse_plugin.paged.bucket_signatures import BucketSignatures
 from vllm_sparse_plugin.paged.kernels import bucket_signatures as numba_kernels
 from vllm_sparse_plugin.paged.layout import BlockLayout
-from vllm_sparse_plugin.paged.triton_kernels import bucket_collisions, bucket_signatures, tiles
+from vllm_sparse_plugin.paged.triton_kernels import (
+    bucket_collisions,
+    bucket_signatures,
+    bucket_weights,
+    tiles,
+)
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -129,7 +134,7 @@ def test_signatures_samples_and_probabilities(
     )
     probability = torch.full((units, capacity), -1.0, device=DEVICE)
     reads = torch.zeros(number, 3, dtype=torch.int64, device=DEVICE)
-    bucket_collisions.weigh_collisions(
+    bucket_weights.weigh_collisions(
         rows.query.to(DEVICE),
         kv_cache,
         device_batch,
@@ -166,7 +171,7 @@ def test_arc_cosines_and_probabilities_over_all_angles() -> None:
     batch = Batch.of(rows)
     zeros = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     probability = torch.zeros(1, 16, device=DEVICE)
-    bucket_collisions.weigh_collisions(
+    bucket_weights.weigh_collisions(
         query,
         kv_cache,
         DeviceBatch(batch.block_table, batch.rows, batch.lengths, zeros),

@@ -8,7 +8,10 @@ import triton.language as tl
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 from vllm_sparse_plugin.paged.triton_kernels.centroid_codes import nearest_centroids
 from vllm_sparse_plugin.paged.triton_kernels.grids import launched
-from vllm_sparse_plugin.paged.triton_kernels.learned_blocks import coded_tokens, header_of
+from vllm_sparse_plugin.paged.triton_kernels.learned_blocks import (
+    span_without_codes,
+    tokens_without_codes,
+)
 from vllm_sparse_plugin.paged.triton_kernels.tiles import (
     TILE_NUMBERS,
     block_bytes,
@@ -106,22 +109,25 @@ def _score_uncoded(
     entries = tables + (index * tl.num_programs(1) + kv_head) * (PARTS * CENTROIDS * GROUP) + heads
     books = states + place * states_stride + kv_head * (PARTS * (sub_dim + 1) * CENTROIDS)
     scores += index * scores_stride + kv_head * GROUP * scores_head_stride
-    count = tl.cdiv(length, BLOCK_SIZE)
-    for tile in tl.range(split, tl.cdiv(count, BLOCKS), tl.num_programs(2)):
-        numbers = tile * BLOCKS + tl.arange(0, BLOCKS)
-        there = numbers < count
-        block = tl.load(blocks + numbers, mask=there, other=0).to(tl.int64)
-        headers = header_of(cache, block, kv_head, BLOCK_BYTES, OFFSET, STRIDE)
-        wanted = tl.minimum(BLOCK_SIZE, length - numbers * BLOCK_SIZE)
-        short = there & (coded_tokens(headers, tag, there) < wanted)
+    for tile in tl.range(split, tl.cdiv(length, BLOCKS * BLOCK_SIZE), tl.num_programs(2)):
         # None, in most steps.
-        first = tl.min(tl.where(short, numbers, count), axis=0)
-        for number in tl.range(first, tl.max(tl.where(short, numbers + 1, 0), axis=0)):
-            own = tl.load(blocks + number).to(tl.int64)
-            header = header_of(cache, own, kv_head, BLOCK_BYTES, OFFSET, STRIDE)
-            begin = coded_tokens(header, tag, number < count)
-            memory = (cache.to(tl.pointer_type(tl.uint8)) + own * BLOCK_BYTES).to(cache.dtype)
-            end = tl.minimum(BLOCK_SIZE, length - number * BLOCK_SIZE)
+        first, last = span_without_codes(
+            cache,
+            blocks,
+            tile,
+            length,
+            tag,
+            kv_head,
+            BLOCK_BYTES,
+            OFFSET,
+            STRIDE,
+            BLOCK_SIZE,
+            BLOCKS,
+        )
+        for number in tl.range(first, last):
+            begin, end, memory = tokens_without_codes(
+                cache, blocks, number, length, tag, kv_head, BLOCK_BYTES, OFFSET, STRIDE, BLOCK_SIZE
+            )
             for start in tl.range(begin, end, TOKENS):
                 tokens = start + tl.arange(0, TOKENS)
                 present = tokens < end

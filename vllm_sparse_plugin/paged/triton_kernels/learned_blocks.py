@@ -54,6 +54,79 @@ def coded_tokens(header, tag, mask):
 
 
 @triton.jit
+def span_without_codes(
+    cache,
+    blocks,
+    tile,
+    length,
+    tag,
+    kv_head,
+    BLOCK_BYTES: tl.constexpr,
+    OFFSET: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """The first of a tile's blocks that lack codes, and the one after the last: [0, 0) if none do.
+
+    Args:
+        cache: Pointer.
+        blocks: Pointer to the sequence's row of the block table.
+        tile: Which one.
+        length: Keys that need codes.
+        tag: Of the state.
+        kv_head: Whose.
+        BLOCK_BYTES: See `header_of`; so the next two.
+        OFFSET: Likewise.
+        STRIDE: Likewise.
+        BLOCK_SIZE: Tokens of a block.
+        BLOCKS: Of a tile.
+    """
+    numbers = tile * BLOCKS + tl.arange(0, BLOCKS)
+    there = numbers * BLOCK_SIZE < length
+    block = tl.load(blocks + numbers, mask=there, other=0).to(tl.int64)
+    header = header_of(cache, block, kv_head, BLOCK_BYTES, OFFSET, STRIDE)
+    wanted = tl.minimum(BLOCK_SIZE, length - numbers * BLOCK_SIZE)
+    short = there & (coded_tokens(header, tag, there) < wanted)
+    end = tl.max(tl.where(short, numbers + 1, 0), axis=0)
+    return tl.min(tl.where(short, numbers, end), axis=0), end
+
+
+@triton.jit
+def tokens_without_codes(
+    cache,
+    blocks,
+    number,
+    length,
+    tag,
+    kv_head,
+    BLOCK_BYTES: tl.constexpr,
+    OFFSET: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """One block's first token without a code, the one after its last, and a pointer to the block.
+
+    Args:
+        cache: See `span_without_codes`; so the others.
+        blocks: Likewise.
+        number: Of the sequence's blocks.
+        length: Likewise.
+        tag: Likewise.
+        kv_head: Likewise.
+        BLOCK_BYTES: Likewise.
+        OFFSET: Likewise.
+        STRIDE: Likewise.
+        BLOCK_SIZE: Likewise.
+    """
+    block = tl.load(blocks + number).to(tl.int64)
+    header = header_of(cache, block, kv_head, BLOCK_BYTES, OFFSET, STRIDE)
+    end = tl.minimum(BLOCK_SIZE, length - number * BLOCK_SIZE)
+    memory = (cache.to(tl.pointer_type(tl.uint8)) + block * BLOCK_BYTES).to(cache.dtype)
+    return coded_tokens(header, tag, end > 0), end, memory
+
+
+@triton.jit
 def block_to_encode(lengths, BLOCK_SIZE: tl.constexpr, IS_LAST: tl.constexpr):
     """What the programs of one place of a grid's first axis encode.
 

@@ -11,11 +11,9 @@ from vllm_sparse_plugin.paged.device.queries import DeviceQueries
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
 from vllm_sparse_plugin.paged.maskers.base import PagedMasker
 from vllm_sparse_plugin.paged.maskers.magic_pig import PagedMagicPig
-from vllm_sparse_plugin.paged.triton_kernels.bucket_collisions import (
-    flag_collisions,
-    weigh_collisions,
-)
+from vllm_sparse_plugin.paged.triton_kernels.bucket_collisions import flag_collisions
 from vllm_sparse_plugin.paged.triton_kernels.bucket_signatures import sign_queries
+from vllm_sparse_plugin.paged.triton_kernels.bucket_weights import weigh_collisions
 
 
 @device_masker_of(PagedMagicPig)
