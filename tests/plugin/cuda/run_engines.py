@@ -53,18 +53,41 @@ def write_tiny_llama(folder: Path) -> Path:
     return folder
 
 
-def run_engines(engines: list[dict[str, Any]], folder: Path, *, dry: bool) -> list[dict[str, Any]]:
-    """What each engine answered; see `engines`.
+def run_both(
+    on_cpu: dict[Any, dict[str, Any]], dry: dict[Any, dict[str, Any]], folder: Path
+) -> tuple[dict[Any, dict[str, Any]], dict[Any, dict[str, Any]]]:
+    """What engines answered on the CPU, and others on the GPU that is not there; by their keys.
+
+    The dry ones, which take the time, share two processes: CI has two cores.
 
     Args:
-        engines: Of the job.
-        folder: For the job's files.
-        dry: Whether the process believes in a GPU.
+        on_cpu: Engines of a job.
+        dry: Likewise.
+        folder: For the jobs' files.
 
     Raises:
-        AssertionError: With the process's output, when it failed.
+        AssertionError: With a process's output, when it failed.
     """
-    return _Process(engines, folder / f"{dry}", dry=dry).answers()
+    halves: list[dict[Any, dict[str, Any]]] = [{}, {}]
+    for key, engine in sorted(dry.items(), key=lambda item: -_tokens_of(item[1])):
+        lighter = min(halves, key=lambda half: sum(map(_tokens_of, half.values())))
+        lighter[key] = engine
+    jobs = [(on_cpu, False), *((half, True) for half in halves)]
+    started = [
+        _Process(list(job.values()), folder / f"job-{number}", dry=is_dry)
+        for number, (job, is_dry) in enumerate(jobs)
+    ]
+    answers = [
+        dict(zip(job, process.answers(), strict=True))
+        for (job, _), process in zip(jobs, started, strict=True)
+    ]
+    return answers[0], answers[1] | answers[2]
+
+
+def _tokens_of(engine: dict[str, Any]) -> int:
+    """That an engine computes, about: how long it takes."""
+    requests = [request for batch in engine["batches"] for request in batch]
+    return sum(len(one["prompt_token_ids"]) // 8 + one["max_tokens"] for one in requests)
 
 
 def run_ranks(engine: dict[str, Any], folder: Path, ranks: int) -> list[dict[str, Any]]:

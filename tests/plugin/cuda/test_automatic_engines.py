@@ -4,7 +4,6 @@ The clock is a formula. So is known what each step decides, and the CPU backend 
 same by `min_sparse_keys`.
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from tests.plugin.cuda.dry_cuda import GRAPHS
 from tests.plugin.cuda.run_engines import (
     DRY_OPTIONS,
     OPTIONS,
-    run_engines,
+    run_both,
     run_ranks,
     write_tiny_llama,
 )
@@ -108,13 +107,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
         "joined": engine(model, [JOINED[1:], *others], OPTIONS, 0),
         "dense": engine(model, ALONE[:2], OPTIONS, 1000),
     }
-    with ThreadPoolExecutor() as both:
-        on_cpu = both.submit(run_engines, list(cpu.values()), folder, dry=False)
-        on_device = both.submit(run_engines, list(dry.values()), folder, dry=True)
-    return Answers(
-        dict(zip(cpu, on_cpu.result(), strict=True)),
-        dict(zip(dry, on_device.result(), strict=True)),
-    )
+    return Answers(*run_both(cpu, dry, folder))
 
 
 def test_tokens_and_counts_are_the_cpu_s_with_the_same_decisions(answers: Answers) -> None:

@@ -1,6 +1,5 @@
 """vLLM's CUDA code path, on a GPU that is not there, against vLLM's CPU engine."""
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.plugin.cuda.dry_cuda import GRAPHS
-from tests.plugin.cuda.run_engines import DRY_OPTIONS, OPTIONS, run_engines, write_tiny_llama
+from tests.plugin.cuda.run_engines import DRY_OPTIONS, OPTIONS, run_both, write_tiny_llama
 
 PROMPTS = [list(range(start, start + length)) for start, length in ((3, 5), (30, 40), (99, 75))]
 TOGETHER = [{"prompt_token_ids": prompt, "max_tokens": 6} for prompt in PROMPTS]
@@ -33,10 +32,7 @@ Report = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, dict[str, Report]]:
-    """The report of the CPU engine, and those of the dry ones by their names.
-
-    One process for all dry engines, since importing vLLM takes longer than starting one.
-    """
+    """The report of the CPU engine, and those of the dry ones by their names."""
     folder = tmp_path_factory.mktemp("engines")
     batches: dict[str, Any] = {"batches": [TOGETHER, CHANGING]}
     model: dict[str, Any] = {"model": str(write_tiny_llama(folder / "llama"))}
@@ -44,11 +40,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, dict[str, Re
     # Their prefills are eager, so both ways are taken.
     graphs = {"options": {**options, "compilation_config": GRAPHS}, **batches}
     dry = {"v2": graphs, "v1": {**graphs, "environment": V1}}
-    with ThreadPoolExecutor() as both:
-        on_cpu = {"options": {**OPTIONS, **model}, **batches}
-        expected = both.submit(run_engines, [on_cpu], folder, dry=False)
-        answers = both.submit(run_engines, list(dry.values()), folder, dry=True)
-    return expected.result()[0], dict(zip(dry, answers.result(), strict=True))
+    on_cpu = {"cpu": {"options": {**OPTIONS, **model}, **batches}}
+    expected, answers = run_both(on_cpu, dry, folder)
+    return expected["cpu"], answers
 
 
 def test_answers_differ(runs: tuple[Report, Any]) -> None:

@@ -6,7 +6,6 @@ would) the counts of what was read are the same numbers.
 """
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tests.plugin.cuda.dry_cuda import GRAPHS
 from tests.plugin.cuda.run_engines import (
     DRY_OPTIONS,
     OPTIONS,
-    run_engines,
+    run_both,
     run_ranks,
     write_tiny_llama,
 )
@@ -203,16 +202,10 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
         "batches": [[request(0, 40, 12, sparse_attention_tag="t"), request(1, 5, 12, **OFF)]],
         "calls": [["sparse_attention_stats", ["t"]]],
     }
-    cpu = [case.engine(model, OPTIONS) for case in CASES.values()]
-    cpu.append({**cpu[0], "batches": [[request(0, 40, 12, **OFF), request(1, 5, 12, **OFF)]]})
-    with ThreadPoolExecutor() as both:
-        on_cpu = both.submit(run_engines, cpu, folder, dry=False)
-        on_device = both.submit(run_engines, list(dry.values()), folder, dry=True)
-    names = [*CASES, "dense"]
-    return Answers(
-        dict(zip(names, on_cpu.result(), strict=True)),
-        dict(zip(dry, on_device.result(), strict=True)),
-    )
+    cpu = {name: case.engine(model, OPTIONS) for name, case in CASES.items()}
+    dense = [[request(0, 40, 12, **OFF), request(1, 5, 12, **OFF)]]
+    cpu["dense"] = {**cpu["quest"], "batches": dense}
+    return Answers(*run_both(cpu, dry, folder))
 
 
 @pytest.mark.parametrize(

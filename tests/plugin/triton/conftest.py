@@ -7,11 +7,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.plugin.triton.interpreter import DEVICE, import_interpreted, interpreted
-
-# Before test modules are imported, which import kernels.
-if DEVICE == "cpu":
-    import_interpreted("vllm_sparse_plugin.paged.triton_kernels")
+from tests.plugin.triton.interpreter import DEVICE, interpreted
 
 
 @pytest.fixture(scope="package", autouse=True)
