@@ -55,8 +55,7 @@ class Sequence:
 class Twins:
     """The same caches on both sides."""
 
-    def __init__(self, masker: dict, shape: BlockShape) -> None:
-        maskers = [SINK_LOCAL[0], masker]
+    def __init__(self, maskers: list[dict], shape: BlockShape) -> None:
         self.shape = shape
         self.host, layout = paged_attention(maskers, shape)
         width = layout.bytes_per_token // shape.dtype.itemsize
@@ -121,19 +120,21 @@ class Twins:
 
 
 PIG = {"type": "magic_pig", "lsh_l": 10, "lsh_k": 3}
+SINK, LOCAL = SINK_LOCAL
+BY_GROUP = {"pq_bits": 4, "head_granularity": "kv_head"}
 SHAPES = [
-    (PQ, shape_of(4, 2, 32, 16)),
-    ({**PQ, "pq_bits": 4, "head_granularity": "kv_head"}, shape_of(6, 2, 32, 32, torch.bfloat16)),
-    ({**PQ, "pq_sub_dim": 32, "heavy_size": 0.2}, shape_of(3, 1, 64, 16, torch.float16)),
-    ({**PIG, "lsh_k": 9}, shape_of(3, 1, 40, 32, torch.bfloat16)),
-    ({**PIG, "center": False, "lsh_l": 5}, shape_of(2, 2, 32, 16, torch.float16)),
+    ([SINK, PQ], shape_of(4, 2, 32, 16)),
+    ([SINK, {**PQ, **BY_GROUP}], shape_of(6, 2, 32, 32, torch.bfloat16)),
+    ([SINK, {**PQ, "pq_sub_dim": 32, "heavy_size": 0.2}], shape_of(3, 1, 64, 16, torch.float16)),
+    ([SINK, {**PIG, "lsh_k": 9}], shape_of(3, 1, 40, 32, torch.bfloat16)),
+    ([SINK, {**PIG, "center": False, "lsh_l": 5}], shape_of(2, 2, 32, 16, torch.float16)),
 ]
-BOTH = [SHAPES[0], (PIG, shape_of(2, 1, 32, 16))]
+BOTH = [SHAPES[0], ([SINK, PIG], shape_of(2, 1, 32, 16))]
 
 
-@pytest.mark.parametrize(("masker", "shape"), SHAPES, ids=str)
-def test_a_sequence_grows_key_by_key_over_blocks_and_doublings(masker: dict, shape) -> None:
-    twins = Twins(masker, shape)
+@pytest.mark.parametrize(("maskers", "shape"), SHAPES, ids=str)
+def test_a_sequence_grows_key_by_key_over_blocks_and_doublings(maskers: list, shape) -> None:
+    twins = Twins(maskers, shape)
     sequence, other = Sequence([5, 2, 9, 11]), Sequence([7, 1, 3])
     twins.write(sequence, 30)
     twins.write(other, 1)
@@ -145,6 +146,14 @@ def test_a_sequence_grows_key_by_key_over_blocks_and_doublings(masker: dict, sha
         twins.write(other, 1)
     # 30 keys: 16 first ones; from 32 on 32. The other one has 1, 2, 3 and 4 keys.
     assert changed == [[0, 1], [1], [0], [1]]
+
+
+@pytest.mark.parametrize("later", [LOCAL, {"type": "oracle_top_k", "heavy_size": 9}], ids=str)
+def test_what_a_certain_choice_takes_over_from_a_sample_is_certain(later: dict) -> None:
+    twins = Twins([PIG, later], shape_of(2, 1, 32, 16))
+    sequence = Sequence([5, 2, 9])
+    twins.write(sequence, 40)
+    twins.attend(sequence)
 
 
 def test_what_needs_no_change_asks_for_no_memory() -> None:
