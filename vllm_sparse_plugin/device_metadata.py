@@ -91,7 +91,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
             graphs.captured[self._name] = self._captured
             if is_captured and use.learns and self._sequences is not None:
                 graphs.sequences[self._name] = self._sequences
-        if self._sparse_layers:
+        if self._captured is not None:
             self._table.builders[self._name] = self
 
     @property
@@ -134,7 +134,8 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         if not self._has_sparse_layers:
             return self._build_dense(common, fast_build)
         self._collect_reads()
-        graphs.step_is_sparse = bool(sparse)
+        if self._name in graphs.captured:  # others have no masker in any graph
+            graphs.step_is_sparse = bool(sparse)
         if self._sequences is not None and not graphs.is_dummy:
             present = [(rows[row], seq_lens[row]) for row in rows if row < len(seq_lens)]
             self._sequences.see(present)
@@ -229,7 +230,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         if costs is None:
             return dense, sparse
         is_replayed = self._has_graphs and common.max_query_len <= 1
-        is_replayed &= all(row.parameters.config_json == self._captured for row in sparse)
+        is_replayed &= all(row.parameters.config_json == graphs.config_json for row in sparse)
         # With one set of graphs, the launches of maskers are in each.
         is_paid = is_replayed and not graphs.has_dense_graphs
         return settle_automatic(dense, sparse, costs.of_step(is_replayed), is_paid)
@@ -304,7 +305,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
             fast_build: See `build`.
         """
         groups, counted, start = [], [], 0
-        for use, own in launches_of(sparse, self._use, self._sequences):
+        for use, own in launches_of(sparse, rows, self._use, self._sequences):
             table, reads = common.block_table_tensor, self._reads[start:]
             group, lengths = mixed_group(own, use, rows, self._sequences, table, reads)
             end = start + len(lengths)

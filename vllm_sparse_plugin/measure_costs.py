@@ -140,9 +140,13 @@ def measure_engine(vllm_config: VllmConfig, clock: Clock | None = None) -> None:
     """
     config, table = compat.serving_config(vllm_config), row_table(vllm_config)
     builders = list(table.builders.values())
-    if config is None or not config.is_automatic or not builders:
+    if config is None or not config.is_automatic or table.graphs.is_always_dense:
         return
-    if table.graphs.config_json is None or table.graphs.is_always_dense:
+    if table.graphs.config_json is None or not builders:
+        logger.warning(
+            'sparse attention: "min_sparse_keys" is "auto", but some layers take the general path '
+            "or share keys: what steps cost is not measured, and no step makes requests dense"
+        )
         return
     logger.info("sparse attention: measuring what dense and sparse decode steps cost")
     started = time.perf_counter()

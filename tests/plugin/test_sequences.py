@@ -142,7 +142,8 @@ def test_launches_have_one_configuration_in_order_and_fit_the_places() -> None:
         sparse_row(3, 22, 9, 9, "plain"),
         sparse_row(4, 31, 1, 7, "other"),
     ]
-    found = launches_of(sparse, uses.__getitem__, SequenceStates(2))
+    rows = {number: new_row() for number in range(5)}
+    found = launches_of(sparse, rows, uses.__getitem__, SequenceStates(2))
     listed = [[(row.row, row.seq_len) for row in rows] for _, rows in found]
     assert listed[:2] == [[(0, 1), (1, 50)], [(2, 60)]]
     assert [(3, 9)] in listed
@@ -153,7 +154,20 @@ def test_launches_have_one_configuration_in_order_and_fit_the_places() -> None:
         [(0, 15)],
         [(0, 20)],
     ]
-    assert len(launches_of(sparse, lambda _: uses["plain"], None)) == 3
+    assert len(launches_of(sparse, rows, lambda _: uses["plain"], None)) == 3
+
+
+def test_one_sequence_too_many_does_not_cost_all_others_their_places() -> None:
+    states, rows = SequenceStates(4), {number: new_row() for number in range(5)}
+    learned = []
+    for length in range(9, 13):
+        sparse = [sparse_row(number, number, 1, length) for number in rows]
+        changes = []
+        for _, own in launches_of(sparse, rows, lambda _: SimpleNamespace(learns=True), states):
+            taken = [(rows[row.row], row.seq_len, row.seq_len) for row in own]
+            changes += states.take(taken)[1]
+        learned.append(sum(change.prefix > 0 for change in changes))
+    assert learned == [5, 1, 1, 1]
 
 
 def test_graphs_serve_rows_whose_states_are_there_in_all_groups() -> None:

@@ -104,7 +104,7 @@ def _choose_set(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _avoid_decode_graphs(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Runner V2: no graph of a whole decode step for maskers that none has.
+    """Runner V2: no graph of a whole decode step for maskers that none has, or that have to learn.
 
     What chooses graphs is told how many requests there are, not which. Here they are known, and
     what is decided here is what ranks of a data-parallel group tell each other.

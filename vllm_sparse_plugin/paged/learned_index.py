@@ -2,7 +2,8 @@
 
 A codebook, or a mean, is learned from a sequence's first 2**g keys, and anew when the sequence has
 twice as many (see `key_prefix`). So a key's code depends on the key *and* on the sequence, and the
-prefix cache may give one block to sequences that want different codes. This is how it works:
+prefix cache may give one block to sequences that want different codes. This is how it works on CPUs
+(`device.sequences` and `device.indices.learned` say what is different on CUDA):
 
 - *Codes say what they are of.* A block's header has the tag of the learned state that its codes
   are of, and how many of its tokens have codes. Writing a key takes back its code and those behind

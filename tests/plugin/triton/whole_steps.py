@@ -187,7 +187,8 @@ class Steps:
             self._tensor(self.engine.max_queries, blocks, dtype=torch.int32), *table[:3]
         )
         output = torch.empty(query.shape, dtype=query.dtype, device=META)
-        reads = self._tensor(queries, 3, dtype=torch.int64)
+        # Behind those of another group, where there may be one.
+        reads = self._tensor(queries + 1, 3, dtype=torch.int64)[int(rows == queries) :]
         scaling = self.engine.head_size**-0.5
         sequences = self._sequences(batch, changes) if self.attention.learns else None
         self.attention.attend(

@@ -145,7 +145,7 @@ class AttentionCosts:
     def sparse_pays(self, load: StepLoad, launches_are_paid: bool) -> bool:
         """Whether rows take less time sparse than dense, by more than the formulas are wrong.
 
-        Where one was measured, what is said to take less time did.
+        Where whole steps are compared, and one was measured, what is said to take less time did.
 
         Args:
             load: The rows.

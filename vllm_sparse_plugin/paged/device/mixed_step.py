@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 def launches_of(
-    sparse: Sequence[SparseRow], use_of: Callable[[str], LayerUse], states: SequenceStates | None
+    sparse: Sequence[SparseRow],
+    rows: Mapping[int, Row],
+    use_of: Callable[[str], LayerUse],
+    states: SequenceStates | None,
 ) -> list[tuple[LayerUse, list[SparseRow]]]:
     """What attends together, in order: rows with the same maskers.
 
@@ -34,6 +37,7 @@ def launches_of(
 
     Args:
         sparse: The sparse parts of rows.
+        rows: The requests, see `split_rows`.
         use_of: What layers do with a configuration.
         states: What was learned; None where nothing is.
     """
@@ -45,10 +49,14 @@ def launches_of(
         for turn, part in enumerate(parts):
             by_config.setdefault((turn, config_json), []).append(part)
     launches = []
-    for (_, config_json), rows in sorted(by_config.items(), key=lambda item: item[0][0]):
-        use = use_of(config_json)
-        most = states.places if use.learns and states is not None else len(rows)
-        launches += [(use, rows[first : first + most]) for first in range(0, len(rows), most)]
+    for (_, config_json), parts in sorted(by_config.items(), key=lambda item: item[0][0]):
+        use, most = use_of(config_json), len(parts)
+        if use.learns and states is not None:
+            # Those whose states are there come first: else each would lose its place before its
+            # turn, as soon as there is one more of them than there are places.
+            parts.sort(key=lambda part: not states.knows(rows[part.row]))
+            most = states.places
+        launches += [(use, parts[first : first + most]) for first in range(0, len(parts), most)]
     return launches
 
 

@@ -2,8 +2,9 @@
 
 What is learned from the first keys of a sequence (see `learned_index`) lies at a *place* of every
 layer's states. The host knows how long sequences are, and so it knows when a sequence has doubled,
-or is new. Such a step learns, and encodes all keys that have no codes; it runs without a CUDA graph
-of a whole step. All others make the codes of the keys that they bring, and nothing else.
+or is new, or was dense for a while. Such a step learns, and encodes all keys that have no codes; it
+runs without a CUDA graph of a whole step; so does one with more sequences than there are places.
+All others make the codes of the keys that they bring, and nothing else.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class _Known:
         row: Of the request; it is held so that its identity is not given to another one.
         place: Of its state.
         prefix: First keys that its state was learned from; 0: of none yet.
-        coded: Keys that have codes of that state, from the first one on.
+        coded: Keys that got codes of that state, from the first one on. (Another sequence that
+            shares their blocks may have replaced them: then they are made where they are used.)
     """
 
     row: Row
@@ -94,6 +96,10 @@ class SequenceStates:
         """Keys that a request's next query sees; None if it was not in the last step."""
         seen = self._seen.get(id(row))
         return None if seen is None else seen[1] + 1
+
+    def knows(self, row: Row) -> bool:
+        """Whether a request has a place."""
+        return id(row) in self._known
 
     def has_all_but_the_last(self, row: Row, length: int) -> bool:
         """Whether the query that sees so many keys needs no more than the last one's code."""

@@ -1,7 +1,8 @@
 """Triton kernels over paged caches: the CUDA twins of `kernels`.
 
-What they write is what the numba kernels write, bit for bit, up to the sign of zeros; one index,
-two sets of kernels. Names, shapes and units are those of `kernels`. Besides:
+The indices that they write are those of the numba kernels, bit for bit, up to the sign of zeros
+(but for what names a learned state, see `learned_blocks`); one index, two sets of kernels. Names,
+shapes and units are those of `kernels`. Besides:
 
 - `kv_cache` `[num_blocks, num_kv_heads, block_size, width]`: a layer's cache as vLLM has it,
   contiguous, float32, bfloat16 or float16. The last three axes are a block's memory, and only their
@@ -18,9 +19,9 @@ two sets of kernels. Names, shapes and units are those of `kernels`. Besides:
 - *Batch invariance*. Float sums are taken in parts that follow from the query's own length, so
   that a query's result does not depend on what else is in the batch, or on how many programs run.
 
-A file's kernels take pointers, sizes and constants, and start with an underscore; a launcher
-beside them has the arguments' meaning. Kernels that write and scan indices are compiled without
-fusing of products and sums, unless they say `fma`: their numbers have to be rounded as the
-reference rounds them. Where `TRITON_INTERPRET=1` is set before this package is imported, all of
-them run on the CPU.
+A file's kernels take pointers, sizes and constants, and start with an underscore; a launcher beside
+them has the arguments' meaning. Kernels that write and scan indices are compiled without fusing of
+products and sums, unless they say `fma`: their numbers have to be rounded as the reference rounds
+them (but for scores on tensor cores, see `page_products`). Where `TRITON_INTERPRET=1` is set before
+this package is imported, all of them run on the CPU.
 """

@@ -25,6 +25,7 @@ launched = triton.jit(
         "layer",
         "places",
         "digest",
+        "reads",
         "count",
         "num_tokens",
         "programs",

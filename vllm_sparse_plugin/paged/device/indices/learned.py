@@ -19,8 +19,8 @@ from vllm_sparse_plugin.paged.triton_kernels.learned_blocks import digest_keys, 
 class DeviceLearnedIndex(DeviceIndex):
     """See `LearnedIndex`: the same headers and codes, but who learns what is planned by the host.
 
-    A block has the codes of the sequence that was prepared last, of those that share it. Maskers
-    make the codes that others miss from the keys, each time.
+    A block has the codes of the sequence that was new, or had doubled, last of those that share it.
+    Maskers make the codes that others miss from the keys, each time.
 
     Attributes:
         states: `[places, width]`, float32: what was learned.
@@ -37,6 +37,7 @@ class DeviceLearnedIndex(DeviceIndex):
         """Asks for the memory of the states."""
         super().__init__(index, layout, layer_index, space)
         self._capacity, self._device = space.capacity, space.device
+        self._is_reserved = False
         size = (space.max_sequences, index.state_width(self.shape))
         self.states = torch.zeros(size, dtype=torch.float32, device=space.device)
         self.tags = torch.zeros(space.max_sequences, dtype=torch.int64, device=space.device)
@@ -92,6 +93,9 @@ class DeviceLearnedIndex(DeviceIndex):
 
     def reserve(self) -> None:
         """Takes, and gives back, the memory that learning needs."""
+        if self._is_reserved:  # vLLM has looked; it may come again, for other reasons
+            return
+        self._is_reserved = True
         shape = self.shape
 
         def read(places: torch.Tensor) -> torch.Tensor:
