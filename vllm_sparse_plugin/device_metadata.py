@@ -77,6 +77,8 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         self._sequences: SequenceStates | None = None
         if any(isinstance(index, LearnedIndex) for index in self._planner.layout.indices):
             self._sequences = SequenceStates(limits.max_sequences)
+        # The same, if those in graphs do.
+        self._captured_sequences = self._sequences if is_captured and use.learns else None
         self._step_table = StepTable(
             use.attentions if is_captured else (), limits.max_queries, device
         )
@@ -89,8 +91,8 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         if use.fast_layers or len(own_cache) < len(self._sparse_layers) or use.general_layers:
             # Not where all layers stay dense in this configuration: their graphs serve it as well.
             graphs.captured[self._name] = self._captured
-            if is_captured and use.learns and self._sequences is not None:
-                graphs.sequences[self._name] = self._sequences
+            if self._captured_sequences is not None:
+                graphs.sequences[self._name] = self._captured_sequences
         if self._captured is not None:
             self._table.builders[self._name] = self
 
@@ -178,20 +180,19 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
 
     def _need_their_last_codes(self, sparse: Sequence[SparseRow], rows: Mapping[int, Row]) -> bool:
         """Whether nothing is to be learned, or to be encoded but last keys, in a decode step."""
-        states = self._sequences
-        if states is None or self._captured is None or not self._use(self._captured).learns:
-            return True
-        return all(states.has_all_but_the_last(rows[row.row], row.seq_len) for row in sparse)
+        states = self._captured_sequences
+        return states is None or all(
+            states.has_all_but_the_last(rows[row.row], row.seq_len) for row in sparse
+        )
 
     def _places(
         self, num_rows: int, sparse: Sequence[SparseRow], rows: Mapping[int, Row]
     ) -> np.ndarray:
         """Where what was learned of each row of a decode step is, `[num_rows]`, int32."""
         places = np.zeros(num_rows, np.int32)
-        assert self._captured is not None
-        if self._sequences is not None and self._use(self._captured).learns:
+        if self._captured_sequences is not None:
             queries = [(rows[row.row], row.seq_len, row.seq_len) for row in sparse]
-            found, changes = self._sequences.take(queries)
+            found, changes = self._captured_sequences.take(queries)
             assert not changes
             places[[row.row for row in sparse]] = found
         return places
@@ -272,7 +273,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
             reads=self._reads[:number],
             rows=tuple(sparse),
             counts=GroupCounts.of(sparse),
-            sequences=StepSequences(batch),
+            sequences=StepSequences(batch) if use.learns else None,
         )
         if sparse:
             own = np.array([row.row for row in sparse])

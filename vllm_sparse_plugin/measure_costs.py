@@ -295,7 +295,8 @@ def _costs(
     for rows, keys in chosen:
         common = _decode_batch(rows, keys, longest or keys, group.layers[0].kv_cache)
         steps = builder.build_measured(common)
-        group.attend(_with_codes(steps[1], keys), rows)
+        if any(own.sequences is not None for own in steps[1].groups):
+            group.attend(_with_codes(steps[1], keys), rows)
         for is_sparse, metadata in enumerate(steps):
             launch = functools.partial(group.attend, metadata, rows)
             step = AttentionStep(rows, rows * keys, bool(is_sparse), launch)
