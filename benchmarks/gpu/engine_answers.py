@@ -84,6 +84,9 @@ def small_engine(folder: str, maskers: list[dict[str, Any]], device: str, **opti
     """
     from vllm import LLM
 
+    if device == "cuda":
+        # Given, not found out: the GPU may be another engine's too.
+        options |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 256 << 20}
     return LLM(
         folder,
         dtype="float32",
@@ -92,7 +95,6 @@ def small_engine(folder: str, maskers: list[dict[str, Any]], device: str, **opti
         max_num_seqs=8,
         seed=0,
         enable_prefix_caching=False,
-        gpu_memory_utilization=0.3,
         num_gpu_blocks_override=1024 if device == "cuda" else 128,
         attention_backend="CUSTOM",
         additional_config={"sparse_attention": {"maskers": maskers, "min_sparse_keys": 0}},
