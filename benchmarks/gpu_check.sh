@@ -94,8 +94,9 @@ run_stage() {
         # first: what compiles is not watched, and takes longer where it is.
         "$python" -m benchmarks.gpu.small_cases plain "${arguments[@]}"
         if [[ ! $tool ]]; then return; fi
+        # The interpreter may be started by a script, or busy for a while before it needs the GPU.
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "${1#small_}" --report-api-errors no \
-            --target-processes application-only --error-exitcode 86 \
+            --target-processes all --launch-timeout 120 --error-exitcode 86 \
             "$python" -m benchmarks.gpu.small_cases "${1#small_}" "${arguments[@]}"
         ;;
     bandwidth) "$python" -m benchmarks.gpu.kernel_bandwidth "${arguments[@]}" ;;

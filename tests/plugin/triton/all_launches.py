@@ -46,7 +46,10 @@ def launches(
     output = torch.empty_like(query)
     cache = _tensor(9, KV_HEADS, 16, 3 * head_size, dtype=dtype)
     batch = cache_rows.DeviceBatch(_tensor(QUERIES, CAPACITY // 16), lengths, lengths)
-    radix = radix_workspace.RadixWorkspace.of(DEVICE, long_row=1 if is_split else CAPACITY + 1)
+    radix = radix_workspace.RadixWorkspace.of(
+        DEVICE, long_row=1 if is_split else CAPACITY + 1, short_row=0
+    )
+    in_registers = radix_workspace.RadixWorkspace.of(DEVICE)
     marks = _tensor(QUERIES * units, CAPACITY, dtype=torch.uint8)
     of_heads = _tensor(QUERIES * num_heads, CAPACITY, dtype=torch.uint8)
     of_groups = _tensor(QUERIES * KV_HEADS, CAPACITY, dtype=torch.uint8)
@@ -63,8 +66,8 @@ def launches(
     reads = _tensor(QUERIES, 3, dtype=torch.int64)
     mass = mass_selection.MassWorkspace.of(QUERIES, num_heads, CAPACITY, DEVICE)
 
-    def select(page_size: int) -> None:
-        selection.flag_largest(scores, page_size, units, lengths, 1.0, lengths, marks, radix, pools)
+    def select(page_size: int, work: radix_workspace.RadixWorkspace = radix) -> None:
+        selection.flag_largest(scores, page_size, units, lengths, 1.0, lengths, marks, work, pools)
 
     def attend(tokens: torch.Tensor | None, weights: torch.Tensor | None) -> None:
         attention.attend_lists(
@@ -78,6 +81,8 @@ def launches(
         "spread_flags": lambda: flags.spread_flags(of_groups, lengths, of_heads),
         "flag_largest, keys": lambda: select(1),
         "flag_largest, pages": lambda: select(16),
+        "flag_largest, keys, in registers": lambda: select(1, in_registers),
+        "flag_largest, pages, in registers": lambda: select(16, in_registers),
         "flag_mass": lambda: mass_selection.flag_mass(scores, 0.9, 1.0, lengths, of_heads, mass),
         "sample_share": lambda: sampling.sample_share(
             0.1, 7, 3, num_heads, lengths, marks, share, order, radix

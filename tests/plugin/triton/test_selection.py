@@ -9,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.plugin.triton.interpreter import DEVICE
-from tests.plugin.triton.unit_flags import ONE_PROGRAM, POISON, SPLIT, WORKSPACES, poisoned
+from tests.plugin.triton.unit_flags import IN_REGISTERS, ONE_PROGRAM, POISON, SPLIT, WAYS, poisoned
 from vllm_sparse_plugin.paged.kernels import pooling as numba_pooling
 from vllm_sparse_plugin.paged.kernels import selection as numba_selection
 from vllm_sparse_plugin.paged.triton_kernels import selection
 from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace, pool_scores
 from vllm_sparse_plugin.paged.triton_kernels.radix_workspace import RadixWorkspace
 from vllm_sparse_plugin.paged.triton_kernels.selection import flag_largest
+
+EACH_WAY = pytest.mark.parametrize("workspace", WAYS, ids=["registers", "one", "split"])
 
 
 def select_on_device(scores, page_size, selectors, counts, lengths, flags, workspace, **options):
@@ -43,7 +45,7 @@ def scores_with_ties(random: np.random.Generator, *shape: int) -> np.ndarray:
     return scores
 
 
-@WORKSPACES
+@EACH_WAY
 @pytest.mark.parametrize("page_size", [1, 3, 8, 16, 32])
 @pytest.mark.parametrize(("selectors", "units"), [(3, 3), (1, 1), (1, 2)])
 def test_the_same_pages_as_numba(
@@ -85,12 +87,12 @@ def test_long_rows_in_parts(levels: int, page_size: int) -> None:
     wanted = np.array([2500, 4000, 1100, 2])
     expected = flags.copy()
     numba_selection.flag_largest(scores.copy(), page_size, 1, wanted, 1.0, lengths, expected)
-    for workspace in (ONE_PROGRAM, SPLIT):
+    for workspace in WAYS:
         found = select_on_device(scores, page_size, 1, wanted, lengths, flags, workspace)
         assert (found == poisoned(expected, lengths)).all()
 
 
-@WORKSPACES
+@EACH_WAY
 def test_zeros_of_both_signs_are_ties(workspace) -> None:
     scores = np.array([[[-1.0, -0.0, 0.0, -0.0, 0.0]]], np.float32)
     lengths, flags = np.array([5], np.int32), np.zeros((1, 8), np.uint8)
@@ -106,6 +108,16 @@ def test_more_rows_than_are_split(device: str) -> None:
     assert not RadixWorkspace.of(device, max_rows=2, parts=2, long_row=9).splits(2, 8)
 
 
+@EACH_WAY
+def test_a_whole_row_of_ties(workspace) -> None:
+    """Whatever is left of the keys: the first ones are selected, and no more."""
+    scores = np.full((1, 1, 300), 2.5, np.float32)
+    lengths, flags = np.array([299], np.int32), np.zeros((1, 300), np.uint8)
+    flags[0, 3] = 3
+    found = select_on_device(scores, 1, 1, np.array([40]), lengths, flags, workspace)
+    assert np.flatnonzero(found[0, :299]).tolist() == list(range(41))
+
+
 finite = st.floats(width=32, allow_nan=False)
 
 
@@ -118,16 +130,15 @@ finite = st.floats(width=32, allow_nan=False)
     ),
     selected=st.lists(st.booleans(), min_size=60, max_size=60),
     count=st.integers(-1, 70),
-    is_split=st.booleans(),
+    workspace=st.sampled_from(WAYS),
 )
-def test_the_largest_of_a_row(scores, selected, count: int, is_split: bool) -> None:
+def test_the_largest_of_a_row(scores, selected, count: int, workspace) -> None:
     length = len(scores)
     flags = np.zeros((1, 64), np.uint8)
     flags[0, :length] = selected[:length]
     row = np.full((1, 1, 64), np.nan, np.float32)
     row[0, 0, :length] = scores
     lengths = np.array([length], np.int32)
-    workspace = SPLIT if is_split else ONE_PROGRAM
     found = select_on_device(row, 1, 1, np.array([count]), lengths, flags, workspace)
     allowed = [place for place in range(length) if not selected[place]]
     ranked = sorted(allowed, key=lambda place: (-np.float32(scores[place]), place))
@@ -165,10 +176,11 @@ def test_groups_pool_their_heads_shares(page_size: int) -> None:
         scores, page_size, 2, wanted, lengths, flags, SPLIT, scaling=0.3, pooling=pooling
     )
     scores[4, 2] = 0  # numba has no shares of nothing
-    again = select_on_device(
-        scores, page_size, 2, wanted, lengths, flags, ONE_PROGRAM, scaling=0.3, pooling=pooling
-    )
-    assert (found[:8] == again[:8]).all()
+    for workspace in (ONE_PROGRAM, IN_REGISTERS):
+        again = select_on_device(
+            scores, page_size, 2, wanted, lengths, flags, workspace, scaling=0.3, pooling=pooling
+        )
+        assert (found[:8] == again[:8]).all()
     numba_selection.flag_largest(scores.copy(), page_size, 2, wanted, 0.3, lengths, flags)
     assert (again == poisoned(flags, lengths)).all()
 

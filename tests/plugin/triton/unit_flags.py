@@ -1,4 +1,4 @@
-"""What tests of selection share: flags with poison behind them, and both ways of a selection."""
+"""What tests of selection share: flags with poison behind them, and the ways of a selection."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,11 @@ from tests.plugin.triton.interpreter import DEVICE
 from vllm_sparse_plugin.paged.triton_kernels.radix_workspace import RadixWorkspace
 
 POISON = 77
-ONE_PROGRAM = RadixWorkspace.of(DEVICE, max_rows=1, parts=1, long_row=1 << 30)
-SPLIT = RadixWorkspace.of(DEVICE, max_rows=64, parts=3, long_row=1)
-WORKSPACES = pytest.mark.parametrize("workspace", [ONE_PROGRAM, SPLIT], ids=["one", "split"])
+IN_REGISTERS = RadixWorkspace.of(DEVICE, max_rows=1, parts=1)
+ONE_PROGRAM = RadixWorkspace.of(DEVICE, max_rows=1, parts=1, long_row=1 << 30, short_row=0)
+SPLIT = RadixWorkspace.of(DEVICE, max_rows=64, parts=3, long_row=1, short_row=0)
+WAYS = (IN_REGISTERS, ONE_PROGRAM, SPLIT)
+WORKSPACES = pytest.mark.parametrize("workspace", WAYS[1:], ids=["one", "split"])
 
 
 def poisoned(flags: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_sparse_plugin.paged.triton_kernels.radix import BINS, LEVELS
+from vllm_sparse_plugin.paged.triton_kernels.row_selection import MOST_NUMBERS
 
 _LONG_ROW = 8192
 """Numbers that one program selects from as fast as the launches of a split selection take."""
@@ -23,11 +24,13 @@ class RadixWorkspace:
         histograms: `[max_rows, LEVELS, BINS]`, int32, of whole rows, per digit.
         equals: `[max_rows, parts, BINS]`, int32: of each part, the histogram of the last digit.
         long_row: Rows of at least this capacity are split, if there are no more than `max_rows`.
+        short_row: Rows of at most this capacity: in registers, see `row_selection`.
     """
 
     histograms: torch.Tensor
     equals: torch.Tensor
     long_row: int
+    short_row: int
 
     @classmethod
     def of(
@@ -36,6 +39,7 @@ class RadixWorkspace:
         max_rows: int = _MAX_SPLIT_ROWS,
         parts: int = _PARTS,
         long_row: int = _LONG_ROW,
+        short_row: int = MOST_NUMBERS,
     ) -> RadixWorkspace:
         """Asks for the memory: 2.5 MiB, unless it is told otherwise.
 
@@ -44,10 +48,11 @@ class RadixWorkspace:
             max_rows: Rows that are split.
             parts: Programs per row.
             long_row: See the class.
+            short_row: See the class; at most `MOST_NUMBERS`.
         """
         histograms = torch.empty((max_rows, LEVELS, BINS), dtype=torch.int32, device=device)
         equals = torch.empty((max_rows, parts, BINS), dtype=torch.int32, device=device)
-        return cls(histograms, equals, long_row)
+        return cls(histograms, equals, long_row, short_row)
 
     @property
     def parts(self) -> int:

@@ -25,6 +25,7 @@ from vllm_sparse_plugin.paged.triton_kernels.radix import (
     part_of,
 )
 from vllm_sparse_plugin.paged.triton_kernels.radix_workspace import RadixWorkspace
+from vllm_sparse_plugin.paged.triton_kernels.row_selection import select_rows
 
 _WARPS = 16
 """Of a program. There are few rows, and each step of a program waits for what it has loaded: the
@@ -297,6 +298,9 @@ def flag_largest(
     """
     num_queries, num_heads, capacity = scores.shape
     heads, items = num_heads // selectors, num_queries * selectors
+    if capacity <= workspace.short_row:
+        select_rows(scores, page_size, selectors, counts, scaling, lengths, flags)
+        return
     if heads > 1:
         if pooling is None:
             raise ValueError(f"{num_heads} heads' scores are pooled for {selectors}: no workspace")

@@ -1,0 +1,297 @@
+"""Selection from rows that fit into the registers of one program: nothing of them is stored.
+
+The bound between what is selected and the rest is found bit by bit, from the highest: how many
+numbers are not below it says whether the bit is part of it. Each bit takes as long as a sum over
+the program's threads; digits of more bits need histograms, which take longer than the bits that
+they spare (measured on an H200: 15 us for 2048 numbers by four histograms of 256).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2
+from vllm_sparse_plugin.paged.triton_kernels.radix import order_of
+
+MOST_NUMBERS = 16384
+"""Of a row: 32 in each of a program's threads."""
+_NUMBERS_PER_THREAD = 16
+_FEWEST_WARPS, _MOST_WARPS = 4, 16
+
+
+@triton.jit
+def _pooled(scores, row_stride, places, pages, scaling, HEADS: tl.constexpr):
+    """The mean of a group's shares, see `pooling`, `[numbers]`, float32."""
+    mask = places < pages
+    shares = tl.zeros(places.shape, tl.float32)
+    for head in range(HEADS):
+        own = tl.load(scores + head * row_stride + places, mask=mask, other=float("-inf"))
+        logits = own * scaling
+        peak = tl.max(logits, 0)
+        powers = tl.exp(logits - tl.where(peak == float("-inf"), 0.0, peak))
+        mass = tl.sum(powers, 0) * HEADS
+        shares += powers / tl.where(mass > 0, mass, 1.0)
+    return shares
+
+
+@triton.jit
+def _is_open(
+    flags,
+    stride,
+    places,
+    length,
+    PAGE_SIZE: tl.constexpr,
+    UNITS: tl.constexpr,
+    WORD: tl.constexpr,
+    WORDS: tl.constexpr,
+    ONES: tl.constexpr,
+):
+    """Which pages have a key that some unit has not selected, `[numbers]`.
+
+    Args:
+        flags: Pointer to the flags of the row's first unit, of 0 to 3.
+        stride: From one unit's flags to the next one's, a multiple of `WORD`.
+        places: `[numbers]`, pages.
+        length: Keys that the query sees.
+        PAGE_SIZE: Keys of a page, a multiple of `WORD`.
+        UNITS: Of the row.
+        WORD: Flags that are loaded at once.
+        WORDS: The type of as many.
+        ONES: A word of ones.
+    """
+    open_words = tl.zeros(places.shape, tl.int32)
+    for unit in range(UNITS):
+        for word in tl.static_range(PAGE_SIZE // WORD):
+            first = places * PAGE_SIZE + word * WORD
+            at = (flags + unit * stride + first).to(tl.pointer_type(WORDS))
+            own = tl.load(at, mask=first < length, other=ONES)
+            selected = (own | (own >> 1)) & ONES
+            if WORD > 1:
+                # Behind the length, anything counts as selected.
+                seen = tl.minimum(tl.maximum(length - first, 1), WORD)
+                behind = tl.full(places.shape, ONES, WORDS) << (8 * (seen % WORD)).to(WORDS)
+                selected = tl.where(seen < WORD, selected | behind, selected)
+            open_words += (selected != ONES).to(tl.int32)
+    return open_words > 0
+
+
+@triton.jit
+def _bound_of(numbers, wanted):
+    """What divides the largest numbers from the rest.
+
+    Args:
+        numbers: `[numbers]`, uint32; 0 is for what cannot be chosen.
+        wanted: How many are to be chosen, at least 1.
+
+    Returns:
+        The largest bound that enough numbers reach, uint32, at least 1; how many reach it; and how
+        many of those are to be chosen: where there are fewer than wanted, all.
+    """
+    one = tl.full([], 1, tl.uint32)
+    bound = tl.full([], 0, tl.uint32)
+    reached = tl.sum((numbers > 0).to(tl.int32), 0)
+    wanted = tl.minimum(wanted, reached)
+    bit = tl.full([], 32, tl.int32)
+    while (bit > 0) & (reached > wanted):
+        bit -= 1
+        higher = bound | (one << bit.to(tl.uint32))
+        count = tl.sum((numbers >= higher).to(tl.int32), 0)
+        is_enough = count >= wanted
+        bound = tl.where(is_enough, higher, bound)
+        # Without this bit, more numbers than are wanted reach the bound as before.
+        reached = tl.where(is_enough, count, reached)
+    return tl.maximum(bound, one), reached, wanted
+
+
+@triton.jit
+def _mark(
+    flags,
+    stride,
+    places,
+    chosen,
+    length,
+    PAGE_SIZE: tl.constexpr,
+    UNITS: tl.constexpr,
+    WORD: tl.constexpr,
+    WORDS: tl.constexpr,
+    ONES: tl.constexpr,
+):
+    """Selects pages for all units, without a key behind the length; see `_is_open`.
+
+    Args:
+        flags: See `_is_open`; so all but the next.
+        stride: As there.
+        places: As there.
+        chosen: `[numbers]`: which pages.
+        length: As there.
+        PAGE_SIZE: As there.
+        UNITS: As there.
+        WORD: As there.
+        WORDS: As there.
+        ONES: As there.
+    """
+    inside = tl.arange(0, WORD)
+    rest = length // WORD * WORD  # the last word, where it is not a whole one
+    is_rest_chosen = tl.sum((chosen & (places == rest // PAGE_SIZE)).to(tl.int32), 0)
+    end = tl.where(is_rest_chosen > 0, length, rest)
+    for unit in range(UNITS):
+        own = flags + unit * stride
+        for word in tl.static_range(PAGE_SIZE // WORD):
+            first = places * PAGE_SIZE + word * WORD
+            ones = tl.full(places.shape, ONES, WORDS)
+            target = (own + first).to(tl.pointer_type(WORDS))
+            tl.store(target, ones, mask=chosen & (first + WORD <= length))
+        ones_of_rest = tl.full([WORD], 1, tl.uint8)
+        tl.store(own + rest + inside, ones_of_rest, mask=rest + inside < end)
+
+
+@triton.jit
+def _select_row(
+    scores,
+    flags,
+    length,
+    wanted,
+    scaling,
+    row_stride,
+    stride,
+    PAGE_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    UNITS: tl.constexpr,
+    WORD: tl.constexpr,
+    WORDS: tl.constexpr,
+    ONES: tl.constexpr,
+    NUMBERS: tl.constexpr,
+):
+    """One row's selection; see `_select_rows_kernel`, and `_is_open`."""
+    pages = tl.cdiv(length, PAGE_SIZE)
+    places = tl.arange(0, NUMBERS)
+    if HEADS > 1:
+        own = _pooled(scores, row_stride, places, pages, scaling, HEADS)
+    else:
+        own = tl.load(scores + places, mask=places < pages, other=0.0)
+    is_open = _is_open(flags, stride, places, length, PAGE_SIZE, UNITS, WORD, WORDS, ONES)
+    numbers = tl.where(is_open & (places < pages), order_of(own), 0).to(tl.uint32)
+    bound, reached, wanted = _bound_of(numbers, wanted)
+    if reached == wanted:
+        _mark(flags, stride, places, numbers >= bound, length, PAGE_SIZE, UNITS, WORD, WORDS, ONES)
+    else:
+        is_equal = (numbers == bound).to(tl.int32)
+        room = wanted - reached + tl.sum(is_equal, 0)
+        is_first = (is_equal > 0) & (tl.cumsum(is_equal, 0) <= room)
+        chosen = (numbers > bound) | is_first
+        _mark(flags, stride, places, chosen, length, PAGE_SIZE, UNITS, WORD, WORDS, ONES)
+
+
+@launched
+def _select_rows_kernel(
+    scores,
+    flags,
+    lengths,
+    counts,
+    scaling,
+    row_stride,
+    stride,
+    PAGE_SIZE: tl.constexpr,
+    SELECTORS: tl.constexpr,
+    HEADS: tl.constexpr,
+    UNITS: tl.constexpr,
+    WORD: tl.constexpr,
+    WORDS: tl.constexpr,
+    ONES: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    FEWER: tl.constexpr,
+):
+    """Grid: rows. A row of up to `FEWER` numbers takes as much less time than one of `NUMBERS`."""
+    item = tl.program_id(0).to(tl.int64)
+    index = item // SELECTORS
+    length, wanted = tl.load(lengths + index), tl.load(counts + index).to(tl.int32)
+    if (length > 0) & (wanted > 0):
+        scores += item * HEADS * row_stride
+        flags += item * UNITS * stride
+        if length <= FEWER * PAGE_SIZE:
+            _select_row(
+                scores,
+                flags,
+                length,
+                wanted,
+                scaling,
+                row_stride,
+                stride,
+                PAGE_SIZE,
+                HEADS,
+                UNITS,
+                WORD,
+                WORDS,
+                ONES,
+                FEWER,
+            )
+        else:
+            _select_row(
+                scores,
+                flags,
+                length,
+                wanted,
+                scaling,
+                row_stride,
+                stride,
+                PAGE_SIZE,
+                HEADS,
+                UNITS,
+                WORD,
+                WORDS,
+                ONES,
+                NUMBERS,
+            )
+
+
+_WORDS = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
+
+
+def select_rows(
+    scores: torch.Tensor,
+    page_size: int,
+    selectors: int,
+    counts: torch.Tensor,
+    scaling: float,
+    lengths: torch.Tensor,
+    flags: torch.Tensor,
+) -> None:
+    """See `selection.flag_largest`; scores are left as they are.
+
+    Args:
+        scores: See there, of at most `MOST_NUMBERS` pages; so all others.
+        page_size: As there.
+        selectors: As there.
+        counts: As there.
+        scaling: As there.
+        lengths: As there.
+        flags: As there.
+    """
+    num_queries, num_heads, capacity = scores.shape
+    items, stride = num_queries * selectors, flags.shape[1]
+    word = math.gcd(8, page_size, stride)
+    numbers = max(128, power_of_2(capacity))
+    warps = numbers // (32 * _NUMBERS_PER_THREAD)
+    _select_rows_kernel[(items,)](
+        scores,
+        flags,
+        lengths,
+        counts,
+        scaling,
+        capacity,
+        stride,
+        PAGE_SIZE=page_size,
+        SELECTORS=selectors,
+        HEADS=num_heads // selectors,
+        UNITS=len(flags) // items,
+        WORD=word,
+        WORDS=_WORDS[word],
+        ONES=int.from_bytes(bytes([1] * word), "little"),
+        NUMBERS=numbers,
+        FEWER=max(128, numbers // 4),
+        num_warps=max(_FEWEST_WARPS, min(_MOST_WARPS, warps)),
+    )
