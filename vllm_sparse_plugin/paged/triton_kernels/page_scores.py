@@ -172,7 +172,7 @@ def _score_pages(
             starts = starts_of_pages(
                 blocks, split, whole, BLOCK_BYTES, RECORD_BYTES, per_block, PAGES
             )
-            least, step = scales_of_pages(records + starts, SIDES)
+            least, step = scales_of_pages(records + starts, PAGES)
         for tile in tl.range(split, tiles, programs):
             starts = starts_of_pages(
                 blocks, tile, whole, BLOCK_BYTES, RECORD_BYTES, per_block, PAGES
@@ -197,7 +197,7 @@ def _score_pages(
                 starts = starts_of_pages(
                     blocks, tile_after, whole, BLOCK_BYTES, RECORD_BYTES, per_block, PAGES
                 )
-                least, step = scales_of_pages(records + starts, SIDES)
+                least, step = scales_of_pages(records + starts, PAGES)
             store_scores(scores, scores_head_stride, tile * PAGES, whole, sums, GROUP)
         rest = length - whole * PAGE_SIZE
         if (rest > 0) & (split == tiles % programs):
