@@ -13,6 +13,8 @@ from vllm_sparse_plugin.paged.triton_kernels.writing import check_rows
 
 KEYS_AT_ONCE = 16
 """Keys of a page that are loaded together."""
+_WARPS = 2
+"""Of a program that writes one key and its page's bounds: few wait for each other sooner."""
 
 
 def parts_of(head_size: int, bits: int) -> tuple[int, int]:
@@ -66,19 +68,18 @@ def bounds_of_keys(
 
 @triton.jit
 def _store_codes(record, low, high, BITS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr):
-    columns = tl.arange(0, low.shape[1])
+    # Both rows at once: each of the sums below is a wait of all threads for each other.
+    rows = tl.permute(tl.join(low, high), (2, 0, 1))
+    sides, columns = tl.arange(0, 2), tl.arange(0, low.shape[1])
     shifts = (tl.arange(0, PARTS) * BITS)[None, :, None]
-    inside = (columns < PART)[None, None, :]
-    scales = record.to(tl.pointer_type(tl.float32)) + tl.zeros([1, 1, 1], tl.int32)
-    for side in tl.static_range(2):
-        row = (low if side == 0 else high)[None, :, :]
-        least, step = smallest_and_step(row, inside, BITS)
-        tl.store(scales + 2 * side, least)
-        tl.store(scales + (2 * side + 1), step)
-        codes = codes_of(row, least, step, BITS).to(tl.int32) << shifts
-        packed = tl.sum(codes, axis=1).to(tl.uint8)
-        target = record + 16 + side * PART + columns[None, :]
-        tl.store(target, packed, mask=(columns < PART)[None, :])
+    least, step = smallest_and_step(rows, (columns < PART)[None, None, :], BITS)
+    scales = record.to(tl.pointer_type(tl.float32)) + 2 * sides[:, None, None]
+    tl.store(scales, least)
+    tl.store(scales + 1, step)
+    codes = codes_of(rows, least, step, BITS).to(tl.int32) << shifts
+    packed = tl.sum(codes, axis=1).to(tl.uint8)
+    target = record + 16 + sides[:, None] * PART + columns[None, :]
+    tl.store(target, packed, mask=(columns < PART)[None, :])
 
 
 @triton.jit
@@ -263,4 +264,5 @@ def update_pages(
         COLUMNS=padded(part),
         CHANNELS=padded(head_size),
         enable_fp_fusion=False,
+        num_warps=_WARPS,
     )

@@ -35,9 +35,10 @@ ENOUGH_PROGRAMS = 512
 _MOST_TILES = 4
 """Of a program, while there are programs left to start. Before its first tile, it does the work of
 about two; long scans among short ones need many programs."""
-_STAGES = 5
-"""Two for blocks and two for bounds, which depend on them: while a tile's bounds are multiplied,
-those of the next one are on their way. With three or four there is one buffer, and no overlap."""
+_WARPS, _STAGES = 2, 2
+"""Of programs. Many small ones, which wait for each other less than the warps of few large ones.
+(Measured on an H200, batch 8, 4 bits, at 32K and 128K: 16.6 and 44.5 us; with four warps and five
+stages, 18 and 51 us.)"""
 
 
 @triton.jit
@@ -305,5 +306,6 @@ def score_pages(
         ENOUGH=ENOUGH_PROGRAMS,
         MOST_TILES=_MOST_TILES,
         enable_fp_fusion=False,
+        num_warps=_WARPS,
         num_stages=_STAGES,
     )
