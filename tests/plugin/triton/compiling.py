@@ -54,6 +54,7 @@ class Compiled:
         matrix_products: Instructions of tensor cores.
         fused: Products and sums in one instruction.
         wide_loads: Loads of 16 bytes.
+        wide_stores: Likewise.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Compiled:
     matrix_products: int
     fused: int
     wide_loads: int
+    wide_stores: int
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class Launch:
             matrix_products=len(re.findall(r"mma\.sync|wgmma\.mma_async", ptx)),
             fused=len(re.findall(r"\bfma\.rn\.f32\b", ptx)),
             wide_loads=len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
+            wide_stores=len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
         )
 
 

@@ -61,9 +61,13 @@ def test_instructions(report) -> None:
             "signature_scores._score_signatures",
             "selection._select_kernel",
             "selection._order_kernel",
+            "flags._pool_kernel",
+            "flags._spread_kernel",
         ):
             # But codes of 2 bits of 80 channels are 20 bytes.
             assert kernel["wide_loads"] > 0 or "PART=20" in variant, kernel
+        if name.startswith("flags."):
+            assert kernel["wide_stores"] > 0, kernel
         # Keys and values are loaded ahead, and multiplied on tensor cores.
         if name == "attention._attend_kernel":
             assert kernel["async_copies"] >= 2, kernel

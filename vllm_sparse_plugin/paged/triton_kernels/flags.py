@@ -1,13 +1,24 @@
-"""Starting and marking flags, and flags of query heads as flags of their KV heads."""
+"""Starting and marking flags, and flags of query heads as flags of their KV heads.
+
+Flags are moved 16 at a time. The last ones of a row, fewer than 16, are moved by themselves: a mask
+that differs between neighbours would make each flag an access of its own.
+"""
 
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.grids import launched, programs_per_row
 
 _TILE = 4096
+
+
+@triton.jit
+def _is_last():
+    """Whether a program is the one that moves the rest of its row: it has the fewest tiles."""
+    return tl.program_id(1) == tl.num_programs(1) - 1
 
 
 @launched
@@ -26,9 +37,37 @@ def _fill_kernel(
     begin = tl.maximum(tl.load(begins + index).to(tl.int32), 0)
     end = tl.minimum(tl.load(ends + index).to(tl.int32), tl.load(lengths + index))
     row = flags + unit * stride
-    for first in range(begin + tl.program_id(1) * TILE, end, tl.num_programs(1) * TILE):
-        keys = first + tl.arange(0, TILE)
-        tl.store(row + keys, tl.full([TILE], VALUE, tl.uint8), mask=keys < end)
+    inner, whole = (begin + 15) // 16 * 16, end // 16 * 16
+    for first in range(inner + tl.program_id(1) * TILE, whole, tl.num_programs(1) * TILE):
+        keys = first // 16 * 16 + tl.arange(0, TILE)  # so that Triton knows of the 16
+        tl.store(row + keys, tl.full([TILE], VALUE, tl.uint8), mask=keys < whole)
+    if _is_last():
+        of_edge = tl.arange(0, 16)
+        value = tl.full([16], VALUE, tl.uint8)
+        keys = begin // 16 * 16 + of_edge
+        tl.store(row + keys, value, mask=(keys >= begin) & (keys < end))
+        keys = whole + of_edge
+        tl.store(row + keys, value, mask=(keys >= begin) & (keys < end))
+
+
+@triton.jit
+def _flags_of_ranges(keys, ranges, stride, RANGES: tl.constexpr):
+    found = tl.zeros(keys.shape, tl.uint8)
+    for place in tl.static_range(RANGES):
+        own = ranges + 2 * place * stride
+        begin, end = tl.load(own), tl.load(own + stride)
+        found |= ((keys >= begin) & (keys < end)).to(tl.uint8)
+    return found
+
+
+@triton.jit
+def _meets_ranges(first, behind, ranges, stride, RANGES: tl.constexpr):
+    """Whether any of the keys from `first` to before `behind` may be in a range."""
+    meets = first > behind
+    for place in tl.static_range(RANGES):
+        own = ranges + 2 * place * stride
+        meets |= (tl.load(own) < behind) & (tl.load(own + stride) > first)
+    return meets
 
 
 @launched
@@ -46,14 +85,28 @@ def _start_kernel(
     index = unit // UNITS
     length = tl.load(lengths + index)
     row = flags + unit * stride
-    for first in range(tl.program_id(1) * TILE, length, tl.num_programs(1) * TILE):
+    ranges += index
+    whole = length // 16 * 16
+    for first in range(tl.program_id(1) * TILE, whole, tl.num_programs(1) * TILE):
         keys = first + tl.arange(0, TILE)
-        found = tl.zeros([TILE], tl.uint8)
-        for place in tl.static_range(RANGES):
-            own = ranges + 2 * place * ranges_stride + index
-            begin, end = tl.load(own), tl.load(own + ranges_stride)
-            found |= ((keys >= begin) & (keys < end)).to(tl.uint8)
+        if _meets_ranges(first, first + TILE, ranges, ranges_stride, RANGES):
+            found = _flags_of_ranges(keys, ranges, ranges_stride, RANGES)
+            tl.store(row + keys, found, mask=keys < whole)
+        else:  # most of a row: nothing to compare for each of its keys
+            tl.store(row + keys, tl.zeros([TILE], tl.uint8), mask=keys < whole)
+    if _is_last():
+        keys = whole + tl.arange(0, 16)
+        found = _flags_of_ranges(keys, ranges, ranges_stride, RANGES)
         tl.store(row + keys, found, mask=keys < length)
+
+
+@triton.jit
+def _pool_keys(flags, pooled, keys, end, stride, GROUP: tl.constexpr):
+    mask = keys < end
+    found = tl.zeros(keys.shape, tl.uint8)
+    for head in tl.static_range(GROUP):
+        found |= tl.load(flags + head * stride + keys, mask=mask, other=0)
+    tl.store(pooled + keys, found, mask=mask)
 
 
 @launched
@@ -62,13 +115,21 @@ def _pool_kernel(
 ):
     unit = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + unit // UNITS)
-    for first in range(tl.program_id(1) * TILE, length, tl.num_programs(1) * TILE):
-        keys = first + tl.arange(0, TILE)
-        mask = keys < length
-        found = tl.zeros([TILE], tl.uint8)
-        for head in range(GROUP):
-            found |= tl.load(flags + (unit * GROUP + head) * stride + keys, mask=mask, other=0)
-        tl.store(pooled + unit * stride + keys, found, mask=mask)
+    flags += unit * GROUP * stride
+    pooled += unit * stride
+    whole = length // 16 * 16
+    for first in range(tl.program_id(1) * TILE, whole, tl.num_programs(1) * TILE):
+        _pool_keys(flags, pooled, first + tl.arange(0, TILE), whole, stride, GROUP)
+    if _is_last():
+        _pool_keys(flags, pooled, whole + tl.arange(0, 16), length, stride, GROUP)
+
+
+@triton.jit
+def _spread_keys(pooled, flags, keys, end, stride, GROUP: tl.constexpr):
+    mask = keys < end
+    found = tl.load(pooled + keys, mask=mask, other=0)
+    for head in tl.static_range(GROUP):
+        tl.store(flags + head * stride + keys, found, mask=mask)
 
 
 @launched
@@ -77,12 +138,13 @@ def _spread_kernel(
 ):
     unit = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + unit // UNITS)
-    for first in range(tl.program_id(1) * TILE, length, tl.num_programs(1) * TILE):
-        keys = first + tl.arange(0, TILE)
-        mask = keys < length
-        found = tl.load(pooled + unit * stride + keys, mask=mask, other=0)
-        for head in range(GROUP):
-            tl.store(flags + (unit * GROUP + head) * stride + keys, found, mask=mask)
+    flags += unit * GROUP * stride
+    pooled += unit * stride
+    whole = length // 16 * 16
+    for first in range(tl.program_id(1) * TILE, whole, tl.num_programs(1) * TILE):
+        _spread_keys(pooled, flags, first + tl.arange(0, TILE), whole, stride, GROUP)
+    if _is_last():
+        _spread_keys(pooled, flags, whole + tl.arange(0, 16), length, stride, GROUP)
 
 
 def start_flags(
