@@ -63,6 +63,8 @@ def test_instructions(report) -> None:
             "selection._order_kernel",
             "flags._pool_kernel",
             "flags._spread_kernel",
+            "lists._count_kernel",
+            "lists._list_kernel",
         ):
             # But codes of 2 bits of 80 channels are 20 bytes.
             assert kernel["wide_loads"] > 0 or "PART=20" in variant, kernel

@@ -14,8 +14,9 @@ POISON = 77
 
 
 @pytest.fixture(params=[9008, 9000], ids=["aligned", "unaligned"])
-def capacity(request: pytest.FixtureRequest) -> int:
-    """Rows that begin at multiples of 16 bytes, as in engines, and others."""
+def capacity(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Rows that begin at multiples of 16 bytes, as in engines, and others; of three tiles."""
+    monkeypatch.setattr(kernels, "programs_per_row", lambda *_: 2)
     return int(request.param)
 
 

@@ -10,6 +10,7 @@ from tests.plugin.triton.interpreter import DEVICE
 from tests.plugin.triton.unit_flags import poisoned
 from vllm_sparse_plugin.paged.kernels import group_lists
 from vllm_sparse_plugin.paged.kernels import lists as numba_lists
+from vllm_sparse_plugin.paged.triton_kernels import lists as module
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists, list_tokens
 
 POISON = -7
@@ -22,6 +23,7 @@ def poisoned_lists(queries: int, kv_heads: int, units: int, capacity: int, weigh
     lists.log_weights.fill_(torch.nan)
     lists.tile_counts.fill_(1 << 20)
     lists.tile_selected.fill_(1 << 20)
+    lists.unit_weights.fill_(torch.nan)
     return lists
 
 
@@ -54,30 +56,37 @@ def check_against_numba(flags, probability, lengths, kv_heads, key_probability) 
         assert lists.log_weights[item, count:].isnan().all()
 
 
-@pytest.mark.parametrize(("kv_heads", "units"), [(1, 1), (2, 1), (2, 4), (1, 7)])
+@pytest.mark.parametrize(("kv_heads", "units"), [(1, 1), (2, 1), (2, 4), (1, 7), (1, 8)])
 @pytest.mark.parametrize("has_own", [False, True])
-def test_lists_of_groups(kv_heads: int, units: int, has_own: bool) -> None:
-    """Sampled keys and certain ones, in rows that end at, before and behind a tile's edge."""
+@pytest.mark.parametrize("capacity", [6160, 6152], ids=["aligned", "unaligned"])
+def test_lists_of_groups(
+    monkeypatch: pytest.MonkeyPatch, kv_heads: int, units: int, has_own: bool, capacity: int
+) -> None:
+    """Sampled keys and certain ones, in rows that end at, before and behind a tile's edge.
+
+    Programs have several tiles, of the longest row, or none.
+    """
+    monkeypatch.setattr(module, "programs_per_row", lambda *_: 3)
     random = np.random.default_rng(units)
-    lengths = np.array([0, 1, 8, 1023, 1024, 1025, 3000], np.int32)
+    lengths = np.array([0, 1, 8, 15, 16, 17, 2047, 2048, 2049, 3000, 6150], np.int32)
     rows = len(lengths) * kv_heads * units
     densities = [0.9, 0.05, 0.03, 0.02] if has_own else [0.9, 0.06, 0.04, 0]
-    flags = random.choice(np.array([0, 1, 2, 3], np.uint8), (rows, 3008), p=densities)
-    flags[-units:, 1100:2200] = 0
+    flags = random.choice(np.array([0, 1, 2, 3], np.uint8), (rows, capacity), p=densities)
+    flags[-units:, 1100:4200] = 0
     for row, values in enumerate(flags):
         values[lengths[row // (kv_heads * units)] :] = 0  # numba reads up to the next eight
     flags[: 3 * kv_heads * units] = 0  # nothing selected, in rows of 0, 1 and 8 keys
     probability = random.random(rows).astype(np.float32)
     probability[::3] = 0  # of those who have sampled nothing
     flags[::3][flags[::3] == 2] = 1
-    own = random.random((rows if has_own else 0, 3008)).astype(np.float32)
+    own = random.random((rows if has_own else 0, capacity)).astype(np.float32)
     check_against_numba(flags, probability, lengths, kv_heads, own)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 3])
 def test_lists_without_weights(kv_heads: int) -> None:
     random = np.random.default_rng(kv_heads)
-    lengths = np.array([0, 1, 1024, 2500], np.int32)
+    lengths = np.array([0, 1, 2048, 2500], np.int32)
     flags = (random.random((4 * kv_heads, 2504)) < 0.1).astype(np.uint8)
     tokens = np.empty(flags.shape, np.int32)
     counts = np.empty(len(flags), np.int32)

@@ -14,9 +14,36 @@ import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2, programs_per_row
 
-_TILE = 1024
+_GROUPS = 128
+"""Of 16 keys each, in a tile: one for each thread of a program."""
+_TILE = 16 * _GROUPS
+_HEADS = 4
+"""At once: of more, registers would run out; and the weights of four are a store of 16 bytes."""
 NOT_SELECTED = -1e30
 """In place of -log of a probability, which is at least 0."""
+
+
+@triton.jit
+def _keys_of(tile, GROUPS: tl.constexpr):
+    """Keys of a tile, `[1, 16, GROUPS]`, int32, each column 16 neighbours: those of one thread.
+
+    It loads 16 flags at once, adds up its own and stores its own tokens: nothing but sums is
+    passed from thread to thread.
+    """
+    inside, groups = tl.arange(0, 16), tl.arange(0, GROUPS)
+    return ((tile * GROUPS + groups[None, :]) * 16 + inside[:, None])[None, :, :]
+
+
+@triton.jit
+def _flags_of(flags, head, keys, length, stride, UNITS: tl.constexpr):
+    """Flags of keys, `[HEADS, 16, GROUPS]`, uint8; behind the length, anything.
+
+    There, too, they are loaded, as far as a row has them: a mask that differs between neighbours
+    would make each flag a load of its own.
+    """
+    held = tl.minimum(tl.cdiv(length, 16) * 16, stride)
+    at = flags + head.to(tl.int64) * stride + keys
+    return tl.load(at, mask=(head < UNITS) & (keys < held), other=0)
 
 
 @triton.jit
@@ -24,40 +51,69 @@ def _is_listed(flag, FLAG: tl.constexpr):
     return (flag != 0) if FLAG == 0 else (flag == FLAG)
 
 
+@triton.jit
+def _any_listed(flag, FLAG: tl.constexpr):
+    """Whether any of the heads lists a key, `[16, GROUPS]`, uint8: 0 if not."""
+    own = flag if FLAG == 0 else (flag == FLAG).to(tl.uint8)
+    return tl.max(own, 0)
+
+
 @launched
 def _count_kernel(
     flags,
     lengths,
+    probability,
+    unit_weights,
     tile_counts,
     tile_selected,
     stride,
     tiles,
     LISTS: tl.constexpr,
     UNITS: tl.constexpr,
+    HEADS: tl.constexpr,
     FLAG: tl.constexpr,
-    TILE: tl.constexpr,
+    HAS_PROBABILITY: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
-    """How many tokens each tile of a list's keys has, and each unit of it selects."""
+    """How many tokens each tile of a list's keys has, and each of its units selects, if several.
+
+    The last program of a list has no tiles: it computes what a key weighs that a unit has sampled,
+    which all those that write the list would have to do otherwise.
+    """
     item = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + item // LISTS)
-    for tile in range(tl.program_id(1), tl.cdiv(length, TILE), tl.num_programs(1)):
-        keys = tile * TILE + tl.arange(0, TILE)
-        union = tl.zeros([TILE], tl.int32)
-        for head in range(UNITS):
-            unit = item * UNITS + head
-            flag = tl.load(flags + unit * stride + keys, mask=keys < length, other=0)
-            own = _is_listed(flag, FLAG).to(tl.int32)
-            tl.store(tile_selected + unit * tiles + tile, tl.sum(own, 0))
-            union |= own
-        tl.store(tile_counts + item * tiles + tile, tl.sum(union, 0))
+    flags += item * UNITS * stride
+    programs = tl.num_programs(1) - 1
+    live = tl.where(tl.program_id(1) < programs, tl.cdiv(length, 16 * GROUPS), 0)
+    for tile in range(tl.program_id(1), live, programs):
+        keys = _keys_of(tile, GROUPS)
+        found = tl.zeros([16, GROUPS], tl.uint8)
+        for first in tl.static_range(0, UNITS, HEADS):
+            head = first + tl.arange(0, HEADS)
+            flag = _flags_of(flags, head[:, None, None], keys, length, stride, UNITS)
+            found |= _any_listed(flag, FLAG)
+            if UNITS > 1:
+                at = tile_selected + (item * UNITS + head) * tiles + tile
+                own = (_is_listed(flag, FLAG) & (keys < length)).to(tl.int32)
+                tl.store(at, tl.sum(tl.sum(own, 1), 1), mask=head < UNITS)
+        union = ((found != 0)[None, :, :] & (keys < length)).to(tl.int32)
+        tl.store(tile_counts + item * tiles + tile, tl.sum(tl.sum(tl.sum(union, 0), 0), 0))
+    if HAS_PROBABILITY:  # noqa: SIM102 (this one is decided while compiling)
+        if tl.program_id(1) == programs:
+            for first in tl.static_range(0, UNITS, HEADS):
+                head = first + tl.arange(0, HEADS)
+                unit, is_unit = item * UNITS + head, head < UNITS
+                share = tl.load(probability + unit, mask=is_unit, other=1.0).to(tl.float64)
+                log_share = tl.log(tl.where(share > 0, share, 1.0)).to(tl.float32)
+                tl.store(unit_weights + unit, -log_share, mask=is_unit)
 
 
 @launched
 def _list_kernel(
     flags,
     lengths,
-    probability,
     key_probability,
+    unit_weights,
     tile_counts,
     tile_selected,
     tokens,
@@ -69,50 +125,75 @@ def _list_kernel(
     tiles,
     LISTS: tl.constexpr,
     UNITS: tl.constexpr,
+    HEADS: tl.constexpr,
     FLAG: tl.constexpr,
     IS_WEIGHTED: tl.constexpr,
     HAS_PROBABILITY: tl.constexpr,
     HAS_KEY_PROBABILITY: tl.constexpr,
     TILES: tl.constexpr,
-    TILE: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
-    """Writes a list, each tile's tokens behind those of the tiles before it."""
+    """Writes a list, each tile's tokens behind those of the tiles before it.
+
+    The last program of a list has no tiles: it adds up how many tokens there are.
+    """
     item = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + item // LISTS)
-    live = tl.cdiv(length, TILE)
+    flags += item * UNITS * stride
+    tokens += item * list_stride
+    log_weights += item * list_stride * UNITS
+    live = tl.cdiv(length, 16 * GROUPS)
     every = tl.arange(0, TILES)
     of_tiles = tl.load(tile_counts + item * tiles + every, mask=every < live, other=0)
-    if tl.program_id(1) == 0:
-        tl.store(counts + item, tl.sum(of_tiles, 0))
-        for head in range(UNITS):
-            row = tile_selected + (item * UNITS + head) * tiles
-            own = tl.load(row + every, mask=every < live, other=0)
-            tl.store(selected + item * UNITS + head, tl.sum(own, 0))
-    for tile in range(tl.program_id(1), live, tl.num_programs(1)):
-        keys = tile * TILE + tl.arange(0, TILE)
-        mask = keys < length
-        union = tl.zeros([TILE], tl.int32)
-        for head in range(UNITS):
-            flag = tl.load(flags + (item * UNITS + head) * stride + keys, mask=mask, other=0)
-            union |= _is_listed(flag, FLAG).to(tl.int32)
+    programs = tl.num_programs(1) - 1
+    is_last = tl.program_id(1) == programs
+    for tile in range(tl.program_id(1), tl.where(is_last, 0, live), programs):
+        keys = _keys_of(tile, GROUPS)
+        found = tl.zeros([16, GROUPS], tl.uint8)
+        for first in tl.static_range(0, UNITS, HEADS):
+            head = (first + tl.arange(0, HEADS))[:, None, None]
+            flag = _flags_of(flags, head, keys, length, stride, UNITS)
+            found |= _any_listed(flag, FLAG)
+        is_token = (found != 0)[None, :, :] & (keys < length)
+        union = is_token.to(tl.int32)
         before = tl.sum(tl.where(every < tile, of_tiles, 0), 0)
-        place = item * list_stride + before + tl.cumsum(union, 0) - 1
-        tl.store(tokens + place, keys, mask=union > 0)
+        of_groups = tl.sum(union, 1)
+        before += tl.cumsum(of_groups, 1) - of_groups
+        place = before[:, None, :] + tl.cumsum(union, 1) - 1
+        tl.store(tokens + place, keys, mask=is_token)
         if IS_WEIGHTED:
-            for head in range(UNITS):
-                unit = item * UNITS + head
-                flag = tl.load(flags + unit * stride + keys, mask=mask, other=0)
-                weight = tl.zeros([TILE], tl.float32)
+            for first in tl.static_range(0, UNITS, HEADS):
+                head = (first + tl.arange(0, HEADS))[:, None, None]
+                unit, is_unit = item * UNITS + head, head < UNITS
+                if UNITS > HEADS:
+                    flag = _flags_of(flags, head, keys, length, stride, UNITS)
+                weight = tl.zeros(flag.shape, tl.float32)
                 if HAS_PROBABILITY:
-                    share = tl.load(probability + unit).to(tl.float64)
-                    log_share = tl.log(tl.where(share > 0, share, 1.0)).to(tl.float32)
-                    weight = tl.where(flag == 2, -log_share, 0.0)
+                    own = tl.load(unit_weights + unit, mask=is_unit, other=0.0)
+                    weight = tl.where(flag == 2, own, 0.0)
                 if HAS_KEY_PROBABILITY:
-                    is_own = mask & (flag == 3)
-                    own = tl.load(key_probability + unit * stride + keys, mask=is_own, other=1.0)
-                    weight = tl.where(is_own, -tl.log(own), weight)
+                    is_own = is_token & (flag == 3)
+                    at = key_probability + unit * stride + keys
+                    weight = tl.where(is_own, -tl.log(tl.load(at, mask=is_own, other=1.0)), weight)
                 weight = tl.where(_is_listed(flag, FLAG), weight, -1e30)
-                tl.store(log_weights + place * UNITS + head, weight, mask=union > 0)
+                if UNITS % HEADS != 0:
+                    # There is no wide store to gain from neighbouring heads: Triton need not know
+                    # that they are, and pass keys from thread to thread for it.
+                    head = tl.where(is_unit, head, 0)
+                at = log_weights + place * UNITS + head
+                tl.store(at, weight, mask=is_unit & is_token)
+    if is_last:
+        count = tl.sum(of_tiles, 0)
+        tl.store(counts + item, count)
+        if UNITS == 1:
+            tl.store(selected + item, count)
+        else:
+            for first in tl.static_range(0, UNITS, HEADS):
+                head = first + tl.arange(0, HEADS)
+                unit, is_unit = item * UNITS + head, head < UNITS
+                at = tile_selected + unit[:, None] * tiles + every[None, :]
+                own = tl.load(at, mask=is_unit[:, None] & (every < live)[None, :], other=0)
+                tl.store(selected + unit, tl.sum(own, 1), mask=is_unit)
 
 
 @dataclass(frozen=True)
@@ -128,6 +209,7 @@ class DeviceLists:
         selected: `[max_queries * num_kv_heads * width]`, int32, keys that each unit selects.
         tile_counts: `[max_queries * num_kv_heads, tiles]`, int32: scratch.
         tile_selected: `[max_queries * num_kv_heads * width, tiles]`, int32: scratch.
+        unit_weights: `[max_queries * num_kv_heads * width]`, float32: scratch.
     """
 
     tokens: torch.Tensor
@@ -136,6 +218,7 @@ class DeviceLists:
     selected: torch.Tensor
     tile_counts: torch.Tensor
     tile_selected: torch.Tensor
+    unit_weights: torch.Tensor
 
     @classmethod
     def of(
@@ -171,6 +254,7 @@ class DeviceLists:
             integers(lists * units),
             integers(lists, tiles),
             integers(lists * units, tiles),
+            torch.empty(lists * units, dtype=torch.float32, device=device),
         )
 
 
@@ -209,25 +293,29 @@ def list_tokens(
     if not is_weighted and (units > 1 or probability is not None or key_probability is not None):
         raise ValueError("sampled keys need lists with weights")
     tiles = lists.tile_counts.shape[1]
-    grid = (num_lists, programs_per_row(num_lists, capacity, _TILE))
+    grid = (num_lists, programs_per_row(num_lists, capacity, _TILE) + 1)
     per_query = num_lists // len(lengths)
     _count_kernel[grid](
         flags,
         lengths,
+        lists.counts if probability is None else probability,
+        lists.unit_weights,
         lists.tile_counts,
         lists.tile_selected,
         capacity,
         tiles,
         LISTS=per_query,
         UNITS=units,
+        HEADS=min(_HEADS, power_of_2(units)),
         FLAG=only,
-        TILE=_TILE,
+        HAS_PROBABILITY=probability is not None,
+        GROUPS=_GROUPS,
     )
     _list_kernel[grid](
         flags,
         lengths,
-        lists.counts if probability is None else probability,
         lists.counts if key_probability is None else key_probability,
+        lists.unit_weights,
         lists.tile_counts,
         lists.tile_selected,
         lists.tokens,
@@ -239,10 +327,11 @@ def list_tokens(
         tiles,
         LISTS=per_query,
         UNITS=units,
+        HEADS=min(_HEADS, power_of_2(units)),
         FLAG=only,
         IS_WEIGHTED=is_weighted,
         HAS_PROBABILITY=probability is not None,
         HAS_KEY_PROBABILITY=key_probability is not None,
         TILES=power_of_2(tiles),
-        TILE=_TILE,
+        GROUPS=_GROUPS,
     )
