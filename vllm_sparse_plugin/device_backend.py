@@ -153,6 +153,7 @@ class DeviceAttentionImpl(SparseAttentionImpl):
             target.view(taken.shape),
             group.reads,
             group.sequences,
+            group.whole,
         )
         if group.tokens is not None:
             output[group.tokens] = target.view(-1, *output.shape[1:])

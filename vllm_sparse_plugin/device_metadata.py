@@ -42,9 +42,11 @@ if TYPE_CHECKING:
 class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
     """Plans each step, once for all layers of a KV cache group.
 
-    The dense backend's metadata are those of the whole step in any case; where a row has no dense
-    query, they let it see next to nothing, and its output is overwritten. So nothing is gathered,
-    and a CUDA graph of a decode step holds dense and sparse requests in any mixture.
+    In a decode step, the launch that reads what is selected for some queries reads all keys for
+    dense ones: so a CUDA graph holds both in any mixture. (The dense backend's kernel takes some
+    20 us in each layer to find that no query is dense, measured on an H200.) In other steps, the
+    dense backend's metadata are those of all rows; where one has no dense query, they let it see
+    next to nothing, and its output is overwritten. So nothing is gathered.
     """
 
     def __init__(
@@ -145,16 +147,16 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
             self._captured is not None
             and common.max_query_len <= 1
             and all(row.parameters.config_json == self._captured for row in sparse)
+            and all(row.query_start == row.row for row in dense)
             and all(row.query_start == row.row for row in sparse)
             and self._need_their_last_codes(sparse, rows)
         )
         if fits and (sparse or (self._has_graphs and not graphs.has_dense_graphs)):
-            lengths = np.zeros(common.num_reqs, np.int32)
+            whole, lengths = np.zeros((2, common.num_reqs), np.int32)
+            whole[[row.row for row in dense]] = [row.seq_len for row in dense]
             lengths[[row.row for row in sparse]] = [row.seq_len for row in sparse]
             places = self._places(common.num_reqs, sparse, rows)
-            return self._decode_step(
-                common, dense_lengths(starts, seq_lens, dense), lengths, places, sparse, fast_build
-            )
+            return self._decode_step(common, whole, lengths, places, sparse, fast_build)
         if not sparse:
             return self._build_dense(common, fast_build)
         return self._mixed_step(
@@ -173,10 +175,8 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
                 common_attn_metadata
             )
         self._table.graphs.step_is_sparse = True
-        number = common_attn_metadata.num_reqs
-        # One key each: a capture with the longest sequences would take long.
-        ones, zeros = np.ones(number, np.int32), np.zeros(number, np.int32)
-        return self._decode_step(common_attn_metadata, ones, zeros, zeros, [], fast_build=False)
+        zeros = np.zeros(common_attn_metadata.num_reqs, np.int32)
+        return self._decode_step(common_attn_metadata, zeros, zeros, zeros, [], fast_build=False)
 
     def _need_their_last_codes(self, sparse: Sequence[SparseRow], rows: Mapping[int, Row]) -> bool:
         """Whether nothing is to be learned, or to be encoded but last keys, in a decode step."""
@@ -208,12 +208,11 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         Args:
             common: Of the step.
         """
-        starts: list[int] = common.query_start_loc_cpu.tolist()
         lengths = np.array(self._host_seq_lens(common), np.int32)
-        dense = dense_lengths(starts, lengths.tolist(), [])
+        zeros = np.zeros_like(lengths)
         return (
             self._build_dense(common, fast_build=False),
-            self._decode_step(common, dense, lengths, np.zeros_like(lengths), [], fast_build=False),
+            self._decode_step(common, zeros, lengths, zeros, [], fast_build=False),
         )
 
     def forget_reads(self) -> None:
@@ -239,7 +238,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
     def _decode_step(
         self,
         common: CommonAttentionMetadata,
-        dense: np.ndarray,
+        whole: np.ndarray,
         lengths: np.ndarray,
         places: np.ndarray,
         sparse: Sequence[SparseRow],
@@ -249,7 +248,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
 
         Args:
             common: Of the step, of one query per row.
-            dense: `[num_rows]`, int32, see `dense_lengths`.
+            whole: `[num_rows]`, int32: keys that dense rows see, 0 for others.
             lengths: `[num_rows]`, int32: keys that sparse rows see, 0 for others.
             places: `[num_rows]`, int32: where what was learned of them is.
             sparse: The rows.
@@ -257,7 +256,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         """
         assert self._captured is not None
         table, number = self._step_table, common.num_reqs
-        table.fill(dense, lengths, places)
+        table.fill(whole, lengths, places)
         use = self._use(self._captured)
         batch = DeviceBatch(
             common.block_table_tensor,
@@ -274,13 +273,14 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
             rows=tuple(sparse),
             counts=GroupCounts.of(sparse),
             sequences=StepSequences(batch) if use.learns else None,
+            whole=table.whole[:number],
         )
         if sparse:
             own = np.array([row.row for row in sparse])
             counted = CountedGroup(group.counts, own, lengths[own].astype(np.int64), use)
             self._open((counted,), group.reads)
         return DeviceStep(
-            dense=self._build_masked(common, table.dense_lengths[:number], dense, fast_build),
+            dense=None,
             whole=self._build_whole(common, [use], fast_build),
             groups=(group,),
             block_table=common.block_table_tensor,

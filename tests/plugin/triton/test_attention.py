@@ -46,7 +46,7 @@ def random_lists(rows: DeviceRows, width: int, share: float = 0.4):
     return tokens, weights, counts
 
 
-def attend(rows: DeviceRows, tokens, weights, counts, scaling: float | None = None):
+def attend(rows: DeviceRows, tokens, weights, counts, scaling: float | None = None, whole=None):
     num_queries, heads, size = rows.query.shape
     kv_heads = rows.kv_cache.shape[1]
     output = torch.full(rows.query.shape, torch.nan, device=DEVICE)
@@ -67,9 +67,12 @@ def attend(rows: DeviceRows, tokens, weights, counts, scaling: float | None = No
         size**-0.5 if scaling is None else scaling,
         output,
         space,
+        moved(whole),
     )
     is_padding = torch.tensor(rows.lengths) == 0
     found = output.cpu()
+    if whole is not None:
+        return found
     assert found[is_padding].isnan().all()  # left alone
     return found.masked_fill(is_padding[:, None, None], 0.0)
 
@@ -129,6 +132,23 @@ def test_every_key_before_a_count(dtype: torch.dtype) -> None:
     counts = np.array(rows.lengths, np.int32)
     found = attend(rows, None, None, counts)
     assert (found.double() - expected(rows, None, None, counts)).abs().max() <= ATOL[dtype]
+
+
+@pytest.mark.parametrize("width", [0, 1, 2])
+def test_queries_that_read_all_keys_among_others(width: int) -> None:
+    """As by a list of all keys with weight 1, whatever their own list is; padding is zeros."""
+    rows = device_rows(shape_of(4, 2, 32), LENGTHS, exact=False)
+    tokens, weights, counts = random_lists(rows, max(1, width))
+    whole = np.array([n if i % 2 else 0 for i, n in enumerate(rows.lengths)], np.int32)
+    assert 0 in whole[np.array(rows.lengths) > 0]
+    own = weights if width else None
+    right = expected(rows, tokens, own, counts)
+    every = expected(rows, None, None, np.repeat(rows.lengths, 2).astype(np.int32))
+    right[whole > 0] = every[whole > 0]
+    rows.batch.lengths[torch.from_numpy(whole > 0).to(DEVICE)] = 0
+    found = attend(rows, tokens, own, counts, whole=whole)
+    assert (found.double() - right).abs().max() <= ATOL[torch.float32]
+    assert (found[[n == 0 for n in rows.lengths]] == 0).all()
 
 
 def test_an_output_in_the_cache_type() -> None:

@@ -75,7 +75,7 @@ def test_a_table_has_the_sizes_of_all_lists_and_zeros_for_padding() -> None:
     table.fill(np.full(4, 9, np.int32), np.full(4, 33, np.int32))
     dense, lengths = np.array([1, 50, 0], np.int32), np.array([40, 0, 0], np.int32)
     table.fill(dense, lengths)
-    assert table.dense_lengths.tolist() == [1, 50, 0, 0]
+    assert table.whole.tolist() == [1, 50, 0, 0]
     assert table.lengths.tolist() == [40, 0, 0, 0]
     found = table.sizes(3)
     for attention in attentions:

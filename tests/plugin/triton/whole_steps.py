@@ -191,8 +191,10 @@ class Steps:
         reads = self._tensor(queries + 1, 3, dtype=torch.int64)[int(rows == queries) :]
         scaling = self.engine.head_size**-0.5
         sequences = self._sequences(batch, changes) if self.attention.learns else None
+        # In a decode step, dense queries may be among the others.
+        whole = None if changes else self._tensor(rows, dtype=torch.int32)[:queries]
         self.attention.attend(
-            query, self.cache, batch, table[3:], scaling, output, reads, sequences
+            query, self.cache, batch, table[3:], scaling, output, reads, sequences, whole
         )
 
     def _sequences(self, batch: DeviceBatch, changes: bool) -> StepSequences:

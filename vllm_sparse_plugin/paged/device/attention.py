@@ -144,6 +144,7 @@ class DeviceAttention:
         output: torch.Tensor,
         counts: torch.Tensor,
         sequences: StepSequences | None = None,
+        whole: torch.Tensor | None = None,
     ) -> None:
         """Attention of each query over what the maskers select for it.
 
@@ -158,6 +159,7 @@ class DeviceAttention:
             output: As `query`, contiguous; written, but for padding.
             counts: `[num_queries, 3]`, int64: added to, see `KEYS_READ`.
             sequences: Of the queries; needed if it `learns`.
+            whole: `[num_queries]`, int32: see `attend_lists`. Such queries are in no count.
         """
         for index in self._learned:
             held = cache.indices[index]
@@ -174,6 +176,7 @@ class DeviceAttention:
                 scaling,
                 output[part],
                 counts[part],
+                None if whole is None else whole[part],
             )
 
     def _attend(
@@ -185,6 +188,7 @@ class DeviceAttention:
         scaling: float,
         output: torch.Tensor,
         counts: torch.Tensor,
+        whole: torch.Tensor | None,
     ) -> None:
         memory, shape, lengths = self._memory, self.space.shape, batch.lengths
         rows = len(query) * self._num_units
@@ -233,6 +237,7 @@ class DeviceAttention:
             scaling,
             output,
             memory.attention,
+            whole,
         )
 
 

@@ -31,6 +31,8 @@ class DeviceGroup:
         rows: The rows that they belong to.
         counts: Where the general path counts.
         sequences: Of the queries; None where no masker needs them.
+        whole: `[num_queries]`, int32: how many keys dense queries among them read, 0 for others;
+            None where there are none, or the dense backend takes them.
     """
 
     config_json: str
@@ -41,6 +43,7 @@ class DeviceGroup:
     rows: tuple[SparseRow, ...]
     counts: GroupCounts
     sequences: StepSequences | None = None
+    whole: torch.Tensor | None = None
 
     def take(self, query: torch.Tensor) -> torch.Tensor:
         """Their part of the step's queries `[num_tokens, num_heads, head_size]`."""
@@ -55,7 +58,8 @@ class DeviceStep:
 
     Attributes:
         dense: The dense backend's metadata, in which rows without dense queries see next to
-            nothing: their output is overwritten. None: no query is dense.
+            nothing: their output is overwritten. None: no query is dense, or those that are belong
+            to a group.
         whole: The dense backend's own metadata, for layers that stay dense in one of the groups;
             None where there are none.
         groups: By configuration.
@@ -122,7 +126,7 @@ class StepTable:
     """Lengths and sizes of decode steps, in memory that CUDA graphs know.
 
     Attributes:
-        dense_lengths: `[max_rows]`, int32, for the dense backend.
+        whole: `[max_rows]`, int32: keys that each row's query reads if it is dense, else 0.
         lengths: `[max_rows]`, int32: keys that each row's query sees if it is sparse, else 0.
         places: `[max_rows]`, int32: where what was learned from each row is.
         rows: `[max_rows]`, int32: 0, 1, 2, ...
@@ -142,7 +146,7 @@ class StepTable:
         self._device = device
         rows = 3 + sum(attention.num_sizes for attention in attentions)
         self._table = torch.zeros((rows, max_rows), dtype=torch.int32, device=device)
-        self.dense_lengths, self.lengths, self.places = self._table[:3]
+        self.whole, self.lengths, self.places = self._table[:3]
         self.rows = torch.arange(max_rows, dtype=torch.int32, device=device)
 
     def sizes(self, num_rows: int) -> dict[DeviceAttention, torch.Tensor]:
@@ -155,19 +159,18 @@ class StepTable:
         return found
 
     def fill(
-        self, dense: np.ndarray, lengths: np.ndarray, places: np.ndarray | None = None
+        self, whole: np.ndarray, lengths: np.ndarray, places: np.ndarray | None = None
     ) -> None:
         """Uploads the lengths of a step, and the sizes that follow from them.
 
         Args:
-            dense: `[num_rows]`, int32.
+            whole: `[num_rows]`, int32.
             lengths: `[num_rows]`, int32.
             places: `[num_rows]`, int32; None: zeros.
         """
         places = np.zeros_like(lengths) if places is None else places
         sizes = [attention.sizes(lengths) for attention in self._attentions]
-        values = np.concatenate([dense[None], lengths[None], places[None], *sizes]).astype(np.int32)
-        rows = values.shape[1]
-        whole = np.zeros(self._table.shape, np.int32)
-        whole[:, :rows] = values
-        self._table.copy_(staged(whole, self._device), non_blocking=True)
+        values = np.concatenate([whole[None], lengths[None], places[None], *sizes]).astype(np.int32)
+        table = np.zeros(self._table.shape, np.int32)
+        table[:, : values.shape[1]] = values
+        self._table.copy_(staged(table, self._device), non_blocking=True)

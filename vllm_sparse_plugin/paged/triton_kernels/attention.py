@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import triton
 import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import (
@@ -34,6 +35,17 @@ _TILE_BYTES, _MOST_TOKENS = 16384, 64
 """Of a tile of keys, and its tokens: parts of lists have a multiple of so many."""
 
 
+@triton.jit
+def _count_of(item, counts, whole, KV_HEADS: tl.constexpr, HAS_WHOLE: tl.constexpr):
+    """How many tokens a list has, and if its query reads all of its keys instead, how many."""
+    count = tl.load(counts + item)
+    seen = tl.zeros_like(count)
+    if HAS_WHOLE:
+        seen = tl.load(whole + item // KV_HEADS)
+        count = tl.where(seen > 0, seen, count)
+    return count, seen
+
+
 @launched
 def _attend_kernel(
     query,
@@ -43,6 +55,7 @@ def _attend_kernel(
     tokens,
     log_weights,
     counts,
+    whole,
     top,
     mass,
     sums,
@@ -60,16 +73,18 @@ def _attend_kernel(
     IN_FLOAT32: tl.constexpr,
     TILE: tl.constexpr,
     IS_RANGE: tl.constexpr,
+    HAS_WHOLE: tl.constexpr,
     WEIGHTS: tl.constexpr,
     PARTS: tl.constexpr,
     LEAST: tl.constexpr,
 ):
     """One part of a list: the sum of its values, and the weights' sum and maximum (base 2)."""
     item, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    count = tl.load(counts + item)
+    count, seen = _count_of(item, counts, whole, KV_HEADS, HAS_WHOLE)
     share = share_of(count, PARTS, LEAST)
     begin, end = part * share, tl.minimum((part + 1) * share, count)
     if begin < end:
+        listed = tl.where(seen > 0, 0, end)
         index, kv_head = item // KV_HEADS, item % KV_HEADS
         blocks = block_table + tl.load(rows + index).to(tl.int64) * table_stride
         queries = load_queries(
@@ -82,10 +97,10 @@ def _attend_kernel(
         for first in range(begin, end, TILE):
             places = first + tl.arange(0, TILE)
             mask = places < end
-            if IS_RANGE:
-                own = places
-            else:
-                own = tl.load(tokens + item * list_stride + places, mask=mask, other=0)
+            own = places
+            if not IS_RANGE:
+                at = tokens + item * list_stride + places
+                own = tl.where(seen > 0, places, tl.load(at, mask=places < listed, other=0))
             offsets = key_offsets(own, mask, blocks, kv_head, width, BLOCK_SIZE, HEAD_SIZE)
             scores = score_keys(queries, cache, offsets, mask, HEAD_SIZE, CHANNELS, IN_FLOAT32)
             scores *= scale
@@ -93,7 +108,9 @@ def _attend_kernel(
             if WEIGHTS > 0:
                 column = tl.minimum(heads, WEIGHTS - 1)[:, None]
                 at = (item * list_stride + places)[None, :] * WEIGHTS + column
-                logs = tl.load(log_weights + at, mask=is_read, other=-1e30)
+                is_weighted = is_read & (places < listed)[None, :]
+                logs = tl.load(log_weights + at, mask=is_weighted, other=-1e30)
+                logs = tl.where(seen > 0, 0.0, logs)
                 is_read = is_read & (logs > -1e29)
                 scores += logs * 1.4426950408889634  # to base 2
             scores = tl.where(is_read, scores, float("-inf"))
@@ -125,19 +142,21 @@ def _join_kernel(
     mass,
     sums,
     counts,
+    whole,
     lengths,
     output,
     KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
+    HAS_WHOLE: tl.constexpr,
     PARTS: tl.constexpr,
     LEAST: tl.constexpr,
 ):
     """The parts of one query head; padding has no output."""
     row = tl.program_id(0).to(tl.int64)
     item, head = row // HEADS, row % HEADS
-    count = tl.load(counts + item)
+    count, _ = _count_of(item, counts, whole, KV_HEADS, HAS_WHOLE)
     parts, channels = tl.arange(0, PARTS), tl.arange(0, CHANNELS)
     is_live = parts * share_of(count, PARTS, LEAST) < count
     at = (item * PARTS + parts) * HEADS + head
@@ -149,7 +168,10 @@ def _join_kernel(
     inside = is_live[:, None] & is_channel[None, :]
     own = tl.load(sums + at[:, None] * HEAD_SIZE + channels[None, :], mask=inside, other=0.0)
     result = tl.sum(factors[:, None] * own, 0) / tl.where(weight > 0, weight, 1.0)
-    if tl.load(lengths + item // KV_HEADS) > 0:
+    length = tl.load(lengths + item // KV_HEADS)
+    if HAS_WHOLE:
+        length = tl.maximum(length, 1)
+    if length > 0:
         target = output + row * HEAD_SIZE + channels
         tl.store(target, result.to(output.dtype.element_ty), mask=is_channel)
 
@@ -204,6 +226,7 @@ def attend_lists(
     scaling: float,
     output: torch.Tensor,
     workspace: AttentionWorkspace,
+    whole: torch.Tensor | None = None,
 ) -> None:
     """`sum_S (exp(s_i) / p_i) v_i / sum_S (exp(s_i) / p_i)` for every query head's selection S.
 
@@ -224,6 +247,9 @@ def attend_lists(
         output: `[num_queries, num_heads, head_size]`, a floating type, contiguous; zeros for an
             empty selection, not written for a query of length 0.
         workspace: For as many queries.
+        whole: `[num_queries]`, int32: how many keys a query reads that reads all of its keys, of
+            length 0 in the batch; 0 for others. With it, all of the output is written: zeros where
+            both are 0.
 
     Raises:
         ValueError: Something does not fit the queries.
@@ -261,6 +287,7 @@ def attend_lists(
         counts if tokens is None else tokens,
         log_weights if width else counts,
         counts,
+        counts if whole is None else whole,
         workspace.top,
         workspace.mass,
         workspace.sums,
@@ -271,6 +298,7 @@ def attend_lists(
         0 if tokens is None else tokens.shape[1],
         **sizes | {"TILE": tile},
         IS_RANGE=tokens is None,
+        HAS_WHOLE=whole is not None,
         WEIGHTS=width,
         PARTS=parts,
         LEAST=LEAST_PART,
@@ -282,12 +310,14 @@ def attend_lists(
         workspace.mass,
         workspace.sums,
         counts,
+        counts if whole is None else whole,
         batch.lengths,
         output,
         KV_HEADS=sizes["KV_HEADS"],
         HEADS=heads,
         HEAD_SIZE=head_size,
         CHANNELS=sizes["CHANNELS"],
+        HAS_WHOLE=whole is not None,
         PARTS=parts,
         LEAST=LEAST_PART,
     )

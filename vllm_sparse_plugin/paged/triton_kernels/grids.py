@@ -13,6 +13,7 @@ _PROGRAMS = 2048
 launched = triton.jit(
     do_not_specialize=[
         "lengths",
+        "whole",
         "rows",
         "counts",
         "begins",
