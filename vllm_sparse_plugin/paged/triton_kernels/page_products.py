@@ -53,7 +53,7 @@ def _queries_of_bounds(
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """What a group's queries give to some bounds of a record, `[SIDES * HEADS, UNITS]`, float32.
+    """What a group's queries give to some bounds of a record, `[UNITS, HEADS * SIDES]`, float32.
 
     A row of lows and a row of highs lie in a record side by side: to the lows queries give their
     negative channels, and to the highs their positive ones.
@@ -66,22 +66,22 @@ def _queries_of_bounds(
         PART: Channels of the part.
         STEP: From one bound to the next.
         UNITS: Bounds; those behind the last high get zeros.
-        SIDES: 1: a row of the result per head. 2: one that gives nothing to the highs, and after
-            all of these, one that gives nothing to the lows.
+        SIDES: 1: a column of the result per head. 2: one that gives nothing to the highs, and next
+            to it, one that gives nothing to the lows.
         HEADS: `GROUP` as an axis.
         GROUP: Query heads.
     """
-    side = tl.arange(0, SIDES)[:, None, None]
-    head = tl.arange(0, HEADS)[None, :, None]
+    head = tl.arange(0, HEADS)[:, None, None]
+    side = tl.arange(0, SIDES)[None, :, None]
     bounds = first + STEP * tl.arange(0, UNITS)[None, None, :]
     is_high = bounds >= PART
     there = (head < GROUP) & (bounds < 2 * PART)
     if SIDES == 2:
         there = there & (is_high == (side == 1))
     own = tl.load(query + head * head_stride + bounds % PART, mask=there, other=0.0)
-    own = own.to(tl.float32) * factor[None, :, None]
+    own = own.to(tl.float32) * factor[:, None, None]
     own = tl.where(is_high, tl.maximum(own, 0.0), tl.minimum(own, 0.0))
-    return tl.reshape(own, [SIDES * HEADS, UNITS])
+    return tl.trans(tl.reshape(own, [HEADS * SIDES, UNITS]))
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def operands_of(
     GROUP: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """A group's queries as what bounds are multiplied with, each `[SIDES * HEADS, UNITS]`.
+    """A group's queries as what bounds are multiplied with, each `[UNITS, HEADS * SIDES]`.
 
     Args:
         query: Pointer to the group's first query.
@@ -139,7 +139,9 @@ def operands_of(
 
 
 @triton.jit
-def codes_of_words(words, BYTE: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr):
+def codes_of_words(
+    words, BYTE: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, IN_PAIRS: tl.constexpr
+):
     """The codes in some bits of words, times `2**(SHIFT - 24)`, float16.
 
     Without any arithmetic: a float16 of no exponent's bits is its other bits times 2**-24, and
@@ -151,19 +153,32 @@ def codes_of_words(words, BYTE: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.cons
         BYTE: Of the word: 0 or 1.
         SHIFT: The code's first bit in it.
         BITS: Of a code.
+        IN_PAIRS: Whether to mask two words at once, in the register of 32 bits that holds both, as
+            Triton does not by itself. Its interpreter knows no assembly.
     """
-    # Of bytes, masked before they are widened: that compiles to half as many instructions.
-    codes = (words >> (8 * BYTE)).to(tl.uint8) & (((1 << BITS) - 1) << SHIFT)
-    return codes.to(tl.uint16).to(tl.float16, bitcast=True)
+    if IN_PAIRS:
+        return tl.inline_asm_elementwise(
+            f"{{ .reg .b32 t; shr.u32 t, $1, {8 * BYTE}; "
+            f"and.b32 $0, t, {(((1 << BITS) - 1) << SHIFT) * 0x10001}; }}",
+            "=r,r",
+            [words],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        # Of bytes, masked before they are widened: that compiles to half as many instructions.
+        codes = (words >> (8 * BYTE)).to(tl.uint8) & (((1 << BITS) - 1) << SHIFT)
+        return codes.to(tl.uint16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
 def add_products(queries, bounds, sums, IN_FLOAT32: tl.constexpr):
-    """Adds matrix products of queries and bounds to float32 sums."""
+    """Adds matrix products `[pages, columns]` of bounds and queries to float32 sums."""
     if IN_FLOAT32:
-        return tl.dot(queries, tl.trans(bounds).to(tl.float32), sums, input_precision="ieee")
+        return tl.dot(bounds.to(tl.float32), queries, sums, input_precision="ieee")
     else:
-        return tl.dot(queries, tl.trans(bounds), sums)
+        return tl.dot(bounds, queries, sums)
 
 
 @triton.jit
@@ -194,8 +209,8 @@ def starts_of_pages(
 
 @triton.jit
 def scales_of_pages(records, PAGES: tl.constexpr):
-    """The smallest values and the steps of pages' two rows of codes, two `[2, pages]`, float32."""
+    """The smallest values and the steps of pages' two rows of codes, two `[pages, 2]`, float32."""
     places = records.to(tl.pointer_type(tl.float32))[:, None] + tl.arange(0, 4)[None, :]
     # One load of 16 bytes for each page: there are few others in its lines of the cache.
-    least, step = tl.split(tl.reshape(tl.load(places), [PAGES, 2, 2]))
-    return tl.trans(least), tl.trans(step)
+    scales = tl.reshape(tl.load(places), [PAGES, 2, 2])
+    return tl.split(scales)

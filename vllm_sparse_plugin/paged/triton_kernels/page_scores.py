@@ -124,6 +124,7 @@ def _score_pages(
     COLUMNS: tl.constexpr,
     KEYS: tl.constexpr,
     IN_FLOAT32: tl.constexpr,
+    IS_INTERPRETED: tl.constexpr,
     PIECES: tl.constexpr,
     ENOUGH: tl.constexpr,
     MOST_TILES: tl.constexpr,
@@ -152,9 +153,7 @@ def _score_pages(
         inverse = factor
         if BITS < 16:
             factor, inverse = float16_factors(tl.max(tl.abs(every), axis=1))
-        sides = tl.arange(0, SIDES)[:, None]
         down, up = tl.sum(tl.minimum(every, 0.0), axis=1), tl.sum(tl.maximum(every, 0.0), axis=1)
-        totals = tl.where(sides == 0, down[None, :], up[None, :])
         operands = operands_of(
             query,
             head_stride,
@@ -178,7 +177,7 @@ def _score_pages(
             starts = starts_of_pages(
                 blocks, tile, whole, BLOCK_BYTES, RECORD_BYTES, per_block, PAGES
             )
-            sums = tl.zeros([SIDES * HEADS, PAGES], tl.float32)
+            sums = tl.zeros([PAGES, HEADS * SIDES], tl.float32)
             if BITS == 16:
                 bounds = (records + starts).to(cache.dtype)[:, None] + units[None, :]
                 bounds = tl.load(bounds, mask=mask, other=0.0)
@@ -187,19 +186,26 @@ def _score_pages(
                 words = (records + starts + 16).to(tl.pointer_type(tl.uint16))
                 words = tl.load(words[:, None] + units[None, :], mask=mask, other=0)
                 for place in tl.static_range(PLACES):
-                    codes = codes_of_words(words, place % 2, place // 2 * BITS, BITS)
+                    codes = codes_of_words(
+                        words, place % 2, place // 2 * BITS, BITS, not IS_INTERPRETED
+                    )
                     for piece in tl.static_range(PIECES):
                         sums = add_products(operands[place * PIECES + piece], codes, sums, False)
-                sums = tl.reshape(sums, [SIDES, HEADS, PAGES]) * inverse[None, :, None]
-                rests = totals[:, :, None] * least[:, None, :]
-                sums = tl.sum(tl.fma(sums, step[:, None, :], rests), axis=0)
+                of_lows, of_highs = tl.split(tl.reshape(sums, [PAGES, HEADS, SIDES]))
+                low, high = tl.split(least)
+                low_step, high_step = tl.split(step)
+                sums = tl.fma(
+                    of_lows * inverse[None, :], low_step[:, None], down[None, :] * low[:, None]
+                ) + tl.fma(
+                    of_highs * inverse[None, :], high_step[:, None], up[None, :] * high[:, None]
+                )
                 # Triton asks for codes ahead of their turn, but not for what meets no matrix.
                 tile_after = tl.minimum(tile + programs, tiles - 1)
                 starts = starts_of_pages(
                     blocks, tile_after, whole, BLOCK_BYTES, RECORD_BYTES, per_block, PAGES
                 )
                 least, step = scales_of_pages(records + starts, PAGES)
-            store_scores(scores, scores_head_stride, tile * PAGES, whole, sums, GROUP)
+            store_scores(scores, scores_head_stride, tile * PAGES, whole, tl.trans(sums), GROUP)
         rest = length - whole * PAGE_SIZE
         if (rest > 0) & (split == tiles % programs):
             # The last page has the bounds of the keys that this query sees: they are made of those.
@@ -262,12 +268,13 @@ def score_pages(
     parts, part = parts_of(head_size, bits)
     is_coded = bits < 16
     units = max(16, padded(part if is_coded else 2 * head_size))
-    # Tensor cores multiply 16 rows at once: codes' lows and highs have their own.
-    rows_of_side = max(8 if is_coded else 16, padded(group))
-    pages = rows_at_once(max(units, 2 * rows_of_side), least=16, most=64)
+    # Tensor cores multiply 8 columns at once: codes' lows and highs have their own.
+    columns = max(4 if is_coded else 8, padded(group))
+    pages = rows_at_once(units, least=16, most=64)
     is_half = query.dtype != torch.float32
     # Triton's interpreter multiplies bfloat16s wrongly.
-    is_wrong = kv_cache.device.type == "cpu" and kv_cache.dtype == torch.bfloat16
+    is_interpreted = kv_cache.device.type == "cpu"
+    is_wrong = is_interpreted and kv_cache.dtype == torch.bfloat16
     in_float32 = not is_coded and (not is_half or is_wrong or query.dtype != kv_cache.dtype)
     _score_pages[
         (num_queries, heads, splits_of(num_queries * heads, -(-scores.shape[2] // pages)))
@@ -295,13 +302,14 @@ def score_pages(
         PART=part,
         GROUP=group,
         GROUP_TILE=padded(group),
-        HEADS=rows_of_side,
+        HEADS=columns,
         CHANNELS=padded(head_size),
         PAGES=pages,
         UNITS=units,
         COLUMNS=padded(part),
         KEYS=min(KEYS_AT_ONCE, padded(page_size)),
         IN_FLOAT32=in_float32,
+        IS_INTERPRETED=is_interpreted,
         PIECES=3 if is_coded and not is_half else 1,
         ENOUGH=ENOUGH_PROGRAMS,
         MOST_TILES=_MOST_TILES,
