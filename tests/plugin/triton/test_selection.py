@@ -90,6 +90,23 @@ def test_long_rows_in_parts(levels: int, page_size: int) -> None:
         assert (found == poisoned(expected, lengths)).all()
 
 
+@pytest.mark.parametrize("levels", [1, 3, 1 << 24])
+def test_a_split_selection_leaves_its_memory_as_it_was(levels: int) -> None:
+    """With all, some and hardly any numbers in a bin; empty rows, and parts without a number."""
+    random = np.random.default_rng(levels)
+    workspace = RadixWorkspace.of(DEVICE, max_rows=4, parts=4, long_row=1)
+    lengths = np.array([7000, 0, 2049, 5], np.int32)
+    for wanted in ([0, 0, 0, 0], [7000, 5, 3000, 9], [300, 5, 1, 2]):
+        scores = random.integers(0, levels, (4, 1, 7008)).astype(np.float32)
+        flags = np.zeros((4, 7008), np.uint8)
+        expected, counts = flags.copy(), np.array(wanted)
+        numba_selection.flag_largest(scores.copy(), 1, 1, counts, 1.0, lengths, expected)
+        found = select_on_device(scores, 1, 1, counts, lengths, flags, workspace)
+        assert (found == poisoned(expected, lengths)).all()
+        assert not workspace.histograms.any()
+        assert not workspace.states[:, 5].any()
+
+
 @WORKSPACES
 def test_zeros_of_both_signs_are_ties(workspace) -> None:
     scores = np.array([[[-1.0, -0.0, 0.0, -0.0, 0.0]]], np.float32)

@@ -13,14 +13,18 @@ from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2
 from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace, pool_scores
 from vllm_sparse_plugin.paged.triton_kernels.radix import (
     BINS,
-    GIVEN,
     LEVELS,
+    SPLIT_REGISTERS,
+    SPLIT_WARPS,
     TILE,
-    bound_before,
+    WORDS,
+    add_first_digits,
     bound_of_row,
+    bound_of_state,
     count_digits,
     count_kernel,
     equals_before,
+    live_parts,
     order_of,
     part_of,
 )
@@ -31,6 +35,8 @@ _WARPS = 16
 more of a row it loads at once, the better."""
 _KEYS_AT_ONCE = 16 * 32 * _WARPS
 """16 flags of each thread, a load of 16 bytes; of more numbers, registers would run out."""
+_KEYS_IN_SPLIT = 16 * 32 * SPLIT_WARPS
+"""Likewise, where rows are split."""
 
 
 @triton.jit
@@ -198,7 +204,9 @@ def _order_kernel(
     order,
     flags,
     lengths,
+    counts,
     histograms,
+    states,
     row_stride,
     stride,
     PAGE_SIZE: tl.constexpr,
@@ -209,22 +217,23 @@ def _order_kernel(
     WIDTH: tl.constexpr,
     BINS: tl.constexpr,
     TILE: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
-    """A part's numbers, and how often each first digit occurs."""
-    item = tl.program_id(0).to(tl.int64)
-    length = tl.load(lengths + item // SELECTORS)
+    """A part's numbers, and the row's first digit."""
+    item, parts = tl.program_id(0).to(tl.int64), tl.num_programs(1)
+    index = item // SELECTORS
+    length = tl.load(lengths + index)
     pages = tl.cdiv(length, PAGE_SIZE)
-    begin, end = part_of(pages, tl.program_id(1), tl.num_programs(1), TILE)
+    begin, end = part_of(pages, tl.program_id(1), parts, TILE)
     if begin < end:
         order += item * HEADS * row_stride
         flags += item * UNITS * stride
         _order_pages(order, flags, begin, end, length, stride, PAGE_SIZE, UNITS, PAGES, WIDTH)
         tl.debug_barrier()
         histogram = count_digits(order, begin, end, 0, 0, BINS, TILE)
-        every = tl.arange(0, BINS)
-        tl.atomic_add(
-            histograms + item * 4 * BINS + every, histogram, mask=histogram > 0, sem="relaxed"
-        )
+        own, state = histograms + item * 4 * BINS, states + item * WORDS
+        live = live_parts(pages, parts, TILE)
+        add_first_digits(histogram, own, state, live, counts, index, 0, 0.0, 0, BINS)
 
 
 @launched
@@ -232,8 +241,7 @@ def _mark_kernel(
     order,
     flags,
     lengths,
-    counts,
-    histograms,
+    states,
     equals,
     row_stride,
     stride,
@@ -246,16 +254,16 @@ def _mark_kernel(
     PARTS: tl.constexpr,
     BINS: tl.constexpr,
     TILE: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     """Marks a part's pages."""
     item, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    index = item // SELECTORS
-    length = tl.load(lengths + index)
+    length = tl.load(lengths + item // SELECTORS)
     begin, end = part_of(tl.cdiv(length, PAGE_SIZE), part, parts, TILE)
     if begin < end:
-        own = histograms + item * 4 * BINS
-        bound, room, _, _ = bound_before(own, counts, index, 4, 0, 0.0, 0, BINS)
-        room -= equals_before(equals, item, part, parts, bound, BINS, PARTS)
+        bound, room, equal = bound_of_state(states + item * WORDS)
+        if (room > 0) & (room < equal):
+            room -= equals_before(equals, item, part, parts, bound, BINS, PARTS)
         order += item * HEADS * row_stride
         flags += item * UNITS * stride
         _mark_pages(
@@ -319,42 +327,49 @@ def flag_largest(
             order, flags, lengths, counts, capacity, stride, **shape, num_warps=_WARPS
         )
         return
-    workspace.reset(items)
-    histograms, equals, parts = workspace.histograms, workspace.equals, workspace.parts
-    grid = (items, parts)
+    histograms, states, parts = workspace.histograms, workspace.states, workspace.parts
+    equals, grid = workspace.equals, (items, parts)
+    shape = {**shape, "PAGES": max(16, min(TILE, _KEYS_IN_SPLIT // width)), "WORDS": WORDS}
     _order_kernel[grid](
-        order, flags, lengths, histograms, capacity, stride, **shape, num_warps=_WARPS
-    )
-    for level in range(1, LEVELS):
-        count_kernel[grid](
-            order,
-            lengths,
-            counts,
-            histograms,
-            equals,
-            capacity,
-            PAGE_SIZE=page_size,
-            ROWS=selectors,
-            HEADS=heads,
-            COUNTS=selectors,
-            LEVEL=level,
-            MODE=GIVEN,
-            SHARE=0.0,
-            KEYS=0,
-            BINS=BINS,
-            TILE=TILE,
-            num_warps=_WARPS,
-        )
-    _mark_kernel[grid](
         order,
         flags,
         lengths,
         counts,
         histograms,
+        states,
+        capacity,
+        stride,
+        **shape,
+        num_warps=SPLIT_WARPS,
+        maxnreg=SPLIT_REGISTERS,
+    )
+    for level in range(1, LEVELS):
+        count_kernel[grid](
+            order,
+            lengths,
+            histograms,
+            states,
+            equals,
+            capacity,
+            PAGE_SIZE=page_size,
+            ROWS=selectors,
+            HEADS=heads,
+            LEVEL=level,
+            BINS=BINS,
+            TILE=TILE,
+            WORDS=WORDS,
+            num_warps=SPLIT_WARPS,
+            maxnreg=SPLIT_REGISTERS,
+        )
+    _mark_kernel[grid](
+        order,
+        flags,
+        lengths,
+        states,
         equals,
         capacity,
         stride,
         PARTS=power_of_2(parts),
         **shape,
-        num_warps=_WARPS,
+        num_warps=SPLIT_WARPS,
     )
