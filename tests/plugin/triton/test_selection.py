@@ -190,6 +190,27 @@ def test_groups_pool_their_heads_shares(page_size: int) -> None:
     assert (again == poisoned(flags, lengths)).all()
 
 
+@pytest.mark.parametrize("units", [1, 3])
+def test_pooled_rows_in_parts(units: int) -> None:
+    """Shares and numbers are made in one go; units are groups, or each query head is one."""
+    random = np.random.default_rng(units)
+    lengths = np.array([5500, 4096, 0, 2049, 3], np.int32)
+    scores = random.standard_normal((5, 6, 5504)).astype(np.float32) * 5
+    scores[:, :, 1000:3000] = scores[:, :, :1] - 9  # ties on both sides of parts' edges
+    flags = (random.random((10 * units, 5504)) < 0.6).astype(np.uint8)
+    wanted = np.array([1500, 4000, 1, 900, 2])
+    pooling = PoolingWorkspace.of(5, 6, 5504, DEVICE)
+    one, split = (
+        select_on_device(
+            scores, 1, 2, wanted, lengths, flags, workspace, scaling=0.3, pooling=pooling
+        )
+        for workspace in (ONE_PROGRAM, SPLIT)
+    )
+    numba_selection.flag_largest(scores.copy(), 1, 2, wanted, 0.3, lengths, flags)
+    assert (split == one).all()
+    assert (split == poisoned(flags, lengths)).all()
+
+
 def test_pooled_scores_do_not_depend_on_the_batch() -> None:
     random = np.random.default_rng(1)
     lengths = np.array([1500, 3, 2047, 0], np.int32)

@@ -97,10 +97,7 @@ def shares_of(
         peak = tl.where(peak == float("-inf"), 0.0, peak)
         mass = tl.sum(parts * tl.exp(found - peak), 0) * HEADS
         at = scores + head * stride + places
-        if IS_WHOLE:
-            own = tl.load(at)
-        else:
-            own = tl.load(at, mask=places < pages, other=float("-inf"))
+        own = tl.load(at) if IS_WHOLE else tl.load(at, mask=places < pages, other=float("-inf"))
         shares += tl.exp(own * scaling - peak) / tl.where(mass > 0, mass, 1.0)
     return shares
 
@@ -195,6 +192,46 @@ class PoolingWorkspace:
         return cls(peaks, torch.empty_like(peaks))
 
 
+def weigh_scores(
+    scores: torch.Tensor,
+    page_size: int,
+    scaling: float,
+    lengths: torch.Tensor,
+    workspace: PoolingWorkspace,
+) -> None:
+    """Finds what shares are relative to, see `pool_scores`.
+
+    Args:
+        scores: See there; only read.
+        page_size: Keys of a page.
+        scaling: Of the scores.
+        lengths: Of the rows.
+        workspace: Written.
+
+    Raises:
+        ValueError: The workspace is too small.
+    """
+    num_queries, num_heads, capacity = scores.shape
+    rows, tiles = num_queries * num_heads, workspace.peaks.shape[1]
+    if len(workspace.peaks) < rows or tiles * POOLING_TILE < capacity:
+        raise ValueError(
+            f"a pooling workspace of {tuple(workspace.peaks.shape)} is too small for scores of "
+            f"{tuple(scores.shape)}"
+        )
+    _weigh_kernel[(rows, programs_per_row(rows, capacity, POOLING_TILE))](
+        scores,
+        lengths,
+        workspace.peaks,
+        workspace.masses,
+        scaling,
+        capacity,
+        tiles,
+        PAGE_SIZE=page_size,
+        HEADS=num_heads,
+        TILE=POOLING_TILE,
+    )
+
+
 def pool_scores(
     scores: torch.Tensor,
     selectors: int,
@@ -220,25 +257,8 @@ def pool_scores(
         ValueError: The workspace is too small.
     """
     num_queries, num_heads, capacity = scores.shape
-    tiles = workspace.peaks.shape[1]
-    rows, items = num_queries * num_heads, num_queries * selectors
-    if len(workspace.peaks) < rows or tiles * POOLING_TILE < capacity:
-        raise ValueError(
-            f"a pooling workspace of {tuple(workspace.peaks.shape)} is too small for scores of "
-            f"{tuple(scores.shape)}"
-        )
-    _weigh_kernel[(rows, programs_per_row(rows, capacity, POOLING_TILE))](
-        scores,
-        lengths,
-        workspace.peaks,
-        workspace.masses,
-        scaling,
-        capacity,
-        tiles,
-        PAGE_SIZE=page_size,
-        HEADS=num_heads,
-        TILE=POOLING_TILE,
-    )
+    items, tiles = num_queries * selectors, workspace.peaks.shape[1]
+    weigh_scores(scores, page_size, scaling, lengths, workspace)
     _share_kernel[(items, programs_per_row(items, capacity, _SHARED_AT_ONCE))](
         scores,
         lengths,
