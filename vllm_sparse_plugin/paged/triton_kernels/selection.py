@@ -38,6 +38,8 @@ _KEYS_AT_ONCE = 16 * 32 * _WARPS
 """16 flags of each thread, a load of 16 bytes; of more numbers, registers would run out."""
 _KEYS_IN_SPLIT = 16 * 32 * SPLIT_WARPS
 """Likewise, where rows are split."""
+_MARK_REGISTERS = 72
+"""Of a thread that marks, at most; of fewer, Triton 3.6 would run out."""
 
 
 @triton.jit
@@ -379,4 +381,5 @@ def flag_largest(
         PARTS=power_of_2(parts),
         **shape,
         num_warps=SPLIT_WARPS,
+        maxnreg=_MARK_REGISTERS,
     )
