@@ -26,8 +26,8 @@ from vllm_sparse_plugin.paged.triton_kernels.radix_workspace import RadixWorkspa
 
 _STEP = 1024
 """Keys at once; of more, the scores of four heads would take all registers."""
-_REGISTERS = 96
-"""Of a thread, at most: so 5 programs run at once on a processor."""
+_REGISTERS = 128
+"""Of a thread, at most: so 4 programs run at once on a processor; of fewer, it would run out."""
 
 
 @launched
