@@ -13,7 +13,7 @@ SHARED_BYTES = 227 << 10
 """That a program of an H100 may have."""
 STACK_BYTES = 32
 """Of a thread: all but a few numbers fits its registers."""
-KERNELS = 45
+KERNELS = 46
 """In the package: steps launch all of them."""
 
 
@@ -65,6 +65,10 @@ def test_instructions(report) -> None:
             "flags._spread_kernel",
             "lists._count_kernel",
             "lists._list_kernel",
+            "radix.count_kernel",
+            "pooling._weigh_kernel",
+            "pooling._share_kernel",
+            "pooled_numbers._number_kernel",
         ):
             # But codes of 2 bits of 80 channels are 20 bytes.
             assert kernel["wide_loads"] > 0 or "PART=20" in variant, kernel

@@ -92,6 +92,23 @@ def test_long_rows_in_parts(levels: int, page_size: int) -> None:
         assert (found == poisoned(expected, lengths)).all()
 
 
+@pytest.mark.parametrize("levels", [1, 3, 1 << 24])
+def test_a_split_selection_leaves_its_memory_as_it_was(levels: int) -> None:
+    """With all, some and hardly any numbers in a bin; empty rows, and parts without a number."""
+    random = np.random.default_rng(levels)
+    workspace = RadixWorkspace.of(DEVICE, max_rows=4, parts=4, long_row=1, short_row=0)
+    lengths = np.array([7000, 0, 2049, 5], np.int32)
+    for wanted in ([0, 0, 0, 0], [7000, 5, 3000, 9], [300, 5, 1, 2]):
+        scores = random.integers(0, levels, (4, 1, 7008)).astype(np.float32)
+        flags = np.zeros((4, 7008), np.uint8)
+        expected, counts = flags.copy(), np.array(wanted)
+        numba_selection.flag_largest(scores.copy(), 1, 1, counts, 1.0, lengths, expected)
+        found = select_on_device(scores, 1, 1, counts, lengths, flags, workspace)
+        assert (found == poisoned(expected, lengths)).all()
+        assert not workspace.histograms.any()
+        assert not workspace.states[:, 5].any()
+
+
 @EACH_WAY
 def test_zeros_of_both_signs_are_ties(workspace) -> None:
     scores = np.array([[[-1.0, -0.0, 0.0, -0.0, 0.0]]], np.float32)
@@ -183,6 +200,27 @@ def test_groups_pool_their_heads_shares(page_size: int) -> None:
         assert (found[:8] == again[:8]).all()
     numba_selection.flag_largest(scores.copy(), page_size, 2, wanted, 0.3, lengths, flags)
     assert (again == poisoned(flags, lengths)).all()
+
+
+@pytest.mark.parametrize("units", [1, 3])
+def test_pooled_rows_in_parts(units: int) -> None:
+    """Shares and numbers are made in one go; units are groups, or each query head is one."""
+    random = np.random.default_rng(units)
+    lengths = np.array([5500, 4096, 0, 2049, 3], np.int32)
+    scores = random.standard_normal((5, 6, 5504)).astype(np.float32) * 5
+    scores[:, :, 1000:3000] = scores[:, :, :1] - 9  # ties on both sides of parts' edges
+    flags = (random.random((10 * units, 5504)) < 0.6).astype(np.uint8)
+    wanted = np.array([1500, 4000, 1, 900, 2])
+    pooling = PoolingWorkspace.of(5, 6, 5504, DEVICE)
+    one, split = (
+        select_on_device(
+            scores, 1, 2, wanted, lengths, flags, workspace, scaling=0.3, pooling=pooling
+        )
+        for workspace in (ONE_PROGRAM, SPLIT)
+    )
+    numba_selection.flag_largest(scores.copy(), 1, 2, wanted, 0.3, lengths, flags)
+    assert (split == one).all()
+    assert (split == poisoned(flags, lengths)).all()
 
 
 def test_pooled_scores_do_not_depend_on_the_batch() -> None:

@@ -23,6 +23,17 @@ LEVELS = 4
 TILE = 2048
 """Numbers that a program counts at once."""
 
+SPLIT_WARPS = 4
+"""Of a program that has a part of a row: sums over all threads, for which they wait for each other,
+take little, and several programs of a processor take turns."""
+SPLIT_REGISTERS = 64
+"""Of a thread, at most: so 8 programs of a part run at once on a processor."""
+
+WORDS = 8
+"""Of what is known of a split row: the bound, the places left among its equals, how many there are,
+how many numbers are wanted, how many can be chosen; and the programs that have come, see
+`is_last`."""
+
 GIVEN, SHARE, BASE = 0, 1, 2
 """How many are wanted, see `wanted_of`."""
 
@@ -41,6 +52,26 @@ def score_of(order):
     """The scores that `order_of` made numbers of."""
     bits = tl.where(order >= 0x80000000, order ^ 0x80000000, order ^ 0xFFFFFFFF)
     return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_numbers(order, first, end, TILE: tl.constexpr):
+    """A tile of a row, uint32, and which of its numbers are before the end.
+
+    Args:
+        order: Pointer to the row, int32.
+        first: Of the tile, a multiple of 16.
+        end: See above.
+        TILE: See above.
+    """
+    places = first // 16 * 16 + tl.arange(0, TILE)  # so that Triton knows of the 16
+    mask = places < end
+    # A mask that differs between neighbours would make each a load of its own.
+    if first + TILE <= end:
+        own = tl.load(order + places)
+    else:
+        own = tl.load(order + places, mask=mask, other=0)
+    return own.to(tl.uint32, bitcast=True), mask
 
 
 @triton.jit
@@ -63,9 +94,7 @@ def count_digits(
     """
     histogram = tl.zeros([BINS], tl.int32)
     for first in range(begin, end, TILE):
-        places = first + tl.arange(0, TILE)
-        mask = places < end
-        own = tl.load(order + places, mask=mask, other=0).to(tl.uint32, bitcast=True)
+        own, mask = load_numbers(order, first, end, TILE)
         if LEVEL > 0:
             mask = mask & ((own >> (32 - 8 * LEVEL)) == (bound >> (32 - 8 * LEVEL)))
         digits = (own >> (24 - 8 * LEVEL)) & 255
@@ -183,83 +212,155 @@ def part_of(numbers, part, parts, TILE: tl.constexpr):
 
 
 @triton.jit
-def bound_before(
+def live_parts(numbers, parts, TILE: tl.constexpr):
+    """How many parts of a row are not empty: the first ones."""
+    share = tl.cdiv(tl.cdiv(numbers, parts), TILE) * TILE
+    return tl.cdiv(numbers, share)
+
+
+@triton.jit
+def is_last(state, live):
+    """Whether all other programs of a row have been here before: each that is live comes once.
+
+    What they did before they came, this one sees. All threads' additions are before the barrier,
+    and thus before the one atomic operation of a program, which releases them to the whole GPU. The
+    last program's has read what all others' wrote, one after the other, and so acquires; its
+    threads learn of that behind a barrier again. (Loads take no line from before out of L1, since
+    to acquire empties it; `take_histogram` asks L2 all the same.)
+    """
+    tl.debug_barrier()
+    come = tl.atomic_add(state + 5, 1, sem="acq_rel")
+    if come == live - 1:
+        tl.store(state + 5, 0)  # for the next launch: nobody else comes
+    return come == live - 1
+
+
+@triton.jit
+def take_histogram(histogram, BINS: tl.constexpr):
+    """A row's histogram; its memory is 0 afterwards, as the next selection needs it."""
+    every = tl.arange(0, BINS)
+    found = tl.load(histogram + every, cache_modifier=".cg")
+    tl.debug_barrier()  # several threads may load a number that one makes 0
+    tl.store(histogram + every, tl.zeros([BINS], tl.int32))
+    return found
+
+
+@triton.jit
+def keep_bound(state, bound, room, equal, LEVEL: tl.constexpr):
+    """Leaves the bound with a digit for the next launch, see `bound_of_state`."""
+    if LEVEL < 3:
+        # Where all that equal it so far are chosen, further digits decide nothing.
+        is_found = (room > 0) & (room == equal) & (bound > 0)
+        bound = tl.where(is_found, bound - 1, bound)
+        room = tl.where(is_found, 0, room)
+    tl.store(state, bound.to(tl.int32, bitcast=True))
+    tl.store(state + 1, room)
+    tl.store(state + 2, equal)
+
+
+@triton.jit
+def bound_of_state(state):
+    """What the launch before has found of a row.
+
+    Returns:
+        The bound; the places left among numbers that equal it, in the digits that are known; and
+        how many numbers do. With no place left the bound is final, and all above it are chosen.
+    """
+    bound = tl.load(state).to(tl.uint32, bitcast=True)
+    return bound, tl.load(state + 1), tl.load(state + 2)
+
+
+@triton.jit
+def add_first_digits(
+    histogram,
     histograms,
+    state,
+    live,
     counts,
     index,
-    LEVEL: tl.constexpr,
     MODE: tl.constexpr,
     SHARE: tl.constexpr,
     KEYS: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """The bound before a digit is known, from the histograms of the digits above it.
+    """Adds a part's histogram of first digits to the row's; the last part's program ends it.
 
     Args:
+        histogram: `[BINS]`, int32.
         histograms: Pointer to a row's, `[LEVELS, BINS]`, int32.
-        counts: See `wanted_of`; so the next five.
+        state: Pointer to a row's, `[WORDS]`, int32.
+        live: See `live_parts`.
+        counts: See `wanted_of`; so the next four.
         index: Of the row's count.
-        LEVEL: Of the digit, from 1; or `LEVELS` for the whole bound.
         MODE: See `wanted_of`.
         SHARE: See `wanted_of`.
         KEYS: See `wanted_of`.
         BINS: See above.
-
-    Returns:
-        The bound; the places left among numbers that equal it; how many numbers do; and how many
-        are wanted.
     """
     every = tl.arange(0, BINS)
-    histogram = tl.load(histograms + every)
-    wanted = wanted_of(counts, index, candidates_of(histogram, BINS), MODE, SHARE, KEYS)
-    bound, room = first_bound(histogram, wanted, BINS)
-    equal = room
-    for level in tl.static_range(1, LEVEL):
-        histogram = tl.load(histograms + level * BINS + every)
-        bound, room, equal = add_digit(histogram, bound, room, level, BINS)
-    return bound, room, equal, wanted
+    tl.atomic_add(histograms + every, histogram, mask=histogram > 0, sem="relaxed")
+    if is_last(state, live):
+        total = take_histogram(histograms, BINS)
+        candidates = candidates_of(total, BINS)
+        wanted = wanted_of(counts, index, candidates, MODE, SHARE, KEYS)
+        room = tl.maximum(wanted, 0)
+        start = tl.where(room > 0, 0, 0xFFFFFFFF).to(tl.uint32)
+        bound, room, equal = add_digit(total, start, room, 0, BINS)
+        keep_bound(state, bound, room, equal, 0)
+        tl.store(state + 3, wanted)
+        tl.store(state + 4, candidates)
 
 
 @launched
 def count_kernel(
     order,
     lengths,
-    counts,
     histograms,
+    states,
     equals,
     row_stride,
     PAGE_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
-    COUNTS: tl.constexpr,
     LEVEL: tl.constexpr,
-    MODE: tl.constexpr,
-    SHARE: tl.constexpr,
-    KEYS: tl.constexpr,
     BINS: tl.constexpr,
     TILE: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
-    """Adds a part's histogram of a digit to the row's; of the last one, keeps it too.
+    """Finds a row's next digit; of the last one, keeps each part's histogram too.
 
-    Grid: rows, parts. There are `ROWS` rows per query, each `HEADS` rows of memory from the next,
-    and a count for each `COUNTS` of them.
+    Grid: rows, parts. There are `ROWS` rows per query, each `HEADS` rows of memory from the next.
     """
-    item, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    item, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     pages = tl.cdiv(tl.load(lengths + item // ROWS), PAGE_SIZE)
-    begin, end = part_of(pages, part, tl.num_programs(1), TILE)
-    every = tl.arange(0, BINS)
-    own = histograms + item * 4 * BINS
-    histogram = tl.zeros([BINS], tl.int32)
+    begin, end = part_of(pages, part, parts, TILE)
     if begin < end:
-        bound, room, _, _ = bound_before(
-            own, counts, item // COUNTS, LEVEL, MODE, SHARE, KEYS, BINS
-        )
+        state = states + item * WORDS
+        bound, room, _ = bound_of_state(state)
         if room > 0:
+            every = tl.arange(0, BINS)
+            own = histograms + (item * 4 + LEVEL) * BINS
             order += item * HEADS * row_stride
-            histogram = count_digits(order, begin, end, bound, LEVEL, BINS, TILE)
-            tl.atomic_add(own + LEVEL * BINS + every, histogram, mask=histogram > 0, sem="relaxed")
-    if LEVEL == 3:
-        tl.store(equals + (item * tl.num_programs(1) + part) * BINS + every, histogram)
+            histogram = tl.zeros([BINS], tl.int32)
+            for first in range(begin, end, TILE):
+                numbers, mask = load_numbers(order, first, end, TILE)
+                mask = mask & ((numbers >> (32 - 8 * LEVEL)) == (bound >> (32 - 8 * LEVEL)))
+                digits = ((numbers >> (24 - 8 * LEVEL)) & 255).to(tl.int32)
+                found = tl.sum(mask.to(tl.int32), 0)
+                # A histogram of a tile takes as long for a few numbers as for all.
+                if (LEVEL < 3) & (found <= TILE // 16):
+                    if found > 0:
+                        ones = tl.full([TILE], 1, tl.int32)
+                        tl.atomic_add(own + digits, ones, mask=mask, sem="relaxed")
+                elif found > 0:
+                    histogram += tl.histogram(digits, BINS, mask=mask)
+            tl.atomic_add(own + every, histogram, mask=histogram > 0, sem="relaxed")
+            if LEVEL == 3:
+                tl.store(equals + (item * parts + part) * BINS + every, histogram)
+            if is_last(state, live_parts(pages, parts, TILE)):
+                total = take_histogram(own, BINS)
+                bound, room, equal = add_digit(total, bound, room, LEVEL, BINS)
+                keep_bound(state, bound, room, equal, LEVEL)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_sparse_plugin.paged.triton_kernels.radix import BINS, LEVELS
+from vllm_sparse_plugin.paged.triton_kernels.radix import BINS, LEVELS, WORDS
 from vllm_sparse_plugin.paged.triton_kernels.row_selection import MOST_NUMBERS
 
 _LONG_ROW = 8192
@@ -21,13 +21,16 @@ class RadixWorkspace:
     """Memory for rows that are split.
 
     Attributes:
-        histograms: `[max_rows, LEVELS, BINS]`, int32, of whole rows, per digit.
+        histograms: `[max_rows, LEVELS, BINS]`, int32, of whole rows, per digit; 0 between
+            selections.
+        states: `[max_rows, WORDS]`, int32: what is known of whole rows, see `radix.WORDS`.
         equals: `[max_rows, parts, BINS]`, int32: of each part, the histogram of the last digit.
         long_row: Rows of at least this capacity are split, if there are no more than `max_rows`.
         short_row: Rows of at most this capacity: in registers, see `row_selection`.
     """
 
     histograms: torch.Tensor
+    states: torch.Tensor
     equals: torch.Tensor
     long_row: int
     short_row: int
@@ -50,9 +53,11 @@ class RadixWorkspace:
             long_row: See the class.
             short_row: See the class; at most `MOST_NUMBERS`.
         """
-        histograms = torch.empty((max_rows, LEVELS, BINS), dtype=torch.int32, device=device)
+        # A selection adds to them, counts its programs, and leaves both as it has found them.
+        histograms = torch.zeros((max_rows, LEVELS, BINS), dtype=torch.int32, device=device)
+        states = torch.zeros((max_rows, WORDS), dtype=torch.int32, device=device)
         equals = torch.empty((max_rows, parts, BINS), dtype=torch.int32, device=device)
-        return cls(histograms, equals, long_row, short_row)
+        return cls(histograms, states, equals, long_row, short_row)
 
     @property
     def parts(self) -> int:
@@ -62,7 +67,3 @@ class RadixWorkspace:
     def splits(self, rows: int, capacity: int) -> bool:
         """Whether rows of a capacity are split; the result is the same."""
         return capacity >= self.long_row and rows <= len(self.equals)
-
-    def reset(self, rows: int) -> None:
-        """Makes the histograms of some rows ready to be added to."""
-        self.histograms[:rows].zero_()

@@ -21,8 +21,8 @@ MOST_NUMBERS = 16384
 """Of a row: 32 in each of a program's threads."""
 _NUMBERS_PER_THREAD = 16
 _FEWEST_WARPS, _MOST_WARPS = 8, 16
-_SCORES_AT_ONCE = 32768
-"""That a program pools: 64 in each of 512 threads."""
+_SCORES_AT_ONCE = 16384
+"""That a program pools: 32 in each of 512 threads."""
 
 
 @triton.jit

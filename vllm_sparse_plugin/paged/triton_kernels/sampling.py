@@ -17,12 +17,17 @@ from vllm_sparse_plugin.paged.triton_kernels.radix import (
     BINS,
     LEVELS,
     SHARE,
+    SPLIT_REGISTERS,
+    SPLIT_WARPS,
     TILE,
-    bound_before,
+    WORDS,
+    add_first_digits,
     bound_of_row,
+    bound_of_state,
     candidates_of,
     count_digits,
     count_kernel,
+    live_parts,
     part_of,
     wanted_of,
 )
@@ -102,41 +107,9 @@ def _order_kernel(
     order,
     flags,
     lengths,
-    histograms,
-    layer: tl.int64,
-    stride,
-    UNITS: tl.constexpr,
-    HEADS: tl.constexpr,
-    MODE: tl.constexpr,
-    BINS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """A part's numbers, and how often each first digit occurs."""
-    unit = tl.program_id(0).to(tl.int64)
-    length = tl.load(lengths + unit // UNITS)
-    begin, end = part_of(length, tl.program_id(1), tl.num_programs(1), TILE)
-    if begin < end:
-        order += unit * stride
-        if MODE != 0:
-            stream = _stream_of_unit(layer, unit, length, UNITS, HEADS)
-            order_numbers(order, flags + unit * stride, begin, end, stream, TILE)
-            tl.debug_barrier()
-        histogram = count_digits(order, begin, end, 0, 0, BINS, TILE)
-        every = tl.arange(0, BINS)
-        tl.atomic_add(
-            histograms + unit * 4 * BINS + every, histogram, mask=histogram > 0, sem="relaxed"
-        )
-
-
-@launched
-def _mark_kernel(
-    order,
-    flags,
-    lengths,
     counts,
     histograms,
-    probability,
-    sizes,
+    states,
     layer: tl.int64,
     stride,
     UNITS: tl.constexpr,
@@ -144,9 +117,42 @@ def _mark_kernel(
     MODE: tl.constexpr,
     SHARE: tl.constexpr,
     KEYS: tl.constexpr,
-    FLAG: tl.constexpr,
     BINS: tl.constexpr,
     TILE: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """A part's numbers, and the row's first digit."""
+    unit, parts = tl.program_id(0).to(tl.int64), tl.num_programs(1)
+    length = tl.load(lengths + unit // UNITS)
+    begin, end = part_of(length, tl.program_id(1), parts, TILE)
+    if begin < end:
+        order += unit * stride
+        if MODE != 0:
+            stream = _stream_of_unit(layer, unit, length, UNITS, HEADS)
+            order_numbers(order, flags + unit * stride, begin, end, stream, TILE)
+            tl.debug_barrier()
+        histogram = count_digits(order, begin, end, 0, 0, BINS, TILE)
+        own, state = histograms + unit * 4 * BINS, states + unit * WORDS
+        live = live_parts(length, parts, TILE)
+        add_first_digits(histogram, own, state, live, counts, unit, MODE, SHARE, KEYS, BINS)
+
+
+@launched
+def _mark_kernel(
+    order,
+    flags,
+    lengths,
+    states,
+    probability,
+    sizes,
+    layer: tl.int64,
+    stride,
+    UNITS: tl.constexpr,
+    HEADS: tl.constexpr,
+    MODE: tl.constexpr,
+    FLAG: tl.constexpr,
+    TILE: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     """Marks a part's keys; the first part's program reports."""
     unit, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -155,10 +161,10 @@ def _mark_kernel(
     if MODE == 2 and begin == 0:
         _report_nothing(sizes, unit)
     if begin < end:
-        own = histograms + unit * 4 * BINS
-        candidates = candidates_of(tl.load(own + tl.arange(0, BINS)), BINS)
+        state = states + unit * WORDS
+        wanted, candidates = tl.load(state + 3), tl.load(state + 4)
         if candidates > 0:
-            bound, room, equal, wanted = bound_before(own, counts, unit, 4, MODE, SHARE, KEYS, BINS)
+            bound, room, equal = bound_of_state(state)
             order += unit * stride
             stream = _stream_of_unit(layer, unit, length, UNITS, HEADS)
             last, place = last_of_equals(order, length, stream, bound, room, equal, TILE)
@@ -229,40 +235,53 @@ def draw(
             **tiles,
         )
         return
-    workspace.reset(rows)
-    histograms, grid = workspace.histograms, (rows, workspace.parts)
-    _order_kernel[grid](order, flags, lengths, histograms, stream, capacity, **shape, **tiles)
-    for level in range(1, LEVELS):
-        count_kernel[grid](
-            order,
-            lengths,
-            counts,
-            histograms,
-            workspace.equals,
-            capacity,
-            PAGE_SIZE=1,
-            ROWS=units,
-            HEADS=1,
-            COUNTS=1,
-            LEVEL=level,
-            MODE=mode,
-            **sizing,
-            **tiles,
-        )
-    _mark_kernel[grid](
+    histograms, states, grid = workspace.histograms, workspace.states, (rows, workspace.parts)
+    _order_kernel[grid](
         order,
         flags,
         lengths,
         counts,
         histograms,
+        states,
+        stream,
+        capacity,
+        WORDS=WORDS,
+        **shape,
+        **sizing,
+        **tiles,
+        num_warps=SPLIT_WARPS,
+    )
+    for level in range(1, LEVELS):
+        count_kernel[grid](
+            order,
+            lengths,
+            histograms,
+            states,
+            workspace.equals,
+            capacity,
+            PAGE_SIZE=1,
+            ROWS=units,
+            HEADS=1,
+            LEVEL=level,
+            WORDS=WORDS,
+            **tiles,
+            num_warps=SPLIT_WARPS,
+            maxnreg=SPLIT_REGISTERS,
+        )
+    _mark_kernel[grid](
+        order,
+        flags,
+        lengths,
+        states,
         probability,
         sizes,
         stream,
         capacity,
         FLAG=flag,
+        TILE=TILE,
+        WORDS=WORDS,
         **shape,
-        **sizing,
-        **tiles,
+        num_warps=SPLIT_WARPS,
     )
 
 

@@ -10,17 +10,22 @@ import triton
 import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2
+from vllm_sparse_plugin.paged.triton_kernels.pooled_numbers import number_shares
 from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace, pool_scores
 from vllm_sparse_plugin.paged.triton_kernels.radix import (
     BINS,
-    GIVEN,
     LEVELS,
+    SPLIT_REGISTERS,
+    SPLIT_WARPS,
     TILE,
-    bound_before,
+    WORDS,
+    add_first_digits,
     bound_of_row,
+    bound_of_state,
     count_digits,
     count_kernel,
     equals_before,
+    live_parts,
     order_of,
     part_of,
 )
@@ -32,6 +37,10 @@ _WARPS = 16
 more of a row it loads at once, the better."""
 _KEYS_AT_ONCE = 16 * 32 * _WARPS
 """16 flags of each thread, a load of 16 bytes; of more numbers, registers would run out."""
+_KEYS_IN_SPLIT = 16 * 32 * SPLIT_WARPS
+"""Likewise, where rows are split."""
+_MARK_REGISTERS = 72
+"""Of a thread that marks, at most; of fewer, Triton 3.6 would run out."""
 
 
 @triton.jit
@@ -199,7 +208,9 @@ def _order_kernel(
     order,
     flags,
     lengths,
+    counts,
     histograms,
+    states,
     row_stride,
     stride,
     PAGE_SIZE: tl.constexpr,
@@ -210,22 +221,23 @@ def _order_kernel(
     WIDTH: tl.constexpr,
     BINS: tl.constexpr,
     TILE: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
-    """A part's numbers, and how often each first digit occurs."""
-    item = tl.program_id(0).to(tl.int64)
-    length = tl.load(lengths + item // SELECTORS)
+    """A part's numbers, and the row's first digit."""
+    item, parts = tl.program_id(0).to(tl.int64), tl.num_programs(1)
+    index = item // SELECTORS
+    length = tl.load(lengths + index)
     pages = tl.cdiv(length, PAGE_SIZE)
-    begin, end = part_of(pages, tl.program_id(1), tl.num_programs(1), TILE)
+    begin, end = part_of(pages, tl.program_id(1), parts, TILE)
     if begin < end:
         order += item * HEADS * row_stride
         flags += item * UNITS * stride
         _order_pages(order, flags, begin, end, length, stride, PAGE_SIZE, UNITS, PAGES, WIDTH)
         tl.debug_barrier()
         histogram = count_digits(order, begin, end, 0, 0, BINS, TILE)
-        every = tl.arange(0, BINS)
-        tl.atomic_add(
-            histograms + item * 4 * BINS + every, histogram, mask=histogram > 0, sem="relaxed"
-        )
+        own, state = histograms + item * 4 * BINS, states + item * WORDS
+        live = live_parts(pages, parts, TILE)
+        add_first_digits(histogram, own, state, live, counts, index, 0, 0.0, 0, BINS)
 
 
 @launched
@@ -233,8 +245,7 @@ def _mark_kernel(
     order,
     flags,
     lengths,
-    counts,
-    histograms,
+    states,
     equals,
     row_stride,
     stride,
@@ -247,16 +258,16 @@ def _mark_kernel(
     PARTS: tl.constexpr,
     BINS: tl.constexpr,
     TILE: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
     """Marks a part's pages."""
     item, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    index = item // SELECTORS
-    length = tl.load(lengths + index)
+    length = tl.load(lengths + item // SELECTORS)
     begin, end = part_of(tl.cdiv(length, PAGE_SIZE), part, parts, TILE)
     if begin < end:
-        own = histograms + item * 4 * BINS
-        bound, room, _, _ = bound_before(own, counts, index, 4, 0, 0.0, 0, BINS)
-        room -= equals_before(equals, item, part, parts, bound, BINS, PARTS)
+        bound, room, equal = bound_of_state(states + item * WORDS)
+        if (room > 0) & (room < equal):
+            room -= equals_before(equals, item, part, parts, bound, BINS, PARTS)
         order += item * HEADS * row_stride
         flags += item * UNITS * stride
         _mark_pages(
@@ -301,10 +312,15 @@ def flag_largest(
     if capacity <= workspace.short_row:
         select_rows(scores, page_size, selectors, counts, scaling, lengths, flags)
         return
+    is_split = workspace.splits(items, capacity)
+    is_numbered = is_split and heads > 1 and page_size == 1
     if heads > 1:
         if pooling is None:
             raise ValueError(f"{num_heads} heads' scores are pooled for {selectors}: no workspace")
-        pool_scores(scores, selectors, page_size, scaling, lengths, pooling)
+        if is_numbered:
+            number_shares(scores, selectors, counts, scaling, lengths, flags, workspace, pooling)
+        else:
+            pool_scores(scores, selectors, page_size, scaling, lengths, pooling)
     order = scores.view(torch.int32)
     stride = flags.shape[1]
     width = power_of_2(page_size)
@@ -318,47 +334,56 @@ def flag_largest(
         "BINS": BINS,
         "TILE": TILE,
     }
-    if not workspace.splits(items, capacity):
+    if not is_split:
         _select_kernel[(items,)](
             order, flags, lengths, counts, capacity, stride, **shape, num_warps=_WARPS
         )
         return
-    workspace.reset(items)
-    histograms, equals, parts = workspace.histograms, workspace.equals, workspace.parts
-    grid = (items, parts)
-    _order_kernel[grid](
-        order, flags, lengths, histograms, capacity, stride, **shape, num_warps=_WARPS
-    )
+    histograms, states, parts = workspace.histograms, workspace.states, workspace.parts
+    equals, grid = workspace.equals, (items, parts)
+    shape = {**shape, "PAGES": max(16, min(TILE, _KEYS_IN_SPLIT // width)), "WORDS": WORDS}
+    if not is_numbered:
+        _order_kernel[grid](
+            order,
+            flags,
+            lengths,
+            counts,
+            histograms,
+            states,
+            capacity,
+            stride,
+            **shape,
+            num_warps=SPLIT_WARPS,
+            maxnreg=SPLIT_REGISTERS,
+        )
     for level in range(1, LEVELS):
         count_kernel[grid](
             order,
             lengths,
-            counts,
             histograms,
+            states,
             equals,
             capacity,
             PAGE_SIZE=page_size,
             ROWS=selectors,
             HEADS=heads,
-            COUNTS=selectors,
             LEVEL=level,
-            MODE=GIVEN,
-            SHARE=0.0,
-            KEYS=0,
             BINS=BINS,
             TILE=TILE,
-            num_warps=_WARPS,
+            WORDS=WORDS,
+            num_warps=SPLIT_WARPS,
+            maxnreg=SPLIT_REGISTERS,
         )
     _mark_kernel[grid](
         order,
         flags,
         lengths,
-        counts,
-        histograms,
+        states,
         equals,
         capacity,
         stride,
         PARTS=power_of_2(parts),
         **shape,
-        num_warps=_WARPS,
+        num_warps=SPLIT_WARPS,
+        maxnreg=_MARK_REGISTERS,
     )
