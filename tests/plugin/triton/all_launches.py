@@ -90,12 +90,11 @@ def launches(
         "sample_adaptively": lambda: adaptive_sampling.sample_adaptively(
             query, cache, batch, 0.1, 0, 0.05, 0.1, 1.2, 7, 3, marks, share, work, radix
         ),
-        "list_tokens": lambda: lists.list_tokens(marks, lengths, found, share, own),
+        "list_tokens": lambda: lists.list_tokens(
+            marks, lengths, found, share, own, reads=reads, readers=heads
+        ),
         "sum_selected_mass": lambda: selected_mass.sum_selected_mass(
             query, cache, batch, found, 0.1, work.static
-        ),
-        "add_reads": lambda: read_counts.add_reads(
-            found.selected, units, heads, found.counts, KV_HEADS, lengths, reads
         ),
         "add_scored": lambda: read_counts.add_scored(
             found.counts, found.counts, KV_HEADS, lengths, reads

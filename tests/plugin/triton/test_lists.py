@@ -44,7 +44,13 @@ def check_against_numba(flags, probability, lengths, kv_heads, key_probability) 
         lists,
         torch.from_numpy(probability).to(DEVICE),
         torch.from_numpy(key_probability).to(DEVICE) if len(key_probability) else None,
+        reads=(reads := torch.tensor([[1, 2, 3]] * len(lengths), device=DEVICE)),
+        readers=5,
     )
+    found_reads = reads.cpu().numpy() - [1, 2, 3]
+    assert (found_reads[:, 0] == 5 * selected.reshape(len(lengths), -1).sum(1)).all()
+    assert (found_reads[:, 1] == counts.reshape(len(lengths), -1).sum(1)).all()
+    assert (found_reads[:, 2] == 0).all()
     assert (lists.counts.cpu().numpy() == counts).all()
     assert (lists.selected.cpu().numpy() == selected).all()
     for item, count in enumerate(counts):

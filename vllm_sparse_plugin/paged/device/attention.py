@@ -26,7 +26,6 @@ from vllm_sparse_plugin.paged.triton_kernels.attention import AttentionWorkspace
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch, parts_for
 from vllm_sparse_plugin.paged.triton_kernels.flags import start_flags
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists, list_tokens
-from vllm_sparse_plugin.paged.triton_kernels.read_counts import add_reads
 
 KEYS_READ, ROWS_READ, ROWS_SCORED = 0, 1, 2
 """Columns of a query's counts: keys selected, summed over query heads; rows of key and value that
@@ -216,16 +215,8 @@ class DeviceAttention:
             lists,
             queries.probability if self._is_sampled else None,
             memory.key_probability,
-        )
-        units = self._num_units
-        add_reads(
-            lists.selected,
-            units,
-            shape.num_heads // units,
-            lists.counts,
-            shape.num_kv_heads,
-            lengths,
-            counts,
+            reads=counts,
+            readers=shape.num_heads // self._num_units,
         )
         attend_lists(
             query,

@@ -257,8 +257,10 @@ def attend_lists(
     num_queries, num_heads, head_size = query.shape
     sizes = block_sizes(query, kv_cache)
     heads, num_lists = sizes["HEADS"], num_queries * kv_cache.shape[1]
-    row_bytes = sizes["CHANNELS"] * kv_cache.itemsize
-    tile = max(16, min(_MOST_TOKENS, _TILE_BYTES // row_bytes))
+    tile, warps = sizes["TILE"], 4
+    if not sizes["IN_FLOAT32"]:  # what is multiplied without tensor cores takes more registers
+        row_bytes = sizes["CHANNELS"] * kv_cache.itemsize
+        tile, warps = max(16, min(_MOST_TOKENS, _TILE_BYTES // row_bytes)), _WARPS
     if output.shape != query.shape or not output.is_contiguous():
         raise ValueError(f"the output must be contiguous {tuple(query.shape)}")
     listed = [counts] if tokens is None else [counts, tokens]
@@ -302,7 +304,7 @@ def attend_lists(
         WEIGHTS=width,
         PARTS=parts,
         LEAST=LEAST_PART,
-        num_warps=_WARPS,
+        num_warps=warps,
         num_stages=_STAGES,
     )
     _join_kernel[(num_queries * num_heads,)](

@@ -120,13 +120,16 @@ def _list_kernel(
     log_weights,
     counts,
     selected,
+    reads,
     stride,
     list_stride,
+    reads_stride,
     tiles,
     LISTS: tl.constexpr,
     UNITS: tl.constexpr,
     HEADS: tl.constexpr,
     FLAG: tl.constexpr,
+    READERS: tl.constexpr,
     IS_WEIGHTED: tl.constexpr,
     HAS_PROBABILITY: tl.constexpr,
     HAS_KEY_PROBABILITY: tl.constexpr,
@@ -185,15 +188,24 @@ def _list_kernel(
     if is_last:
         count = tl.sum(of_tiles, 0)
         tl.store(counts + item, count)
+        keys_read = count
         if UNITS == 1:
             tl.store(selected + item, count)
         else:
+            keys_read = tl.zeros_like(count)
             for first in tl.static_range(0, UNITS, HEADS):
                 head = first + tl.arange(0, HEADS)
                 unit, is_unit = item * UNITS + head, head < UNITS
                 at = tile_selected + unit[:, None] * tiles + every[None, :]
                 own = tl.load(at, mask=is_unit[:, None] & (every < live)[None, :], other=0)
-                tl.store(selected + unit, tl.sum(own, 1), mask=is_unit)
+                of_units = tl.sum(own, 1)
+                tl.store(selected + unit, of_units, mask=is_unit)
+                keys_read += tl.sum(of_units, 0)
+        if READERS > 0:  # noqa: SIM102 (this one is decided while compiling)
+            if length > 0:
+                own = reads + item // LISTS * reads_stride
+                tl.atomic_add(own, keys_read.to(tl.int64) * READERS, sem="relaxed")
+                tl.atomic_add(own + 1, count.to(tl.int64), sem="relaxed")
 
 
 @dataclass(frozen=True)
@@ -265,6 +277,8 @@ def list_tokens(
     probability: torch.Tensor | None = None,
     key_probability: torch.Tensor | None = None,
     only: int = 0,
+    reads: torch.Tensor | None = None,
+    readers: int = 1,
 ) -> None:
     """The positions that at least one unit of a KV head selects, ascending, and their weights.
 
@@ -276,6 +290,10 @@ def list_tokens(
         key_probability: `[num_queries * num_units, capacity]`, float32, of keys with flag 3, if
             there are any.
         only: List only keys with this flag; 0: all that are selected.
+        reads: `[num_queries, 3]`, int64: to the first two columns of each query is added what
+            attention over its lists will read: keys, over query heads, and rows of key and value,
+            over lists.
+        readers: Query heads of a unit.
 
     Raises:
         ValueError: The lists are too short for the flags, too few or of other units, or have no
@@ -322,13 +340,16 @@ def list_tokens(
         lists.log_weights,
         lists.counts,
         lists.selected,
+        lists.counts if reads is None else reads,
         capacity,
         lists.tokens.shape[1],
+        0 if reads is None else reads.stride(0),
         tiles,
         LISTS=per_query,
         UNITS=units,
         HEADS=min(_HEADS, power_of_2(units)),
         FLAG=only,
+        READERS=0 if reads is None else readers,
         IS_WEIGHTED=is_weighted,
         HAS_PROBABILITY=probability is not None,
         HAS_KEY_PROBABILITY=key_probability is not None,

@@ -76,7 +76,8 @@ def _is_open(
     """
     open_words = tl.zeros(places.shape, tl.int32)
     for unit in range(UNITS):
-        for word in tl.static_range(PAGE_SIZE // WORD):
+        # One after the other: words of all of a page would take too many registers.
+        for word in range(PAGE_SIZE // WORD):
             first = places * PAGE_SIZE + word * WORD
             at = (flags + unit * stride + first).to(tl.pointer_type(WORDS))
             own = tl.load(at, mask=first < length, other=ONES)
