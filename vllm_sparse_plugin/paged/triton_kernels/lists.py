@@ -203,9 +203,9 @@ def _list_kernel(
                 keys_read += tl.sum(of_units, 0)
         if READERS > 0:  # noqa: SIM102 (this one is decided while compiling)
             if length > 0:
-                own = reads + item // LISTS * reads_stride
-                tl.atomic_add(own, keys_read.to(tl.int64) * READERS, sem="relaxed")
-                tl.atomic_add(own + 1, count.to(tl.int64), sem="relaxed")
+                total = reads + item // LISTS * reads_stride
+                tl.atomic_add(total, keys_read.to(tl.int64) * READERS, sem="relaxed")
+                tl.atomic_add(total + 1, count.to(tl.int64), sem="relaxed")
 
 
 @dataclass(frozen=True)
