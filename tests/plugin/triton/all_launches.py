@@ -11,6 +11,7 @@ from vllm_sparse_plugin.paged.triton_kernels import (
     flags,
     lists,
     mass_selection,
+    page_lists,
     pooling,
     radix_workspace,
     read_counts,
@@ -61,6 +62,7 @@ def launches(
         QUERIES, num_heads, KV_HEADS, units, CAPACITY, DEVICE
     )
     found = lists.DeviceLists.of(QUERIES, KV_HEADS, units // KV_HEADS, CAPACITY, True, DEVICE)
+    plain = lists.DeviceLists.of(QUERIES, KV_HEADS, 1, 16 * CAPACITY, False, DEVICE)
     parts = attention.AttentionWorkspace.of(QUERIES, num_heads, KV_HEADS, head_size, DEVICE)
     ranges = _tensor(4, QUERIES)
     reads = _tensor(QUERIES, 3, dtype=torch.int64)
@@ -83,6 +85,9 @@ def launches(
         "flag_largest, pages": lambda: select(16),
         "flag_largest, keys, in registers": lambda: select(1, in_registers),
         "flag_largest, pages, in registers": lambda: select(16, in_registers),
+        "list_pages": lambda: page_lists.list_pages(
+            scores, 16, KV_HEADS, lengths, 0.1, lengths, ranges, lengths, plain, reads
+        ),
         "flag_mass": lambda: mass_selection.flag_mass(scores, 0.9, 1.0, lengths, of_heads, mass),
         "sample_share": lambda: sampling.sample_share(
             0.1, 7, 3, num_heads, lengths, marks, share, order, radix

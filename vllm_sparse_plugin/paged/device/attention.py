@@ -16,6 +16,7 @@ from vllm_sparse_plugin.paged.device import maskers as _registers_maskers  # noq
 from vllm_sparse_plugin.paged.device.cache import DeviceCache
 from vllm_sparse_plugin.paged.device.indices.learned import DeviceLearnedIndex
 from vllm_sparse_plugin.paged.device.maskers.base import DeviceMasker, device_masker
+from vllm_sparse_plugin.paged.device.maskers.top_k import DeviceTopKMasker
 from vllm_sparse_plugin.paged.device.queries import DeviceQueries
 from vllm_sparse_plugin.paged.device.sequences import StepSequences
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
@@ -26,6 +27,7 @@ from vllm_sparse_plugin.paged.triton_kernels.attention import AttentionWorkspace
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch, parts_for
 from vllm_sparse_plugin.paged.triton_kernels.flags import start_flags
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists, list_tokens
+from vllm_sparse_plugin.paged.triton_kernels.page_lists import MOST_RANGES
 
 KEYS_READ, ROWS_READ, ROWS_SCORED = 0, 1, 2
 """Columns of a query's counts: keys selected, summed over query heads; rows of key and value that
@@ -105,10 +107,24 @@ class DeviceAttention:
         # The first maskers' ranges are marked by the launch that clears the flags.
         is_first = itertools.takewhile(lambda masker: masker.is_range, self.maskers)
         self._num_ranges = len(list(is_first))
+        self._pages = self._only_pages()
         nothing = np.zeros(0, np.int64)
         counts = [len(masker.sizes(nothing)) for masker in self.maskers]
         ends = itertools.accumulate(counts, initial=0)
         self._parts = [slice(*pair) for pair in itertools.pairwise(ends)]
+
+    def _only_pages(self) -> DeviceTopKMasker | None:
+        """The masker that selects pages, if nobody else does, and its pages can be listed at once.
+
+        Then no key needs a flag: see `triton_kernels.page_lists`.
+        """
+        others = self.maskers[self._num_ranges :]
+        if len(others) == 1 and self._num_ranges <= MOST_RANGES and not self._is_sampled:
+            (masker,) = others
+            by_group = self._num_units == self.space.shape.num_kv_heads
+            if isinstance(masker, DeviceTopKMasker) and by_group and masker.can_list:
+                return masker
+        return None
 
     @property
     def learns(self) -> bool:
@@ -189,7 +205,7 @@ class DeviceAttention:
         counts: torch.Tensor,
         whole: torch.Tensor | None,
     ) -> None:
-        memory, shape, lengths = self._memory, self.space.shape, batch.lengths
+        memory = self._memory
         rows = len(query) * self._num_units
         queries = DeviceQueries(
             query=query,
@@ -202,22 +218,8 @@ class DeviceAttention:
             reads=counts,
             space=self.space,
         )
-        start_flags(queries.flags, lengths, sizes[: 2 * self._num_ranges])
-        if self._is_sampled:
-            queries.probability.zero_()
-        maskers = list(zip(self.maskers, self._parts, strict=True))
-        for masker, part in maskers[self._num_ranges :]:
-            masker.select(queries, sizes[part])
+        self._list(queries, sizes)
         lists = memory.lists
-        list_tokens(
-            queries.flags,
-            lengths,
-            lists,
-            queries.probability if self._is_sampled else None,
-            memory.key_probability,
-            reads=counts,
-            readers=shape.num_heads // self._num_units,
-        )
         attend_lists(
             query,
             cache.kv_cache,
@@ -229,6 +231,29 @@ class DeviceAttention:
             output,
             memory.attention,
             whole,
+        )
+
+    def _list(self, queries: DeviceQueries, sizes: torch.Tensor) -> None:
+        """Writes the lists of the tokens that each KV head reads, and counts them."""
+        memory, lengths = self._memory, queries.batch.lengths
+        ranges = sizes[: 2 * self._num_ranges]
+        if self._pages is not None:
+            self._pages.list(queries, ranges, sizes[len(ranges) :], memory.lists)
+            return
+        start_flags(queries.flags, lengths, ranges)
+        if self._is_sampled:
+            queries.probability.zero_()
+        maskers = list(zip(self.maskers, self._parts, strict=True))
+        for masker, part in maskers[self._num_ranges :]:
+            masker.select(queries, sizes[part])
+        list_tokens(
+            queries.flags,
+            lengths,
+            memory.lists,
+            queries.probability if self._is_sampled else None,
+            memory.key_probability,
+            reads=queries.reads,
+            readers=self.space.shape.num_heads // self._num_units,
         )
 
 

@@ -14,6 +14,7 @@ launched = triton.jit(
     do_not_specialize=[
         "lengths",
         "whole",
+        "every",
         "rows",
         "counts",
         "begins",

@@ -9,6 +9,7 @@ threads. (Histograms of four digits took 15 us on an H200, for 2048 numbers.)
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -26,7 +27,7 @@ _SCORES_AT_ONCE = 16384
 
 
 @triton.jit
-def _pooled(
+def pooled_shares(
     scores,
     row_stride,
     places,
@@ -135,6 +136,27 @@ def _bound_of(numbers, wanted):
 
 
 @triton.jit
+def largest_of(numbers, wanted):
+    """Which numbers are chosen: the largest ones, of equal ones the first.
+
+    Args:
+        numbers: `[numbers]`, uint32; 0 is for what cannot be chosen.
+        wanted: How many are to be chosen, at least 1.
+
+    Returns:
+        `[numbers]`.
+    """
+    bound, reached, wanted = _bound_of(numbers, wanted)
+    chosen = numbers >= bound
+    if reached > wanted:
+        is_equal = (numbers == bound).to(tl.int32)
+        room = wanted - reached + tl.sum(is_equal, 0)
+        is_first = (is_equal > 0) & (tl.cumsum(is_equal, 0) <= room)
+        chosen = (numbers > bound) | is_first
+    return chosen
+
+
+@triton.jit
 def _mark(
     flags,
     stride,
@@ -198,20 +220,13 @@ def _select_row(
     pages = tl.cdiv(length, PAGE_SIZE)
     places = tl.arange(0, NUMBERS)
     if HEADS > 1:
-        own = _pooled(scores, row_stride, places, pages, scaling, HEADS, AT_ONCE)
+        own = pooled_shares(scores, row_stride, places, pages, scaling, HEADS, AT_ONCE)
     else:
         own = tl.load(scores + places, mask=places < pages, other=0.0)
     is_open = _is_open(flags, stride, places, length, PAGE_SIZE, UNITS, WORD, WORDS, ONES)
     numbers = tl.where(is_open & (places < pages), order_of(own), 0).to(tl.uint32)
-    bound, reached, wanted = _bound_of(numbers, wanted)
-    if reached == wanted:
-        _mark(flags, stride, places, numbers >= bound, length, PAGE_SIZE, UNITS, WORD, WORDS, ONES)
-    else:
-        is_equal = (numbers == bound).to(tl.int32)
-        room = wanted - reached + tl.sum(is_equal, 0)
-        is_first = (is_equal > 0) & (tl.cumsum(is_equal, 0) <= room)
-        chosen = (numbers > bound) | is_first
-        _mark(flags, stride, places, chosen, length, PAGE_SIZE, UNITS, WORD, WORDS, ONES)
+    chosen = largest_of(numbers, wanted)
+    _mark(flags, stride, places, chosen, length, PAGE_SIZE, UNITS, WORD, WORDS, ONES)
 
 
 @launched
@@ -283,9 +298,39 @@ def _select_rows_kernel(
 _WORDS = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
 
 
-def _heads_at_once(heads: int, numbers: int) -> int:
-    """Of a group, whose scores are in a program's registers together; a power of 2."""
-    return min(power_of_2(heads), max(1, _SCORES_AT_ONCE // numbers))
+@dataclass(frozen=True)
+class RowSizes:
+    """Of the programs that select from rows of some capacity; powers of 2.
+
+    Attributes:
+        numbers: Of a row.
+        fewer: Rows of at most so many take less time.
+        heads: Of a group, whose scores are in a program's registers together.
+        more_heads: The same, for fewer numbers.
+        warps: Of a program.
+    """
+
+    numbers: int
+    fewer: int
+    heads: int
+    more_heads: int
+    warps: int
+
+    @classmethod
+    def of(cls, capacity: int, heads: int) -> RowSizes:
+        """For rows of so many numbers.
+
+        Args:
+            capacity: At most `MOST_NUMBERS`.
+            heads: Of a group.
+        """
+        numbers = max(128, power_of_2(capacity))
+        fewer = max(128, numbers // 4)
+        at_once, more = (
+            min(power_of_2(heads), max(1, _SCORES_AT_ONCE // size)) for size in (numbers, fewer)
+        )
+        warps = numbers // (32 * _NUMBERS_PER_THREAD)
+        return cls(numbers, fewer, at_once, more, max(_FEWEST_WARPS, min(_MOST_WARPS, warps)))
 
 
 def select_rows(
@@ -311,9 +356,8 @@ def select_rows(
     num_queries, num_heads, capacity = scores.shape
     items, stride = num_queries * selectors, flags.shape[1]
     word = math.gcd(8, page_size, stride)
-    heads, numbers = num_heads // selectors, max(128, power_of_2(capacity))
-    fewer = max(128, numbers // 4)
-    warps = numbers // (32 * _NUMBERS_PER_THREAD)
+    heads = num_heads // selectors
+    sizes = RowSizes.of(capacity, heads)
     _select_rows_kernel[(items,)](
         scores,
         flags,
@@ -329,9 +373,9 @@ def select_rows(
         WORD=word,
         WORDS=_WORDS[word],
         ONES=int.from_bytes(bytes([1] * word), "little"),
-        NUMBERS=numbers,
-        FEWER=fewer,
-        HEADS_AT_ONCE=_heads_at_once(heads, numbers),
-        MORE_HEADS=_heads_at_once(heads, fewer),
-        num_warps=max(_FEWEST_WARPS, min(_MOST_WARPS, warps)),
+        NUMBERS=sizes.numbers,
+        FEWER=sizes.fewer,
+        HEADS_AT_ONCE=sizes.heads,
+        MORE_HEADS=sizes.more_heads,
+        num_warps=sizes.warps,
     )

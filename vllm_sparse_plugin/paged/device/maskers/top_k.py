@@ -17,6 +17,9 @@ from vllm_sparse_plugin.paged.device.queries import (
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
 from vllm_sparse_plugin.paged.maskers.base import PagedMasker
 from vllm_sparse_plugin.paged.sizes import ends_within, sizes_of
+from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists
+from vllm_sparse_plugin.paged.triton_kernels.page_lists import list_pages
+from vllm_sparse_plugin.paged.triton_kernels.row_selection import MOST_NUMBERS
 
 
 class DeviceTopKMasker(DeviceMasker):
@@ -29,6 +32,7 @@ class DeviceTopKMasker(DeviceMasker):
         super().__init__(paged, space)
         self.page_size = getattr(self.config, "page_size", 1)
         scores_buffer(space, self.page_size)
+        self._capacity = -(-space.capacity // self.page_size)
         radix_workspace(space)
         if self.config.head_granularity == "kv_head":
             pooling_workspace(space, self.page_size)
@@ -55,3 +59,39 @@ class DeviceTopKMasker(DeviceMasker):
         if len(sizes) > 1:
             queries.add_range(sizes[1], sizes[2])
         queries.add_largest(scores, self.page_size, self.config.head_granularity, sizes[0])
+
+    @property
+    def can_list(self) -> bool:
+        """Whether `list` can do all that there is to do after ranges of keys."""
+        by_group = self.config.head_granularity == "kv_head"
+        return by_group and self._capacity <= MOST_NUMBERS
+
+    def list(
+        self,
+        queries: DeviceQueries,
+        ranges: torch.Tensor,
+        sizes: torch.Tensor,
+        lists: DeviceLists,
+    ) -> None:
+        """Writes the lists of what is in ranges or selected, and counts what is read of them.
+
+        Args:
+            queries: Of a layer and step.
+            ranges: `[2 * num_ranges, num_queries]`, int32: see `page_lists.list_pages`.
+            sizes: See `DeviceMasker.select`.
+            lists: Written.
+        """
+        scores = queries.scores(self.page_size)
+        self.score(queries, scores)
+        list_pages(
+            scores,
+            self.page_size,
+            self.shape.num_kv_heads,
+            sizes[0],
+            queries.scaling,
+            queries.batch.lengths,
+            ranges,
+            sizes[2] if len(sizes) > 1 else None,
+            lists,
+            queries.reads,
+        )

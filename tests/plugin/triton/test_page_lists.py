@@ -1,0 +1,133 @@
+"""Ranges and pages as lists at once: the same as by flags, selection and lists of flags."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.plugin.triton.interpreter import DEVICE
+from tests.plugin.triton.unit_flags import IN_REGISTERS
+from vllm_sparse_plugin.paged.triton_kernels.flags import flag_range, start_flags
+from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists, list_tokens
+from vllm_sparse_plugin.paged.triton_kernels.page_lists import list_pages
+from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace
+from vllm_sparse_plugin.paged.triton_kernels.selection import flag_largest
+
+POISON = 1 << 20
+SCALING = 0.3
+
+
+def lists_of(queries: int, kv_heads: int, capacity: int) -> DeviceLists:
+    lists = DeviceLists.of(queries, kv_heads, 1, capacity, False, DEVICE)
+    for part in (lists.tokens, lists.counts, lists.selected):
+        part.fill_(POISON)
+    return lists
+
+
+def on_device(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(DEVICE)
+
+
+def check(scores, page_size: int, kv_heads: int, wanted, lengths, ranges, every=None) -> None:
+    """`scores` are `[queries, heads, pages]`, `ranges` `[2 * ranges, queries]`."""
+    queries, heads, pages = scores.shape
+    capacity = -(-pages * page_size // 16) * 16
+    held, own_ranges = on_device(lengths), on_device(ranges.astype(np.int32))
+    own_counts = on_device(wanted.astype(np.int32))
+    flags = torch.zeros(queries * kv_heads, capacity, dtype=torch.uint8, device=DEVICE)
+    start_flags(flags, held, own_ranges)
+    if every is not None:
+        ends = on_device(every)
+        flag_range(flags, held, torch.zeros_like(ends), ends)
+    pools = PoolingWorkspace.of(queries, heads, pages, DEVICE)
+    flag_largest(
+        on_device(scores).clone(),
+        page_size,
+        kv_heads,
+        own_counts,
+        SCALING,
+        held,
+        flags,
+        IN_REGISTERS,
+        pools,
+    )
+    right, found = (lists_of(queries, kv_heads, capacity) for _ in range(2))
+    reads, own_reads = (torch.full((queries, 3), 7, device=DEVICE) for _ in range(2))
+    list_tokens(flags, held, right, reads=reads, readers=heads // kv_heads)
+    list_pages(
+        on_device(scores),
+        page_size,
+        kv_heads,
+        own_counts,
+        SCALING,
+        held,
+        own_ranges,
+        None if every is None else on_device(every),
+        found,
+        own_reads,
+    )
+    assert torch.equal(found.counts, right.counts)
+    assert torch.equal(found.selected, right.selected)
+    assert torch.equal(own_reads, reads)
+    for item, count in enumerate(right.counts.tolist()):
+        assert torch.equal(found.tokens[item, :count], right.tokens[item, :count])
+        assert (found.tokens[item, count:] == POISON).all()
+
+
+@pytest.mark.parametrize("page_size", [1, 5, 16, 32])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (4, 1)])
+def test_the_same_lists_as_by_flags(page_size: int, heads: int, kv_heads: int) -> None:
+    """Edges of pages and of programs' sizes; ranges that are empty, overlap, or meet in a page."""
+    random = np.random.default_rng(page_size + heads)
+    pages = 160
+    edges = [0, 1, page_size, page_size + 1, 128 * page_size, 128 * page_size + 1, 150 * page_size]
+    lengths = np.array([*edges, pages * page_size - page_size // 2], np.int32)
+    scores = random.standard_normal((len(lengths), heads, pages)).astype(np.float32)
+    scores[:, :, ::3] = 0.5  # ties
+    wanted = np.array([3, 1, 0, 2, 40, 200, 17, 30])
+    middle = 3 * page_size + page_size // 2
+    for ranges in (
+        np.zeros((0, len(lengths))),
+        np.stack([lengths * 0, lengths * 0 + page_size // 2]),
+        np.stack([lengths * 0, lengths * 0 + middle, lengths - page_size - 1, lengths]),
+        np.stack([lengths * 0 + 2, lengths * 0 + middle, lengths * 0 + middle, lengths // 2]),
+        np.stack([lengths * 0 - 4, lengths * 0 + middle, lengths * 0 + 2, lengths + 9]),
+    ):
+        check(scores, page_size, kv_heads, wanted, lengths, ranges)
+    every = np.where(np.arange(len(lengths)) % 2, lengths, 0).astype(np.int32)
+    check(scores, page_size, kv_heads, wanted, lengths, np.zeros((2, len(lengths))), every)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    length=st.integers(0, 70),
+    page_size=st.sampled_from([1, 3, 4, 8]),
+    begins=st.tuples(st.integers(-3, 75), st.integers(-3, 75)),
+    sizes=st.tuples(st.integers(0, 30), st.integers(0, 80)),
+    wanted=st.integers(-1, 80),
+    seed=st.integers(0, 5),
+)
+def test_any_ranges(length: int, page_size: int, begins, sizes, wanted: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    scores = random.integers(0, 4, (1, 2, 72 // page_size + 1)).astype(np.float32)
+    (first, other), (size, other_size) = begins, sizes
+    ranges = np.array([[first], [first + size], [other], [other + other_size]])
+    check(scores, page_size, 1, np.array([wanted]), np.array([length], np.int32), ranges)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    scores = torch.zeros(1, 2, 8, device=DEVICE)
+    ones = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    reads = torch.zeros(1, 3, dtype=torch.int64, device=DEVICE)
+    arguments = (scores, 16, 2, ones, 1.0, ones)
+    many = torch.zeros(6, 1, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(ValueError, match="3 ranges"):
+        list_pages(*arguments, many, None, lists_of(1, 2, 128), reads)
+    for lists in (
+        lists_of(1, 1, 128),
+        lists_of(1, 2, 64),
+        DeviceLists.of(1, 2, 1, 128, True, DEVICE),
+    ):
+        with pytest.raises(ValueError, match="cannot hold"):
+            list_pages(*arguments, many[:2], None, lists, reads)
