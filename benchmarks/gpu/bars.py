@@ -143,7 +143,7 @@ def _attention_bars(results: Results) -> Iterator[Bar]:
 
 @dataclass(frozen=True)
 class EngineRow:
-    """A cell of both engines.
+    """A cell of a sparse engine and of the dense one.
 
     Attributes:
         keys: Of each prompt.
@@ -170,12 +170,12 @@ class EngineRow:
 
 
 def engine_rows(results: Results) -> list[EngineRow]:
-    """The cells that both engines have."""
+    """The cells that a sparse engine and the dense one have."""
     rows = []
     grid = list(results.get("attention", {}).get("dense_grid", []))
-    for suffix in ("", "-long"):
-        dense = list(results.get(f"engine_dense{suffix}", {}).get("records", []))
-        for record in results.get(f"engine_sparse{suffix}", {}).get("records", []):
+    dense = list(results.get("engine_dense", {}).get("records", []))
+    for name in ("engine_sparse", "engine_sparse-long"):
+        for record in results.get(name, {}).get("records", []):
             place = {"keys": record["keys"], "requests": record["requests"]}
             other = _found(dense, **place)
             if other is None or "left_out" in other or "left_out" in record:

@@ -59,6 +59,6 @@ def _cells(*pairs: tuple[int, tuple[int, ...]]) -> tuple[EngineCell, ...]:
 SHORT = _cells(
     (1024, (1, 4, 16, 64)), (4096, (1, 4, 16, 64)), (8192, (1, 4, 16, 64)), (32768, (1, 4, 8, 16))
 )
-LONG = _cells((LONGEST, (1, 4)))
+LONG = _cells((LONGEST, (1, 4, 6)))
 QUICK = _cells((1024, (1, 16)), (8192, (1, 16)))
 EVERY = (*SHORT, *LONG)

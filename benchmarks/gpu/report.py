@@ -29,10 +29,9 @@ STAGES: dict[str, str] = {
     "small_racecheck": "compute-sanitizer racecheck, small cases",
     "bandwidth": "kernels against a copy's bandwidth",
     "attention": "attention of a decode step",
-    "engine_dense": "decode throughput, dense, 1K to 32K",
-    "engine_sparse": "decode throughput, sparse, 1K to 32K",
-    "engine_dense-long": "decode throughput, dense, 128K",
-    "engine_sparse-long": "decode throughput, sparse, 128K",
+    "engine_dense": "decode throughput, dense, 1K to 128K",
+    "engine_sparse-long": "decode throughput, sparse (5 %), 128K",
+    "engine_sparse": "decode throughput, sparse (10 %), 1K to 32K",
 }
 """In the order in which they run."""
 CORRECTNESS = ("kernels", "tokens", "graphs", "small_memcheck", "small_racecheck")

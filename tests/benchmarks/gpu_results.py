@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.gpu.cells import EVERY, LONGEST
+from benchmarks.gpu.cells import EVERY, LONG, LONGEST, SHORT
 from benchmarks.gpu.sparse_configs import QUEST_5, QUEST_10, TOKENS_10
 
 
@@ -82,11 +82,9 @@ def attention() -> dict[str, Any]:
 
 def engine(name: str, speed_up: float = 1.0) -> dict[str, Any]:
     """Dense steps take 5 ms and the attention of `attention`."""
-    is_long, is_sparse = name.endswith("long"), name.startswith("sparse")
+    is_sparse = name.startswith("sparse")
     records: list[dict[str, Any]] = []
-    for cell in EVERY:
-        if (cell.keys == LONGEST) != is_long:
-            continue
+    for cell in {"dense": EVERY, "sparse-long": LONG, "sparse": SHORT}[name]:
         step = 5 + 32e-6 * cell.keys * cell.requests
         gain = speed_up if cell.keys >= 32768 else 0.99 if is_sparse else 1.0
         record: dict[str, Any] = {
@@ -128,7 +126,6 @@ def all_results() -> dict[str, dict[str, Any]]:
         "bandwidth": bandwidth(),
         "attention": attention(),
         "engine_dense": engine("dense"),
-        "engine_sparse": engine("sparse", 2.6),
-        "engine_dense-long": engine("dense-long"),
         "engine_sparse-long": engine("sparse-long", 3.0),
+        "engine_sparse": engine("sparse", 2.6),
     }

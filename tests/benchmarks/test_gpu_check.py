@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,13 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.sh"
 
 
 def run(
-    *arguments: str, cwd: Path, python: str = sys.executable
+    *arguments: str, cwd: Path, python: str = sys.executable, more: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "STAGE_SECONDS"}
     return subprocess.run(
         [str(SCRIPT), *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHON": python, "OMP_NUM_THREADS": "1"},
+        env={**environment, "PYTHON": python, "OMP_NUM_THREADS": "1", **(more or {})},
         capture_output=True,
         text=True,
         timeout=300,
@@ -58,6 +60,18 @@ def test_a_dry_run(tmp_path: Path) -> None:
     kernels = {record["kernel"] for record in content["results"]["bandwidth"]["records"]}
     assert {"page gather", "token gather", "index scan", "write and update"} < kernels
     assert "A dry run" in (tmp_path / "results" / "gpu_check.md").read_text()
+
+
+def test_a_stage_knows_its_limit(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\ncase "$2" in\n*environment) echo "limit: $STAGE_SECONDS" ;;\n'
+        f'*) exec {sys.executable} "$@" ;;\nesac\n'
+    )
+    python.chmod(0o755)
+    for given, wanted in (({}, "580"), ({"STAGE_SECONDS": "77"}, "77")):
+        run("--stages", "environment", str(tmp_path), cwd=tmp_path, python=str(python), more=given)
+        assert (tmp_path / "environment.log").read_text() == f"limit: {wanted}\n"
 
 
 def test_a_failed_stage_hides_no_other_one(tmp_path: Path) -> None:
