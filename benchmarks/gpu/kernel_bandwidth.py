@@ -27,6 +27,7 @@ from vllm_sparse_plugin.paged.triton_kernels.attention import AttentionWorkspace
 from vllm_sparse_plugin.paged.triton_kernels.flags import start_flags
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists, list_tokens
 from vllm_sparse_plugin.paged.triton_kernels.page_bounds import update_pages
+from vllm_sparse_plugin.paged.triton_kernels.page_lists import list_pages
 from vllm_sparse_plugin.paged.triton_kernels.page_scores import score_pages
 from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace
 from vllm_sparse_plugin.paged.triton_kernels.radix_workspace import RadixWorkspace
@@ -239,7 +240,17 @@ class Bench:
                 pools,
             )
 
-        return {
+        def select_and_list(cache: torch.Tensor) -> None:
+            self.score(cache, scores)
+            nothing = torch.empty(0, sizes.batch, dtype=torch.int32, device=device)
+            args = (scores, sizes.page_size, sizes.kv_heads, counts, scaling, batch.lengths)
+            list_pages(*args, nothing, None, lists, reads)
+
+        reads = torch.zeros(sizes.batch, 3, dtype=torch.int64, device=device)
+        found = {}
+        if not by_head:
+            found["score, select and list"] = self.on_each_cache(select_and_list)
+        return found | {
             "start flags": self.watch.time([lambda: start_flags(flags, batch.lengths)]),
             "start, score and select": self.on_each_cache(select),
             "list tokens": self.watch.time([lambda: list_tokens(flags, batch.lengths, lists)]),

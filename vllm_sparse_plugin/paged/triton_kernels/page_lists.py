@@ -21,6 +21,7 @@ from vllm_sparse_plugin.paged.triton_kernels.row_selection import (
     pooled_shares,
 )
 
+_TOKENS_AT_ONCE = 8192
 MOST_RANGES = 2
 """What the union of more covers of a page is not computed here."""
 
@@ -69,13 +70,14 @@ def _list_row(
     HEADS: tl.constexpr,
     RANGES: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
     NUMBERS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
     """Writes one list, and returns how many tokens it has.
 
     Args:
-        scores: Pointer to those of the group's first head.
+        scores: Pointer to those of the group's first head; overwritten.
         tokens: Pointer to the list.
         length: Keys that the query sees, at least 1.
         wanted: Pages to select.
@@ -88,6 +90,7 @@ def _list_row(
         HEADS: Of the group.
         RANGES: See `_covered`.
         WIDTH: `PAGE_SIZE` as an axis.
+        CHUNK: Pages whose tokens are written at once.
         NUMBERS: Pages, at most.
         AT_ONCE: Heads.
     """
@@ -108,27 +111,31 @@ def _list_row(
     # Pages that are listed whole: their tokens are neighbours in the list too.
     is_whole = chosen | (covered == size)
     count = tl.where(is_whole, size, covered)
-    total = tl.sum(count, 0)
     start = tl.cumsum(count, 0) - count
-    # From here on, little of each page is needed: with more, registers would run out.
-    for key in range(PAGE_SIZE):
-        keys = places * PAGE_SIZE + key
-        tl.store(tokens + (start + key), keys, mask=is_whole & (keys < length))
-    # Of others, what is at the ends of ranges: two pages of each, at most.
-    known = 2 * start + is_whole.to(tl.int32)
+    # From here on few pages at a time, out of memory: tokens of all would take too many registers.
+    known = scores.to(tl.pointer_type(tl.int32))
+    tl.store(known + places, 2 * start + is_whole.to(tl.int32), mask=places < pages)
+    tl.debug_barrier()  # what one thread has written, another one reads
     inside = tl.arange(0, WIDTH)
+    for chunk in range(0, pages, CHUNK):
+        some = chunk + tl.arange(0, CHUNK)
+        of_some = tl.load(known + some, mask=some < pages, other=0)[:, None]
+        keys_of_some = some[:, None] * PAGE_SIZE + inside[None, :]
+        is_listed = (of_some % 2 > 0) & (keys_of_some < length) & (inside < PAGE_SIZE)[None, :]
+        tl.store(tokens + of_some // 2 + inside[None, :], keys_of_some, mask=is_listed)
+    # Of pages that are not listed whole, what is at the ends of ranges: two of each, at most.
     for edge in tl.static_range(2 * RANGES):
         at = tl.load(ranges + edge * ranges_stride) - edge % 2  # the range's first or last key
         page = tl.maximum(tl.minimum(at, length - 1), 0) // PAGE_SIZE
-        of_page = tl.sum(tl.where(places == page, known, 0), 0)
-        of_range = page * PAGE_SIZE + inside
+        of_page = tl.load(known + page)
+        keys = page * PAGE_SIZE + inside
         last = tl.minimum((page + 1) * PAGE_SIZE, length)
-        end_of_key = tl.minimum(of_range + 1, last)
-        is_listed = _covered(of_range, end_of_key, ranges, ranges_stride, RANGES)
-        place = of_page // 2 + tl.cumsum(is_listed, 0) - 1
+        own_end = tl.minimum(keys + 1, last)
+        is_covered = _covered(keys, own_end, ranges, ranges_stride, RANGES)
+        place = of_page // 2 + tl.cumsum(is_covered, 0) - 1
         behind = tl.where(of_page % 2 == 0, last, 0)
-        tl.store(tokens + place, of_range, mask=(is_listed > 0) & (of_range < behind))
-    return total
+        tl.store(tokens + place, keys, mask=(is_covered > 0) & (keys < behind))
+    return tl.sum(count, 0)
 
 
 @launched
@@ -153,6 +160,7 @@ def _list_pages_kernel(
     RANGES: tl.constexpr,
     HAS_EVERY: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
     NUMBERS: tl.constexpr,
     FEWER: tl.constexpr,
     HEADS_AT_ONCE: tl.constexpr,
@@ -185,6 +193,7 @@ def _list_pages_kernel(
                 HEADS,
                 RANGES,
                 WIDTH,
+                CHUNK,
                 FEWER,
                 MORE_HEADS,
             )
@@ -203,6 +212,7 @@ def _list_pages_kernel(
                 HEADS,
                 RANGES,
                 WIDTH,
+                CHUNK,
                 NUMBERS,
                 HEADS_AT_ONCE,
             )
@@ -229,8 +239,8 @@ def list_pages(
 
     Args:
         scores: `[num_queries, num_heads, capacity in pages]`, float32, no NaN, contiguous, of at
-            most `row_selection.MOST_NUMBERS` pages. They are pooled over each KV head's group, see
-            `pooling`; equal ones: the lower page is better.
+            most `row_selection.MOST_NUMBERS` pages; overwritten. They are pooled over each group,
+            see `pooling`; of equal ones, the lower page is better.
         page_size: Keys of a page.
         kv_heads: Of the layer.
         counts: `[num_queries]`, an integer type: pages to select, besides those whose keys are all
@@ -281,6 +291,7 @@ def list_pages(
         RANGES=num_ranges,
         HAS_EVERY=every is not None,
         WIDTH=power_of_2(page_size),
+        CHUNK=max(1, _TOKENS_AT_ONCE // power_of_2(page_size)),
         NUMBERS=sizes.numbers,
         FEWER=sizes.fewer,
         HEADS_AT_ONCE=sizes.heads,

@@ -189,7 +189,7 @@ def _mark(
     end = tl.where(is_rest_chosen > 0, length, rest)
     for unit in range(UNITS):
         own = flags + unit * stride
-        for word in tl.static_range(PAGE_SIZE // WORD):
+        for word in range(PAGE_SIZE // WORD):
             first = places * PAGE_SIZE + word * WORD
             ones = tl.full(places.shape, ONES, WORDS)
             target = (own + first).to(tl.pointer_type(WORDS))
