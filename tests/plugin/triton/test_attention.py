@@ -127,7 +127,7 @@ def test_lists_with_and_without_weights(heads, kv_heads, head_size, block_size, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_key_before_a_count(dtype: torch.dtype) -> None:
-    """Dense rows, of one part and of many: of 128 keys each, and of 320 in the longest row."""
+    """Dense rows, of one part and of many: of 192 keys each, and of 320 in the longest row."""
     rows = device_rows(shape_of(2, 1, 32, 16, dtype), (1, 128, 129, 512, 1100), exact=False)
     counts = np.array(rows.lengths, np.int32)
     found = attend(rows, None, None, counts)

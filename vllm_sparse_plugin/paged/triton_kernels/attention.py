@@ -158,12 +158,14 @@ def _join_kernel(
     item, head = row // HEADS, row % HEADS
     count, _ = _count_of(item, counts, whole, KV_HEADS, HAS_WHOLE)
     parts, channels = tl.arange(0, PARTS), tl.arange(0, CHANNELS)
-    is_live = parts * share_of(count, PARTS, LEAST) < count
     at = (item * PARTS + parts) * HEADS + head
-    peaks = tl.load(top + at, mask=is_live, other=float("-inf"))
+    # Of all parts, while the count is on its way; what is not live may be anything.
+    peaks, masses = tl.load(top + at), tl.load(mass + at)
+    is_live = parts * share_of(count, PARTS, LEAST) < count
+    peaks = tl.where(is_live, peaks, float("-inf"))
     peak = tl.max(peaks, 0)
     factors = tl.exp2(peaks - tl.where(peak == float("-inf"), 0.0, peak))
-    weight = tl.sum(factors * tl.load(mass + at, mask=is_live, other=0.0), 0)
+    weight = tl.sum(tl.where(is_live, factors * masses, 0.0), 0)
     is_channel = channels < HEAD_SIZE
     inside = is_live[:, None] & is_channel[None, :]
     own = tl.load(sums + at[:, None] * HEAD_SIZE + channels[None, :], mask=inside, other=0.0)

@@ -16,7 +16,7 @@ from vllm_sparse_plugin.paged.triton_kernels.grids import power_of_2
 
 PARTS = 32
 """Of a list, at most, a power of 2: that many programs work on a long one."""
-LEAST_PART = 128
+LEAST_PART = 192
 """Tokens of a part, at least."""
 
 
