@@ -273,8 +273,7 @@ def score_pages(
     pages = rows_at_once(units, least=16, most=_PAGES)
     is_half = query.dtype != torch.float32
     # Triton's interpreter multiplies bfloat16s wrongly.
-    is_interpreted = kv_cache.device.type == "cpu"
-    is_wrong = is_interpreted and kv_cache.dtype == torch.bfloat16
+    is_wrong = kv_cache.device.type == "cpu" and kv_cache.dtype == torch.bfloat16
     in_float32 = not is_coded and (not is_half or is_wrong or query.dtype != kv_cache.dtype)
     _score_pages[
         (heads, num_queries, splits_of(num_queries * heads, -(-scores.shape[2] // pages)))
@@ -309,7 +308,7 @@ def score_pages(
         COLUMNS=padded(part),
         KEYS=min(KEYS_AT_ONCE, padded(page_size)),
         IN_FLOAT32=in_float32,
-        IS_INTERPRETED=is_interpreted,
+        IS_INTERPRETED=not isinstance(_score_pages, triton.JITFunction),
         PIECES=3 if is_coded and not is_half else 1,
         ENOUGH=ENOUGH_PROGRAMS,
         MOST_TILES=_MOST_TILES,
