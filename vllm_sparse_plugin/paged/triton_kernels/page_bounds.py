@@ -125,10 +125,12 @@ def _bounds_of_new_page(
         rows = tl.minimum(first + keys, count - 1)
         back = count - 1 - rows
         own = tl.load(slots + i - back, mask=back <= i, other=-1)
-        is_new, is_old = own == slot - back, own != slot - back
+        # Both from everywhere, while it is not known which are needed: what other programs write
+        # meanwhile is new, and not taken from the cache.
         at = key + (i - back).to(tl.int64) * key_stride + channels
-        new = tl.load(at, mask=inside & is_new, other=0.0)
-        old = tl.load(elements + rows * (2 * HEAD_SIZE) + channels, mask=inside & is_old, other=0.0)
+        new = tl.load(at, mask=inside & (back <= i), other=0.0)
+        old = tl.load(elements + rows * (2 * HEAD_SIZE) + channels, mask=inside, other=0.0)
+        is_new = own == slot - back
         values = tl.where(is_new, new, old).to(tl.float32)
         low = tl.minimum(low, tl.min(values, axis=0))
         high = tl.maximum(high, tl.max(values, axis=0))
