@@ -6,6 +6,7 @@ python -m benchmarks.gpu.kernel_tests --output FOLDER [--quick]
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,18 @@ from benchmarks.gpu.command import run_stage
 
 ROOT = Path(__file__).parents[2]
 TESTS = "tests/plugin/triton"
-QUICK = ("attention", "selection", "lists", "page_bounds", "writing", "whole_step")
+QUICK = (
+    "attention",
+    "selection",
+    "flags",
+    "lists",
+    "page_lists",
+    "page_bounds",
+    "page_products",
+    "writing",
+    "whole_step",
+)
+_MOST_PROCESSES = 8
 NEEDED = ("pytest", "hypothesis", "numba")
 
 
@@ -26,6 +38,8 @@ def stage(device: str, is_quick: bool, variant: str) -> dict[str, Any]:
         return {"skipped": f"not installed: {', '.join(missing)}"}
     chosen = [f"{TESTS}/test_{name}.py" for name in QUICK] if is_quick else [TESTS]
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") is not None:  # most of the time kernels are compiled
+        command += ["-n", str(max(1, min(_MOST_PROCESSES, (os.cpu_count() or 1) // 2)))]
     process = subprocess.Popen(
         [*command, *chosen], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
