@@ -17,8 +17,8 @@ from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2, 
 _GROUPS = 128
 """Of 16 keys each, in a tile: one for each thread of a program."""
 _TILE = 16 * _GROUPS
-_HEADS = 4
-"""At once: of more, registers would run out; and the weights of four are a store of 16 bytes."""
+_HEADS = 2
+"""At once: of more, registers would run out (of four, with Triton 3.6)."""
 NOT_SELECTED = -1e30
 """In place of -log of a probability, which is at least 0."""
 
