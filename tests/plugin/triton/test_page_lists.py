@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tests.plugin.triton.interpreter import DEVICE
 from tests.plugin.triton.unit_flags import IN_REGISTERS
+from vllm_sparse_plugin.paged.triton_kernels import page_lists, row_selection
 from vllm_sparse_plugin.paged.triton_kernels.flags import flag_range, start_flags
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists, list_tokens
 from vllm_sparse_plugin.paged.triton_kernels.page_lists import list_pages
@@ -77,8 +78,12 @@ def check(scores, page_size: int, kv_heads: int, wanted, lengths, ranges, every=
 
 @pytest.mark.parametrize("page_size", [1, 5, 16, 32])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (4, 1)])
-def test_the_same_lists_as_by_flags(page_size: int, heads: int, kv_heads: int) -> None:
-    """Edges of pages and of programs' sizes; ranges that are empty, overlap, or meet in a page."""
+def test_the_same_lists_as_by_flags(
+    page_size: int, heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Edges of pages and of chunks; ranges that are empty, overlap, or meet in a page."""
+    monkeypatch.setattr(row_selection, "CHUNK", 128)
+    monkeypatch.setattr(page_lists, "_TOKENS_AT_ONCE", 1024)
     random = np.random.default_rng(page_size + heads)
     pages = 160
     edges = [0, 1, page_size, page_size + 1, 128 * page_size, 128 * page_size + 1, 150 * page_size]

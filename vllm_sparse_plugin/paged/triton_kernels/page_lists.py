@@ -16,9 +16,10 @@ from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists
 from vllm_sparse_plugin.paged.triton_kernels.radix import order_of
 from vllm_sparse_plugin.paged.triton_kernels.row_selection import (
-    RowSizes,
-    largest_of,
-    pooled_shares,
+    bound_of,
+    chosen_of,
+    pool_row,
+    sizes_of_chunks,
 )
 
 _TOKENS_AT_ONCE = 8192
@@ -56,86 +57,31 @@ def _covered(first, end, ranges, stride, RANGES: tl.constexpr):
 
 
 @triton.jit
-def _list_row(
-    scores,
-    tokens,
+def _sizes_of(
+    places,
     length,
-    wanted,
     is_every,
     ranges,
-    scaling,
-    row_stride,
-    ranges_stride,
+    stride,
     PAGE_SIZE: tl.constexpr,
-    HEADS: tl.constexpr,
     RANGES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-    NUMBERS: tl.constexpr,
-    AT_ONCE: tl.constexpr,
 ):
-    """Writes one list, and returns how many tokens it has.
+    """How many keys some pages have, and how many of them the ranges cover; see `_covered`.
 
     Args:
-        scores: Pointer to those of the group's first head; overwritten.
-        tokens: Pointer to the list.
-        length: Keys that the query sees, at least 1.
-        wanted: Pages to select.
-        is_every: Whether all keys are listed.
-        ranges: See `_covered`.
-        scaling: Of the scores.
-        row_stride: From one head's scores to the next one's.
-        ranges_stride: See `_covered`.
+        places: `[pages]`.
+        length: Keys that the query sees.
+        is_every: Whether all are covered.
+        ranges: See `_covered`; so the next one and the last.
+        stride: As there.
         PAGE_SIZE: Keys of a page.
-        HEADS: Of the group.
-        RANGES: See `_covered`.
-        WIDTH: `PAGE_SIZE` as an axis.
-        CHUNK: Pages whose tokens are written at once.
-        NUMBERS: Pages, at most.
-        AT_ONCE: Heads.
+        RANGES: As there.
     """
-    places = tl.arange(0, NUMBERS)
-    pages = tl.cdiv(length, PAGE_SIZE)
-    if HEADS > 1:
-        own = pooled_shares(scores, row_stride, places, pages, scaling, HEADS, AT_ONCE)
-    else:
-        own = tl.load(scores + places, mask=places < pages, other=0.0)
     first = places * PAGE_SIZE
     end = tl.minimum(first + PAGE_SIZE, length)
     size = tl.maximum(end - first, 0)
-    covered = tl.minimum(_covered(first, end, ranges, ranges_stride, RANGES), size)
-    covered = tl.where(is_every > 0, size, covered)
-    is_open = (covered < size) & (places < tl.where(wanted > 0, pages, 0))
-    numbers = tl.where(is_open, order_of(own), 0).to(tl.uint32)
-    chosen = largest_of(numbers, tl.maximum(wanted, 1))
-    # Pages that are listed whole: their tokens are neighbours in the list too.
-    is_whole = chosen | (covered == size)
-    count = tl.where(is_whole, size, covered)
-    start = tl.cumsum(count, 0) - count
-    # From here on few pages at a time, out of memory: tokens of all would take too many registers.
-    known = scores.to(tl.pointer_type(tl.int32))
-    tl.store(known + places, 2 * start + is_whole.to(tl.int32), mask=places < pages)
-    tl.debug_barrier()  # what one thread has written, another one reads
-    inside = tl.arange(0, WIDTH)
-    for chunk in range(0, pages, CHUNK):
-        some = chunk + tl.arange(0, CHUNK)
-        of_some = tl.load(known + some, mask=some < pages, other=0)[:, None]
-        keys_of_some = some[:, None] * PAGE_SIZE + inside[None, :]
-        is_listed = (of_some % 2 > 0) & (keys_of_some < length) & (inside < PAGE_SIZE)[None, :]
-        tl.store(tokens + of_some // 2 + inside[None, :], keys_of_some, mask=is_listed)
-    # Of pages that are not listed whole, what is at the ends of ranges: two of each, at most.
-    for edge in tl.static_range(2 * RANGES):
-        at = tl.load(ranges + edge * ranges_stride) - edge % 2  # the range's first or last key
-        page = tl.maximum(tl.minimum(at, length - 1), 0) // PAGE_SIZE
-        of_page = tl.load(known + page)
-        keys = page * PAGE_SIZE + inside
-        last = tl.minimum((page + 1) * PAGE_SIZE, length)
-        own_end = tl.minimum(keys + 1, last)
-        is_covered = _covered(keys, own_end, ranges, ranges_stride, RANGES)
-        place = of_page // 2 + tl.cumsum(is_covered, 0) - 1
-        behind = tl.where(of_page % 2 == 0, last, 0)
-        tl.store(tokens + place, keys, mask=(is_covered > 0) & (keys < behind))
-    return tl.sum(count, 0)
+    covered = tl.minimum(_covered(first, end, ranges, stride, RANGES), size)
+    return size, tl.where(is_every, size, covered)
 
 
 @launched
@@ -160,62 +106,70 @@ def _list_pages_kernel(
     RANGES: tl.constexpr,
     HAS_EVERY: tl.constexpr,
     WIDTH: tl.constexpr,
+    WRITTEN: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     CHUNK: tl.constexpr,
-    NUMBERS: tl.constexpr,
-    FEWER: tl.constexpr,
-    HEADS_AT_ONCE: tl.constexpr,
-    MORE_HEADS: tl.constexpr,
 ):
-    """Grid: lists. One of up to `FEWER` pages takes as much less time than one of `NUMBERS`."""
+    """Grid: lists. `WRITTEN` pages' tokens are written at once."""
     item = tl.program_id(0).to(tl.int64)
     index = item // LISTS
     length, wanted = tl.load(lengths + index), tl.load(counts + index).to(tl.int32)
     total = tl.zeros_like(length)
     if length > 0:
-        is_every = tl.zeros_like(length)
-        if HAS_EVERY:
-            is_every = tl.load(every + index)
+        is_every = tl.load(every + index) > 0 if HAS_EVERY else length < 0
         scores += item * HEADS * row_stride
         tokens += item * list_stride
         ranges += index
-        if length <= FEWER * PAGE_SIZE:
-            total = _list_row(
-                scores,
-                tokens,
-                length,
-                wanted,
-                is_every,
-                ranges,
-                scaling,
-                row_stride,
-                ranges_stride,
-                PAGE_SIZE,
-                HEADS,
-                RANGES,
-                WIDTH,
-                CHUNK,
-                FEWER,
-                MORE_HEADS,
+        # A page's score makes way for its number, and that for its place in the list.
+        memory = scores.to(tl.pointer_type(tl.int32))
+        pages, inside = tl.cdiv(length, PAGE_SIZE), tl.arange(0, CHUNK)
+        if HEADS > 1:
+            pool_row(scores, row_stride, pages, scaling, HEADS, AT_ONCE, CHUNK)
+        for chunk in range(0, pages, CHUNK):
+            places = chunk + inside
+            score = tl.load(scores + places, mask=places < pages, other=0.0)
+            size, covered = _sizes_of(
+                places, length, is_every, ranges, ranges_stride, PAGE_SIZE, RANGES
             )
-        else:
-            total = _list_row(
-                scores,
-                tokens,
-                length,
-                wanted,
-                is_every,
-                ranges,
-                scaling,
-                row_stride,
-                ranges_stride,
-                PAGE_SIZE,
-                HEADS,
-                RANGES,
-                WIDTH,
-                CHUNK,
-                NUMBERS,
-                HEADS_AT_ONCE,
+            number = tl.where(covered < size, order_of(score), 0).to(tl.int32, bitcast=True)
+            tl.store(memory + places, number, mask=places < pages)
+        tl.debug_barrier()  # what one thread has written, another one reads
+        bound, room = bound_of(memory, pages, wanted, CHUNK)
+        for chunk in range(0, pages, CHUNK):
+            places = chunk + inside
+            own = tl.load(memory + places, mask=places < pages, other=0)
+            chosen, room = chosen_of(own.to(tl.uint32, bitcast=True), bound, room)
+            size, covered = _sizes_of(
+                places, length, is_every, ranges, ranges_stride, PAGE_SIZE, RANGES
             )
+            # Pages that are listed whole: their tokens are neighbours in the list too.
+            is_whole = chosen | (covered == size)
+            count = tl.where(is_whole, size, covered)
+            start = total + tl.cumsum(count, 0) - count
+            total += tl.sum(count, 0)
+            known = 2 * start + is_whole.to(tl.int32)
+            tl.debug_barrier()  # all threads have read the numbers
+            tl.store(memory + places, known, mask=places < pages)
+        tl.debug_barrier()
+        in_page = tl.arange(0, WIDTH)
+        for chunk in range(0, pages, WRITTEN):
+            some = chunk + tl.arange(0, WRITTEN)
+            of_some = tl.load(memory + some, mask=some < pages, other=0)[:, None]
+            keys = some[:, None] * PAGE_SIZE + in_page[None, :]
+            is_listed = (of_some % 2 > 0) & (keys < length) & (in_page < PAGE_SIZE)[None, :]
+            tl.store(tokens + of_some // 2 + in_page[None, :], keys, mask=is_listed)
+        # Of pages not listed whole, what is at the ends of ranges: two of each range, at most.
+        for edge in tl.static_range(2 * RANGES):
+            at = tl.load(ranges + edge * ranges_stride) - edge % 2  # the first key, or the last
+            page = tl.maximum(tl.minimum(at, length - 1), 0) // PAGE_SIZE
+            of_page = tl.load(memory + page)
+            key = page * PAGE_SIZE + in_page
+            last = tl.minimum((page + 1) * PAGE_SIZE, length)
+            key_end = tl.minimum(key + 1, last)
+            is_covered = _covered(key, key_end, ranges, ranges_stride, RANGES)
+            place = of_page // 2 + tl.cumsum(is_covered, 0) - 1
+            behind = tl.where(of_page % 2 == 0, last, 0)
+            tl.store(tokens + place, key, mask=(is_covered > 0) & (key < behind))
         more = total.to(tl.int64)
         tl.atomic_add(reads + index * reads_stride, more * HEADS, sem="relaxed")
         tl.atomic_add(reads + index * reads_stride + 1, more, sem="relaxed")
@@ -269,7 +223,6 @@ def list_pages(
             f"lists of {tuple(lists.tokens.shape)} tokens with weights of "
             f"{tuple(lists.log_weights.shape[1:])} cannot hold {num_lists} of {capacity} pages"
         )
-    sizes = RowSizes.of(capacity, num_heads // kv_heads)
     _list_pages_kernel[(num_lists,)](
         scores,
         lengths,
@@ -291,10 +244,6 @@ def list_pages(
         RANGES=num_ranges,
         HAS_EVERY=every is not None,
         WIDTH=power_of_2(page_size),
-        CHUNK=max(1, _TOKENS_AT_ONCE // power_of_2(page_size)),
-        NUMBERS=sizes.numbers,
-        FEWER=sizes.fewer,
-        HEADS_AT_ONCE=sizes.heads,
-        MORE_HEADS=sizes.more_heads,
-        num_warps=sizes.warps,
+        WRITTEN=max(1, _TOKENS_AT_ONCE // power_of_2(page_size)),
+        **sizes_of_chunks(capacity, num_heads // kv_heads),
     )

@@ -1,15 +1,17 @@
-"""Selection from rows that fit into the registers of one program: nothing of them is stored.
+"""Selection from rows by one program each, in few launches: for rows that are not very long.
 
-The bound between what is selected and the rest is sought between the smallest and the largest
-number: two bounds in between are tried at once, until as many numbers as are wanted reach one, or
-nothing is left in between. Of random numbers, a row of 2048 takes about ten sums over a program's
-threads. (Histograms of four digits took 15 us on an H200, for 2048 numbers.)
+A program goes over its row in chunks, as long as the row is; what it finds out is where its
+numbers were, in memory that its processor has at hand. The bound between what is selected and the
+rest is sought between the smallest and the largest number: two bounds in between are tried at once,
+until as many numbers as are wanted reach one, or nothing is left in between. Of random numbers, a
+row of 2048 takes about ten sums over a program's threads. (Histograms of four digits took 15 us on
+an H200, for 2048 numbers. Rows in registers were as fast as this for lengths of a power of 2, but a
+key more took as long as twice as many: 18 us more in each layer at 32,800 keys.)
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -19,35 +21,139 @@ from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2
 from vllm_sparse_plugin.paged.triton_kernels.radix import order_of
 
 MOST_NUMBERS = 16384
-"""Of a row: 32 in each of a program's threads. Counts of them have 16 bits."""
-_NUMBERS_PER_THREAD = 16
-_FEWEST_WARPS, _MOST_WARPS = 8, 16
-_SCORES_AT_ONCE = 16384
-"""That a program pools: 32 in each of 512 threads."""
+"""Of a row: more are selected from by several programs. Counts of them have 16 bits."""
+CHUNK, WARPS = 2048, 16
+"""Numbers that a program works on at once, and its warps."""
+HEADS_AT_ONCE = 4
+"""Of a group, that are pooled at once."""
 
 
 @triton.jit
-def pooled_shares(
+def pool_row(
     scores,
     row_stride,
-    places,
     pages,
     scaling,
     HEADS: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """The mean of a group's shares, see `pooling`, `[numbers]`, float32."""
-    shares = tl.zeros(places.shape, tl.float32)
+    """Replaces the scores of a group's first head by the mean of its heads' shares, see `pooling`.
+
+    Args:
+        scores: Pointer to those of the first head.
+        row_stride: From one head's to the next one's.
+        pages: Of the row.
+        scaling: Of the scores.
+        HEADS: Of the group.
+        AT_ONCE: Of them.
+        CHUNK: Pages at once.
+    """
+    inside = tl.arange(0, CHUNK)
     for first in tl.static_range(0, HEADS, AT_ONCE):
         heads = first + tl.arange(0, AT_ONCE)[:, None]
-        mask = (heads < HEADS) & (places < pages)[None, :]
-        own = tl.load(scores + heads * row_stride + places[None, :], mask=mask, other=float("-inf"))
-        logits = own * scaling
-        peak = tl.max(logits, 1)[:, None]
-        powers = tl.exp(logits - tl.where(peak == float("-inf"), 0.0, peak))
+        rows = scores + heads * row_stride
+        highest = tl.full([AT_ONCE, CHUNK], float("-inf"), tl.float32)
+        for chunk in range(0, pages, CHUNK):
+            places = (chunk + inside)[None, :]
+            mask = (heads < HEADS) & (places < pages)
+            logits = tl.load(rows + places, mask=mask, other=float("-inf")) * scaling
+            highest = tl.maximum(highest, logits)
+        peak = tl.max(highest, 1)[:, None]
+        peak = tl.where(peak == float("-inf"), 0.0, peak)
+        powers = tl.zeros([AT_ONCE, CHUNK], tl.float32)
+        for chunk in range(0, pages, CHUNK):
+            places = (chunk + inside)[None, :]
+            mask = (heads < HEADS) & (places < pages)
+            logits = tl.load(rows + places, mask=mask, other=float("-inf")) * scaling
+            powers += tl.exp(logits - peak)
         mass = tl.sum(powers, 1)[:, None] * HEADS
-        shares += tl.sum(powers / tl.where(mass > 0, mass, 1.0), 0)
-    return shares
+        mass = tl.where(mass > 0, mass, 1.0)
+        for chunk in range(0, pages, CHUNK):
+            places = (chunk + inside)[None, :]
+            mask = (heads < HEADS) & (places < pages)
+            logits = tl.load(rows + places, mask=mask, other=float("-inf")) * scaling
+            shares = tl.sum(tl.exp(logits - peak) / mass, 0)
+            own = chunk + inside
+            if first > 0:
+                shares += tl.load(scores + own, mask=own < pages, other=0.0)
+            tl.debug_barrier()  # the first head's scores have been read by all threads
+            tl.store(scores + own, shares, mask=own < pages)
+        tl.debug_barrier()  # what one thread has written, another one reads
+
+
+@triton.jit
+def bound_of(numbers, pages, wanted, CHUNK: tl.constexpr):
+    """What divides a row's largest numbers from the rest.
+
+    Args:
+        numbers: Pointer to the row, int32 that are uint32 in truth; 0 is for what cannot be chosen.
+        pages: Of the row.
+        wanted: How many are to be chosen.
+        CHUNK: Numbers at once.
+
+    Returns:
+        The bound, uint32, at least 1: all above it are chosen; and how many of those that equal it,
+        the first ones: -1 for all.
+    """
+    inside = tl.arange(0, CHUNK)
+    lowest = tl.full([CHUNK], 0xFFFFFFFF, tl.uint32)
+    highest = tl.zeros([CHUNK], tl.uint32)
+    counts = tl.zeros([CHUNK], tl.int32)
+    for chunk in range(0, pages, CHUNK):
+        own = tl.load(numbers + chunk + inside, mask=chunk + inside < pages, other=0)
+        own = own.to(tl.uint32, bitcast=True)
+        lowest = tl.minimum(lowest, tl.where(own > 0, own, 0xFFFFFFFF).to(tl.uint32))
+        highest = tl.maximum(highest, own)
+        counts += (own > 0).to(tl.int32)
+    reached = tl.sum(counts, 0)
+    wanted = tl.minimum(tl.maximum(wanted, 0), reached)
+    # Enough numbers reach the bound, and too few the end.
+    bound, end = tl.min(lowest, 0), tl.max(highest, 0) + 1
+    is_any = wanted > 0
+    bound = tl.where(is_any, bound, 0xFFFFFFFF).to(tl.uint32)
+    reached = tl.where(is_any, reached, 0)
+    while (reached > wanted) & (end - bound > 1):
+        step = tl.maximum((end - bound) // 3, 1).to(tl.uint32)
+        # Two counts of 16 bits: one sum over all threads takes no longer for that.
+        pairs = tl.zeros([CHUNK], tl.int32)
+        for chunk in range(0, pages, CHUNK):
+            own = tl.load(numbers + chunk + inside, mask=chunk + inside < pages, other=0)
+            own = own.to(tl.uint32, bitcast=True)
+            pairs += (own >= bound + step).to(tl.int32)
+            pairs += (own >= bound + 2 * step).to(tl.int32) << 16
+        both = tl.sum(pairs, 0)
+        first, second = both & 0xFFFF, both >> 16
+        taken = (first >= wanted).to(tl.uint32) + (second >= wanted).to(tl.uint32)
+        reached = tl.where(first >= wanted, first, reached)
+        reached = tl.where(second >= wanted, second, reached)
+        bound += taken * step
+        end = tl.where(taken < 2, bound + step, end)
+    room = tl.full([], -1, tl.int32)
+    if reached > wanted:
+        counts = tl.zeros([CHUNK], tl.int32)
+        for chunk in range(0, pages, CHUNK):
+            own = tl.load(numbers + chunk + inside, mask=chunk + inside < pages, other=0)
+            counts += (own.to(tl.uint32, bitcast=True) > bound).to(tl.int32)
+        room = wanted - tl.sum(counts, 0)
+    return bound, room
+
+
+@triton.jit
+def chosen_of(own, bound, room):
+    """Which numbers of a chunk are chosen, and the room for equal ones in the next chunks.
+
+    Args:
+        own: `[CHUNK]`, uint32.
+        bound: See `bound_of`.
+        room: For those that equal it from this chunk on; -1: for all.
+    """
+    chosen = own >= bound
+    if room >= 0:
+        is_equal = (own == bound).to(tl.int32)
+        chosen = (own > bound) | ((is_equal > 0) & (tl.cumsum(is_equal, 0) <= room))
+        room = tl.maximum(room - tl.sum(is_equal, 0), 0)
+    return chosen, room
 
 
 @triton.jit
@@ -62,12 +168,12 @@ def _is_open(
     WORDS: tl.constexpr,
     ONES: tl.constexpr,
 ):
-    """Which pages have a key that some unit has not selected, `[numbers]`.
+    """Which pages have a key that some unit has not selected, `[CHUNK]`.
 
     Args:
         flags: Pointer to the flags of the row's first unit, of 0 to 3.
         stride: From one unit's flags to the next one's, a multiple of `WORD`.
-        places: `[numbers]`, pages.
+        places: `[CHUNK]`, pages.
         length: Keys that the query sees.
         PAGE_SIZE: Keys of a page, a multiple of `WORD`.
         UNITS: Of the row.
@@ -93,66 +199,6 @@ def _is_open(
 
 
 @triton.jit
-def _reach(numbers, bound, step):
-    """How many numbers reach each of two bounds, a step from each other, above one."""
-    # Two counts of 16 bits: one sum over all threads takes no longer for that.
-    counts = (numbers >= bound + step).to(tl.int32)
-    counts += (numbers >= bound + 2 * step).to(tl.int32) << 16
-    counts = tl.sum(counts, 0)
-    return counts & 0xFFFF, counts >> 16
-
-
-@triton.jit
-def _bound_of(numbers, wanted):
-    """What divides the largest numbers from the rest.
-
-    Args:
-        numbers: `[numbers]`, uint32; 0 is for what cannot be chosen.
-        wanted: How many are to be chosen, at least 1.
-
-    Returns:
-        A bound that enough numbers reach, uint32, at least 1; how many reach it; and how many of
-        those are to be chosen: where there are fewer than wanted, all. Where more than that reach
-        it, it is the largest bound that enough reach.
-    """
-    reached = tl.sum((numbers > 0).to(tl.int32), 0)
-    wanted = tl.minimum(wanted, reached)
-    # Enough numbers reach the bound, and too few the end.
-    bound = tl.min(tl.where(numbers > 0, numbers, 0xFFFFFFFF).to(tl.uint32), 0)
-    end = tl.max(numbers, 0) + 1
-    while (reached > wanted) & (end - bound > 1):
-        step = tl.maximum((end - bound) // 3, 1).to(tl.uint32)
-        first, second = _reach(numbers, bound, step)
-        taken = (first >= wanted).to(tl.uint32) + (second >= wanted).to(tl.uint32)
-        reached = tl.where(first >= wanted, first, reached)
-        reached = tl.where(second >= wanted, second, reached)
-        bound += taken * step
-        end = tl.where(taken < 2, bound + step, end)
-    return bound, reached, wanted
-
-
-@triton.jit
-def largest_of(numbers, wanted):
-    """Which numbers are chosen: the largest ones, of equal ones the first.
-
-    Args:
-        numbers: `[numbers]`, uint32; 0 is for what cannot be chosen.
-        wanted: How many are to be chosen, at least 1.
-
-    Returns:
-        `[numbers]`.
-    """
-    bound, reached, wanted = _bound_of(numbers, wanted)
-    chosen = numbers >= bound
-    if reached > wanted:
-        is_equal = (numbers == bound).to(tl.int32)
-        room = wanted - reached + tl.sum(is_equal, 0)
-        is_first = (is_equal > 0) & (tl.cumsum(is_equal, 0) <= room)
-        chosen = (numbers > bound) | is_first
-    return chosen
-
-
-@triton.jit
 def _mark(
     flags,
     stride,
@@ -171,7 +217,7 @@ def _mark(
         flags: See `_is_open`; so all but the next.
         stride: As there.
         places: As there.
-        chosen: `[numbers]`: which pages.
+        chosen: `[CHUNK]`: which pages.
         length: As there.
         PAGE_SIZE: As there.
         UNITS: As there.
@@ -181,8 +227,10 @@ def _mark(
     """
     inside = tl.arange(0, WORD)
     rest = length // WORD * WORD  # the last word, where it is not a whole one
-    is_rest_chosen = tl.sum((chosen & (places == rest // PAGE_SIZE)).to(tl.int32), 0)
-    end = tl.where(is_rest_chosen > 0, length, rest)
+    end = rest
+    if rest // PAGE_SIZE <= tl.max(places, 0):
+        is_rest_chosen = tl.sum((chosen & (places == rest // PAGE_SIZE)).to(tl.int32), 0)
+        end = tl.where(is_rest_chosen > 0, length, rest)
     for unit in range(UNITS):
         own = flags + unit * stride
         for word in range(PAGE_SIZE // WORD):
@@ -192,37 +240,6 @@ def _mark(
             tl.store(target, ones, mask=chosen & (first + WORD <= length))
         ones_of_rest = tl.full([WORD], 1, tl.uint8)
         tl.store(own + rest + inside, ones_of_rest, mask=rest + inside < end)
-
-
-@triton.jit
-def _select_row(
-    scores,
-    flags,
-    length,
-    wanted,
-    scaling,
-    row_stride,
-    stride,
-    PAGE_SIZE: tl.constexpr,
-    HEADS: tl.constexpr,
-    UNITS: tl.constexpr,
-    WORD: tl.constexpr,
-    WORDS: tl.constexpr,
-    ONES: tl.constexpr,
-    NUMBERS: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
-    """One row's selection; see `_select_rows_kernel`, and `_is_open`."""
-    pages = tl.cdiv(length, PAGE_SIZE)
-    places = tl.arange(0, NUMBERS)
-    if HEADS > 1:
-        own = pooled_shares(scores, row_stride, places, pages, scaling, HEADS, AT_ONCE)
-    else:
-        own = tl.load(scores + places, mask=places < pages, other=0.0)
-    is_open = _is_open(flags, stride, places, length, PAGE_SIZE, UNITS, WORD, WORDS, ONES)
-    numbers = tl.where(is_open & (places < pages), order_of(own), 0).to(tl.uint32)
-    chosen = largest_of(numbers, wanted)
-    _mark(flags, stride, places, chosen, length, PAGE_SIZE, UNITS, WORD, WORDS, ONES)
 
 
 @launched
@@ -241,92 +258,37 @@ def _select_rows_kernel(
     WORD: tl.constexpr,
     WORDS: tl.constexpr,
     ONES: tl.constexpr,
-    NUMBERS: tl.constexpr,
-    FEWER: tl.constexpr,
-    HEADS_AT_ONCE: tl.constexpr,
-    MORE_HEADS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """Grid: rows. A row of up to `FEWER` numbers takes as much less time than one of `NUMBERS`."""
+    """Grid: rows."""
     item = tl.program_id(0).to(tl.int64)
     index = item // SELECTORS
     length, wanted = tl.load(lengths + index), tl.load(counts + index).to(tl.int32)
     if (length > 0) & (wanted > 0):
         scores += item * HEADS * row_stride
         flags += item * UNITS * stride
-        if length <= FEWER * PAGE_SIZE:
-            _select_row(
-                scores,
-                flags,
-                length,
-                wanted,
-                scaling,
-                row_stride,
-                stride,
-                PAGE_SIZE,
-                HEADS,
-                UNITS,
-                WORD,
-                WORDS,
-                ONES,
-                FEWER,
-                MORE_HEADS,
-            )
-        else:
-            _select_row(
-                scores,
-                flags,
-                length,
-                wanted,
-                scaling,
-                row_stride,
-                stride,
-                PAGE_SIZE,
-                HEADS,
-                UNITS,
-                WORD,
-                WORDS,
-                ONES,
-                NUMBERS,
-                HEADS_AT_ONCE,
-            )
+        numbers = scores.to(tl.pointer_type(tl.int32))
+        pages = tl.cdiv(length, PAGE_SIZE)
+        inside = tl.arange(0, CHUNK)
+        if HEADS > 1:
+            pool_row(scores, row_stride, pages, scaling, HEADS, AT_ONCE, CHUNK)
+        for chunk in range(0, pages, CHUNK):
+            places = chunk + inside
+            score = tl.load(scores + places, mask=places < pages, other=0.0)
+            is_open = _is_open(flags, stride, places, length, PAGE_SIZE, UNITS, WORD, WORDS, ONES)
+            number = tl.where(is_open, order_of(score), 0).to(tl.int32, bitcast=True)
+            tl.store(numbers + places, number, mask=places < pages)
+        tl.debug_barrier()  # what one thread has written, another one reads
+        bound, room = bound_of(numbers, pages, wanted, CHUNK)
+        for chunk in range(0, pages, CHUNK):
+            places = chunk + inside
+            own = tl.load(numbers + places, mask=places < pages, other=0)
+            chosen, room = chosen_of(own.to(tl.uint32, bitcast=True), bound, room)
+            _mark(flags, stride, places, chosen, length, PAGE_SIZE, UNITS, WORD, WORDS, ONES)
 
 
 _WORDS = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
-
-
-@dataclass(frozen=True)
-class RowSizes:
-    """Of the programs that select from rows of some capacity; powers of 2.
-
-    Attributes:
-        numbers: Of a row.
-        fewer: Rows of at most so many take less time.
-        heads: Of a group, whose scores are in a program's registers together.
-        more_heads: The same, for fewer numbers.
-        warps: Of a program.
-    """
-
-    numbers: int
-    fewer: int
-    heads: int
-    more_heads: int
-    warps: int
-
-    @classmethod
-    def of(cls, capacity: int, heads: int) -> RowSizes:
-        """For rows of so many numbers.
-
-        Args:
-            capacity: At most `MOST_NUMBERS`.
-            heads: Of a group.
-        """
-        numbers = max(128, power_of_2(capacity))
-        fewer = max(128, numbers // 4)
-        at_once, more = (
-            min(power_of_2(heads), max(1, _SCORES_AT_ONCE // size)) for size in (numbers, fewer)
-        )
-        warps = numbers // (32 * _NUMBERS_PER_THREAD)
-        return cls(numbers, fewer, at_once, more, max(_FEWEST_WARPS, min(_MOST_WARPS, warps)))
 
 
 def select_rows(
@@ -338,7 +300,7 @@ def select_rows(
     lengths: torch.Tensor,
     flags: torch.Tensor,
 ) -> None:
-    """See `selection.flag_largest`; scores are left as they are.
+    """See `selection.flag_largest`.
 
     Args:
         scores: See there, of at most `MOST_NUMBERS` pages; so all others.
@@ -353,7 +315,6 @@ def select_rows(
     items, stride = num_queries * selectors, flags.shape[1]
     word = math.gcd(8, page_size, stride)
     heads = num_heads // selectors
-    sizes = RowSizes.of(capacity, heads)
     _select_rows_kernel[(items,)](
         scores,
         flags,
@@ -369,9 +330,19 @@ def select_rows(
         WORD=word,
         WORDS=_WORDS[word],
         ONES=int.from_bytes(bytes([1] * word), "little"),
-        NUMBERS=sizes.numbers,
-        FEWER=sizes.fewer,
-        HEADS_AT_ONCE=sizes.heads,
-        MORE_HEADS=sizes.more_heads,
-        num_warps=sizes.warps,
+        **sizes_of_chunks(capacity, heads),
     )
+
+
+def sizes_of_chunks(capacity: int, heads: int) -> dict[str, int]:
+    """How much programs do at once, for their launch.
+
+    Args:
+        capacity: Of a row.
+        heads: Of a group.
+    """
+    return {
+        "AT_ONCE": min(HEADS_AT_ONCE, power_of_2(heads)),
+        "CHUNK": max(128, min(CHUNK, power_of_2(capacity))),
+        "num_warps": WARPS,
+    }
