@@ -237,7 +237,7 @@ def _grid(results: Results) -> list[str]:
     note = (
         "Formula: a constant, so much per request and so much per key, fitted to these cells as "
         'servers fit it when they start (`min_sparse_keys` "auto"); chosen: what they would choose '
-        "by it. Theirs is of all layers, and their sparse steps launch the dense kernel besides."
+        "by it. Theirs is of all layers."
     )
     return [*lines, "", note] if found else []
 
