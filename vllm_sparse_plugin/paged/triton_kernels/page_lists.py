@@ -132,6 +132,7 @@ def _list_pages_kernel(
                 places, length, is_every, ranges, ranges_stride, PAGE_SIZE, RANGES
             )
             number = tl.where(covered < size, order_of(score), 0).to(tl.int32, bitcast=True)
+            tl.debug_barrier()  # of short rows, several threads load the same scores
             tl.store(memory + places, number, mask=places < pages)
         tl.debug_barrier()  # what one thread has written, another one reads
         bound, room = bound_of(memory, pages, wanted, CHUNK)

@@ -278,6 +278,7 @@ def _select_rows_kernel(
             score = tl.load(scores + places, mask=places < pages, other=0.0)
             is_open = _is_open(flags, stride, places, length, PAGE_SIZE, UNITS, WORD, WORDS, ONES)
             number = tl.where(is_open, order_of(score), 0).to(tl.int32, bitcast=True)
+            tl.debug_barrier()  # of short rows, several threads load the same scores
             tl.store(numbers + places, number, mask=places < pages)
         tl.debug_barrier()  # what one thread has written, another one reads
         bound, room = bound_of(numbers, pages, wanted, CHUNK)

@@ -102,6 +102,7 @@ def _order_pages(
                 lowest_of_keys = tl.minimum(lowest_of_keys, own)
             is_open = tl.min(lowest_of_keys.to(tl.int32), 1) == 0
         number = tl.where(is_open, order_of(scores), 0).to(tl.int32, bitcast=True)
+        tl.debug_barrier()  # of few pages, several threads load the same scores
         if is_whole:
             tl.store(order + pages, number)
         else:
