@@ -1,6 +1,7 @@
 """The attention backend: vLLM's dense backend of the platform, with sparse rows taken out.
 
-Dense rows go to the platform's own kernel, in one call and untouched when no row is sparse.
+Dense rows go to the platform's own kernel, in one call and untouched when no row is sparse; but in
+decode steps of CUDA graphs with maskers they are read with the sparse ones, see `device_metadata`.
 """
 
 from __future__ import annotations

@@ -55,6 +55,11 @@ class DeviceAttentionBackend(SparseAttentionBackend):
         return capability.major >= 8 and bool(super().supports_compute_capability(capability))
 
     @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """False: another kernel reads a dense request's keys when a sparse one is in the batch."""
+        return False
+
+    @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Makes room for the index in every block, in vLLM's own accounting."""
         if spec.state_content_bytes is not None:  # done before

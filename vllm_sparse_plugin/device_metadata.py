@@ -125,7 +125,10 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Any:
-        """A `DeviceStep`; the dense backend's metadata for a step without sparse queries."""
+        """A `DeviceStep`; for a step without sparse queries, the dense backend's metadata.
+
+        With runner V1, whose graphs all hold maskers, decode steps are a `DeviceStep` in any case.
+        """
         common, graphs = common_attn_metadata, self._table.graphs
         rows = {} if graphs.is_dummy else self._rows_of_batch(common)
         starts: list[int] = common.query_start_loc_cpu.tolist()

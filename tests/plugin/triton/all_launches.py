@@ -50,7 +50,7 @@ def launches(
     radix = radix_workspace.RadixWorkspace.of(
         DEVICE, long_row=1 if is_split else CAPACITY + 1, short_row=0
     )
-    in_registers = radix_workspace.RadixWorkspace.of(DEVICE)
+    in_chunks = radix_workspace.RadixWorkspace.of(DEVICE)
     marks = _tensor(QUERIES * units, CAPACITY, dtype=torch.uint8)
     of_heads = _tensor(QUERIES * num_heads, CAPACITY, dtype=torch.uint8)
     of_groups = _tensor(QUERIES * KV_HEADS, CAPACITY, dtype=torch.uint8)
@@ -71,6 +71,11 @@ def launches(
     def select(page_size: int, work: radix_workspace.RadixWorkspace = radix) -> None:
         selection.flag_largest(scores, page_size, units, lengths, 1.0, lengths, marks, work, pools)
 
+    def list_best(page_size: int) -> None:
+        page_lists.list_pages(
+            scores, page_size, KV_HEADS, lengths, 0.1, lengths, ranges, lengths, plain, reads
+        )
+
     def attend(tokens: torch.Tensor | None, weights: torch.Tensor | None) -> None:
         attention.attend_lists(
             query, cache, batch, tokens, weights, found.counts, 0.1, output, parts
@@ -83,11 +88,10 @@ def launches(
         "spread_flags": lambda: flags.spread_flags(of_groups, lengths, of_heads),
         "flag_largest, keys": lambda: select(1),
         "flag_largest, pages": lambda: select(16),
-        "flag_largest, keys, in registers": lambda: select(1, in_registers),
-        "flag_largest, pages, in registers": lambda: select(16, in_registers),
-        "list_pages": lambda: page_lists.list_pages(
-            scores, 16, KV_HEADS, lengths, 0.1, lengths, ranges, lengths, plain, reads
-        ),
+        "flag_largest, keys, in chunks": lambda: select(1, in_chunks),
+        "flag_largest, pages, in chunks": lambda: select(16, in_chunks),
+        "list_pages": lambda: list_best(16),
+        "list_pages, keys": lambda: list_best(1),
         "flag_mass": lambda: mass_selection.flag_mass(scores, 0.9, 1.0, lengths, of_heads, mass),
         "sample_share": lambda: sampling.sample_share(
             0.1, 7, 3, num_heads, lengths, marks, share, order, radix

@@ -84,7 +84,8 @@ def late_launches() -> list[Launch]:
             with recording() as early:
                 steps.step(1)
                 steps.step(engine.max_queries)
-                steps.attend(1, 1, changes=True)
+                if steps.attention.learns:
+                    steps.attend(1, 1, changes=True)
             with recording() as found:
                 for queries in (2, 3, 5, 16, 17, 48, engine.max_queries):
                     steps.step(queries)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.plugin.triton.interpreter import DEVICE
-from tests.plugin.triton.unit_flags import IN_REGISTERS
+from tests.plugin.triton.unit_flags import IN_CHUNKS
 from vllm_sparse_plugin.paged.triton_kernels import page_lists, row_selection
 from vllm_sparse_plugin.paged.triton_kernels.flags import flag_range, start_flags
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists, list_tokens
@@ -50,7 +50,7 @@ def check(scores, page_size: int, kv_heads: int, wanted, lengths, ranges, every=
         SCALING,
         held,
         flags,
-        IN_REGISTERS,
+        IN_CHUNKS,
         pools,
     )
     right, found = (lists_of(queries, kv_heads, capacity) for _ in range(2))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.plugin.triton.interpreter import DEVICE
-from tests.plugin.triton.unit_flags import IN_REGISTERS, ONE_PROGRAM, POISON, SPLIT, WAYS, poisoned
+from tests.plugin.triton.unit_flags import IN_CHUNKS, ONE_PROGRAM, POISON, SPLIT, WAYS, poisoned
 from vllm_sparse_plugin.paged.kernels import pooling as numba_pooling
 from vllm_sparse_plugin.paged.kernels import selection as numba_selection
 from vllm_sparse_plugin.paged.triton_kernels import selection
@@ -17,7 +17,7 @@ from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace, po
 from vllm_sparse_plugin.paged.triton_kernels.radix_workspace import RadixWorkspace
 from vllm_sparse_plugin.paged.triton_kernels.selection import flag_largest
 
-EACH_WAY = pytest.mark.parametrize("workspace", WAYS, ids=["registers", "one", "split"])
+EACH_WAY = pytest.mark.parametrize("workspace", WAYS, ids=["chunks", "one", "split"])
 
 
 def select_on_device(scores, page_size, selectors, counts, lengths, flags, workspace, **options):
@@ -193,7 +193,7 @@ def test_groups_pool_their_heads_shares(page_size: int) -> None:
         scores, page_size, 2, wanted, lengths, flags, SPLIT, scaling=0.3, pooling=pooling
     )
     scores[4, 2] = 0  # numba has no shares of nothing
-    for workspace in (ONE_PROGRAM, IN_REGISTERS):
+    for workspace in (ONE_PROGRAM, IN_CHUNKS):
         again = select_on_device(
             scores, page_size, 2, wanted, lengths, flags, workspace, scaling=0.3, pooling=pooling
         )

@@ -7,10 +7,10 @@ from tests.plugin.triton.interpreter import DEVICE
 from vllm_sparse_plugin.paged.triton_kernels.radix_workspace import RadixWorkspace
 
 POISON = 77
-IN_REGISTERS = RadixWorkspace.of(DEVICE, max_rows=1, parts=1)
+IN_CHUNKS = RadixWorkspace.of(DEVICE, max_rows=1, parts=1)
 ONE_PROGRAM = RadixWorkspace.of(DEVICE, max_rows=1, parts=1, long_row=1 << 30, short_row=0)
 SPLIT = RadixWorkspace.of(DEVICE, max_rows=64, parts=3, long_row=1, short_row=0)
-WAYS = (IN_REGISTERS, ONE_PROGRAM, SPLIT)
+WAYS = (IN_CHUNKS, ONE_PROGRAM, SPLIT)
 WORKSPACES = pytest.mark.parametrize("workspace", WAYS[1:], ids=["one", "split"])
 
 

@@ -102,6 +102,8 @@ class DeviceAttention:
         by_head = any(paged.needs_query_heads for paged in self.paged)
         self._num_units = space.shape.num_heads if by_head else space.shape.num_kv_heads
         self._is_sampled = any(paged.samples for paged in self.paged)
+        # One kernel for steps with dense queries among the others, and without.
+        self._nothing = space.workspace(torch.zeros, space.max_queries, dtype=torch.int32)
         by_key = any(paged.has_key_probabilities for paged in self.paged)
         self._memory = _Memory.of(space, self._num_units, self._is_sampled, by_key)
         # The first maskers' ranges are marked by the launch that clears the flags.
@@ -171,7 +173,7 @@ class DeviceAttention:
             batch: Of the queries.
             sizes: `[num_sizes, num_queries]`, int32: see `sizes`.
             scaling: Of the scores.
-            output: As `query`, contiguous; written, but for padding.
+            output: As `query`, contiguous; written, zeros for padding.
             counts: `[num_queries, 3]`, int64: added to, see `KEYS_READ`.
             sequences: Of the queries; needed if it `learns`.
             whole: `[num_queries]`, int32: see `attend_lists`. Such queries are in no count.
@@ -191,7 +193,7 @@ class DeviceAttention:
                 scaling,
                 output[part],
                 counts[part],
-                None if whole is None else whole[part],
+                self._nothing[: len(query[part])] if whole is None else whole[part],
             )
 
     def _attend(
@@ -203,7 +205,7 @@ class DeviceAttention:
         scaling: float,
         output: torch.Tensor,
         counts: torch.Tensor,
-        whole: torch.Tensor | None,
+        whole: torch.Tensor,
     ) -> None:
         memory = self._memory
         rows = len(query) * self._num_units

@@ -136,7 +136,7 @@ class AttentionCosts:
 
     Attributes:
         dense: All rows attend densely.
-        sparse: All rows attend sparsely, what the dense backend does beside them included.
+        sparse: All rows attend sparsely.
     """
 
     dense: CostModel

@@ -24,7 +24,8 @@ class DeviceGroup:
     Attributes:
         config_json: The maskers.
         tokens: `[num_queries]`, int64: their places among the step's flat queries; None: they are
-            the first ones, one per row of the batch, in order, and those of other rows are padding.
+            the first ones, one per row of the batch, in order, and those of other rows are dense
+            (see `whole`) or padding.
         batch: What they see.
         sizes: For each list of maskers in the layers, see `DeviceAttention.sizes`.
         reads: `[num_queries, 3]`, int64: what they have read, see `KEYS_READ`.

@@ -14,7 +14,8 @@ shapes and units are those of `kernels`. Besides:
   effect. Entries of a block table behind a sequence's blocks may be anything.
 - *CUDA graphs*. No launcher looks at a value on the device, waits for it, or asks for memory: grids
   come from shapes alone, loops end at lengths that programs read themselves, and workspaces are
-  made once. A query of length 0 is padding: it selects nothing, and its output is left alone.
+  made once. A query of length 0 is padding: it selects nothing, and its output is left alone,
+  unless it reads all keys or somebody else might (`attention.attend_lists`, `whole`).
   Negative slots are padding too.
 - *Batch invariance*. Float sums are taken in parts that follow from the query's own length, so
   that a query's result does not depend on what else is in the batch, or on how many programs run.

@@ -153,7 +153,7 @@ def _join_kernel(
     PARTS: tl.constexpr,
     LEAST: tl.constexpr,
 ):
-    """The parts of one query head; padding has no output."""
+    """The parts of one query head; without `whole`, padding has no output."""
     row = tl.program_id(0).to(tl.int64)
     item, head = row // HEADS, row % HEADS
     count, _ = _count_of(item, counts, whole, KV_HEADS, HAS_WHOLE)

@@ -26,7 +26,7 @@ class RadixWorkspace:
         states: `[max_rows, WORDS]`, int32: what is known of whole rows, see `radix.WORDS`.
         equals: `[max_rows, parts, BINS]`, int32: of each part, the histogram of the last digit.
         long_row: Rows of at least this capacity are split, if there are no more than `max_rows`.
-        short_row: Rows of at most this capacity: in registers, see `row_selection`.
+        short_row: Rows of at most this capacity: in few launches, see `row_selection`.
     """
 
     histograms: torch.Tensor

@@ -1,6 +1,6 @@
 """Choosing the best of a row of scores, and marking what was chosen.
 
-The radix selection of `kernels.selection`, see `radix`.
+Of long rows, the radix selection of `kernels.selection`, see `radix`; of others, `row_selection`.
 """
 
 from __future__ import annotations
