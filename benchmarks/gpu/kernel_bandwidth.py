@@ -240,13 +240,14 @@ class Bench:
                 pools,
             )
 
+        nothing = torch.empty(0, sizes.batch, dtype=torch.int32, device=device)
+        reads = torch.zeros(sizes.batch, 3, dtype=torch.int64, device=device)
+
         def select_and_list(cache: torch.Tensor) -> None:
             self.score(cache, scores)
-            nothing = torch.empty(0, sizes.batch, dtype=torch.int32, device=device)
             args = (scores, sizes.page_size, sizes.kv_heads, counts, scaling, batch.lengths)
             list_pages(*args, nothing, None, lists, reads)
 
-        reads = torch.zeros(sizes.batch, 3, dtype=torch.int64, device=device)
         found = {}
         if not by_head:
             found["score, select and list"] = self.on_each_cache(select_and_list)

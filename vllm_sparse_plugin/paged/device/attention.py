@@ -193,7 +193,7 @@ class DeviceAttention:
                 scaling,
                 output[part],
                 counts[part],
-                self._nothing[: len(query[part])] if whole is None else whole[part],
+                None if whole is None else whole[part],
             )
 
     def _attend(
@@ -205,7 +205,7 @@ class DeviceAttention:
         scaling: float,
         output: torch.Tensor,
         counts: torch.Tensor,
-        whole: torch.Tensor,
+        whole: torch.Tensor | None,
     ) -> None:
         memory = self._memory
         rows = len(query) * self._num_units
@@ -232,7 +232,7 @@ class DeviceAttention:
             scaling,
             output,
             memory.attention,
-            whole,
+            self._nothing[: len(query)] if whole is None else whole,
         )
 
     def _list(self, queries: DeviceQueries, sizes: torch.Tensor) -> None:
@@ -240,7 +240,7 @@ class DeviceAttention:
         memory, lengths = self._memory, queries.batch.lengths
         ranges = sizes[: 2 * self._num_ranges]
         if self._pages is not None:
-            self._pages.list(queries, ranges, sizes[len(ranges) :], memory.lists)
+            self._pages.list_selected(queries, ranges, sizes[len(ranges) :], memory.lists)
             return
         start_flags(queries.flags, lengths, ranges)
         if self._is_sampled:

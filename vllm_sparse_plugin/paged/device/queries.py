@@ -48,7 +48,7 @@ class DeviceQueries:
     def scores(self, page_size: int = 1) -> torch.Tensor:
         """Scratch for a score per page, `[num_queries, num_heads, pages]`, float32."""
         space, num_heads = self.space, self.query.shape[1]
-        pages = _pages(space, page_size)
+        pages = pages_of(space, page_size)
         held = scores_buffer(space, page_size)
         return held[: len(self.query) * num_heads * pages].view(-1, num_heads, pages)
 
@@ -99,11 +99,11 @@ class DeviceQueries:
 
 def scores_buffer(space: DeviceSpace, page_size: int) -> torch.Tensor:
     """Memory for the scores of as many queries as a launch may have."""
-    size = space.max_queries * space.shape.num_heads * _pages(space, page_size)
+    size = space.max_queries * space.shape.num_heads * pages_of(space, page_size)
     return space.buffer("scores", size, dtype=torch.float32)
 
 
-def _pages(space: DeviceSpace, page_size: int) -> int:
+def pages_of(space: DeviceSpace, page_size: int) -> int:
     """Of the longest sequence, a partial one too."""
     return -(-space.capacity // page_size)
 
@@ -119,7 +119,7 @@ def pooling_workspace(space: DeviceSpace, page_size: int) -> PoolingWorkspace:
         PoolingWorkspace.of,
         space.max_queries,
         space.shape.num_heads,
-        _pages(space, page_size),
+        pages_of(space, page_size),
     )
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists
-from vllm_sparse_plugin.paged.triton_kernels.radix import order_of
+from vllm_sparse_plugin.paged.triton_kernels.radix import load_numbers, order_of
 from vllm_sparse_plugin.paged.triton_kernels.row_selection import (
     bound_of,
     chosen_of,
@@ -138,8 +138,8 @@ def _list_pages_kernel(
         bound, room = bound_of(memory, pages, wanted, CHUNK)
         for chunk in range(0, pages, CHUNK):
             places = chunk + inside
-            own = tl.load(memory + places, mask=places < pages, other=0)
-            chosen, room = chosen_of(own.to(tl.uint32, bitcast=True), bound, room)
+            own, _ = load_numbers(memory, chunk, pages, CHUNK)
+            chosen, room = chosen_of(own, bound, room)
             size, covered = _sizes_of(
                 places, length, is_every, ranges, ranges_stride, PAGE_SIZE, RANGES
             )

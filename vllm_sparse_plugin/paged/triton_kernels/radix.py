@@ -135,11 +135,10 @@ def add_digit(histogram, bound, room, LEVEL: tl.constexpr, BINS: tl.constexpr):
 
 @triton.jit
 def first_bound(histogram, wanted, BINS: tl.constexpr):
-    """The bound with its first digit: see `add_digit`, without the number of equals."""
+    """The bound with its first digit: see `add_digit`."""
     room = tl.maximum(wanted, 0)
     start = tl.where(room > 0, 0, 0xFFFFFFFF).to(tl.uint32)
-    bound, left, _ = add_digit(histogram, start, room, 0, BINS)
-    return bound, left
+    return add_digit(histogram, start, room, 0, BINS)
 
 
 @triton.jit
@@ -157,8 +156,7 @@ def bound_of_row(order, length, histogram, wanted, BINS: tl.constexpr, TILE: tl.
     Returns:
         See `add_digit`.
     """
-    bound, room = first_bound(histogram, wanted, BINS)
-    equal = room
+    bound, room, equal = first_bound(histogram, wanted, BINS)
     for level in tl.static_range(1, 4):
         histogram = count_digits(order, 0, length, bound, level, BINS, TILE)
         bound, room, equal = add_digit(histogram, bound, room, level, BINS)
@@ -205,17 +203,22 @@ def wanted_of(
 
 
 @triton.jit
+def _share_of(numbers, parts, TILE: tl.constexpr):
+    """Numbers of each part of a row, in whole tiles."""
+    return tl.cdiv(tl.cdiv(numbers, parts), TILE) * TILE
+
+
+@triton.jit
 def part_of(numbers, part, parts, TILE: tl.constexpr):
-    """Begin and end of a part of a row, in whole tiles."""
-    share = tl.cdiv(tl.cdiv(numbers, parts), TILE) * TILE
+    """Begin and end of a part of a row."""
+    share = _share_of(numbers, parts, TILE)
     return tl.minimum(part * share, numbers), tl.minimum((part + 1) * share, numbers)
 
 
 @triton.jit
 def live_parts(numbers, parts, TILE: tl.constexpr):
     """How many parts of a row are not empty: the first ones."""
-    share = tl.cdiv(tl.cdiv(numbers, parts), TILE) * TILE
-    return tl.cdiv(numbers, share)
+    return tl.cdiv(numbers, _share_of(numbers, parts, TILE))
 
 
 @triton.jit
@@ -303,9 +306,7 @@ def add_first_digits(
         total = take_histogram(histograms, BINS)
         candidates = candidates_of(total, BINS)
         wanted = wanted_of(counts, index, candidates, MODE, SHARE, KEYS)
-        room = tl.maximum(wanted, 0)
-        start = tl.where(room > 0, 0, 0xFFFFFFFF).to(tl.uint32)
-        bound, room, equal = add_digit(total, start, room, 0, BINS)
+        bound, room, equal = first_bound(total, wanted, BINS)
         keep_bound(state, bound, room, equal, 0)
         tl.store(state + 3, wanted)
         tl.store(state + 4, candidates)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2
-from vllm_sparse_plugin.paged.triton_kernels.radix import order_of
+from vllm_sparse_plugin.paged.triton_kernels.radix import load_numbers, order_of
 
 MOST_NUMBERS = 16384
 """Of a row: more are selected from by several programs. Counts of them have 16 bits."""
@@ -26,6 +26,14 @@ CHUNK, WARPS = 2048, 16
 """Numbers that a program works on at once, and its warps."""
 HEADS_AT_ONCE = 4
 """Of a group, that are pooled at once."""
+
+
+@triton.jit
+def _logits_of(scores, row_stride, heads, places, pages, scaling, HEADS: tl.constexpr):
+    """Scaled scores `[heads, pages]`, float32; -inf where there is no such head or page."""
+    mask = (heads < HEADS)[:, None] & (places < pages)[None, :]
+    at = scores + heads[:, None] * row_stride + places[None, :]
+    return tl.load(at, mask=mask, other=float("-inf")) * scaling
 
 
 @triton.jit
@@ -51,34 +59,29 @@ def pool_row(
     """
     inside = tl.arange(0, CHUNK)
     for first in tl.static_range(0, HEADS, AT_ONCE):
-        heads = first + tl.arange(0, AT_ONCE)[:, None]
-        rows = scores + heads * row_stride
+        heads = first + tl.arange(0, AT_ONCE)
         highest = tl.full([AT_ONCE, CHUNK], float("-inf"), tl.float32)
         for chunk in range(0, pages, CHUNK):
-            places = (chunk + inside)[None, :]
-            mask = (heads < HEADS) & (places < pages)
-            logits = tl.load(rows + places, mask=mask, other=float("-inf")) * scaling
+            places = chunk + inside
+            logits = _logits_of(scores, row_stride, heads, places, pages, scaling, HEADS)
             highest = tl.maximum(highest, logits)
         peak = tl.max(highest, 1)[:, None]
         peak = tl.where(peak == float("-inf"), 0.0, peak)
         powers = tl.zeros([AT_ONCE, CHUNK], tl.float32)
         for chunk in range(0, pages, CHUNK):
-            places = (chunk + inside)[None, :]
-            mask = (heads < HEADS) & (places < pages)
-            logits = tl.load(rows + places, mask=mask, other=float("-inf")) * scaling
+            places = chunk + inside
+            logits = _logits_of(scores, row_stride, heads, places, pages, scaling, HEADS)
             powers += tl.exp(logits - peak)
         mass = tl.sum(powers, 1)[:, None] * HEADS
         mass = tl.where(mass > 0, mass, 1.0)
         for chunk in range(0, pages, CHUNK):
-            places = (chunk + inside)[None, :]
-            mask = (heads < HEADS) & (places < pages)
-            logits = tl.load(rows + places, mask=mask, other=float("-inf")) * scaling
+            places = chunk + inside
+            logits = _logits_of(scores, row_stride, heads, places, pages, scaling, HEADS)
             shares = tl.sum(tl.exp(logits - peak) / mass, 0)
-            own = chunk + inside
             if first > 0:
-                shares += tl.load(scores + own, mask=own < pages, other=0.0)
+                shares += tl.load(scores + places, mask=places < pages, other=0.0)
             tl.debug_barrier()  # the first head's scores have been read by all threads
-            tl.store(scores + own, shares, mask=own < pages)
+            tl.store(scores + places, shares, mask=places < pages)
         tl.debug_barrier()  # what one thread has written, another one reads
 
 
@@ -96,13 +99,11 @@ def bound_of(numbers, pages, wanted, CHUNK: tl.constexpr):
         The bound, uint32, at least 1: all above it are chosen; and how many of those that equal it,
         the first ones: -1 for all.
     """
-    inside = tl.arange(0, CHUNK)
     lowest = tl.full([CHUNK], 0xFFFFFFFF, tl.uint32)
     highest = tl.zeros([CHUNK], tl.uint32)
     counts = tl.zeros([CHUNK], tl.int32)
     for chunk in range(0, pages, CHUNK):
-        own = tl.load(numbers + chunk + inside, mask=chunk + inside < pages, other=0)
-        own = own.to(tl.uint32, bitcast=True)
+        own, _ = load_numbers(numbers, chunk, pages, CHUNK)
         lowest = tl.minimum(lowest, tl.where(own > 0, own, 0xFFFFFFFF).to(tl.uint32))
         highest = tl.maximum(highest, own)
         counts += (own > 0).to(tl.int32)
@@ -118,8 +119,7 @@ def bound_of(numbers, pages, wanted, CHUNK: tl.constexpr):
         # Two counts of 16 bits: one sum over all threads takes no longer for that.
         pairs = tl.zeros([CHUNK], tl.int32)
         for chunk in range(0, pages, CHUNK):
-            own = tl.load(numbers + chunk + inside, mask=chunk + inside < pages, other=0)
-            own = own.to(tl.uint32, bitcast=True)
+            own, _ = load_numbers(numbers, chunk, pages, CHUNK)
             pairs += (own >= bound + step).to(tl.int32)
             pairs += (own >= bound + 2 * step).to(tl.int32) << 16
         both = tl.sum(pairs, 0)
@@ -133,8 +133,8 @@ def bound_of(numbers, pages, wanted, CHUNK: tl.constexpr):
     if reached > wanted:
         counts = tl.zeros([CHUNK], tl.int32)
         for chunk in range(0, pages, CHUNK):
-            own = tl.load(numbers + chunk + inside, mask=chunk + inside < pages, other=0)
-            counts += (own.to(tl.uint32, bitcast=True) > bound).to(tl.int32)
+            own, _ = load_numbers(numbers, chunk, pages, CHUNK)
+            counts += (own > bound).to(tl.int32)
         room = wanted - tl.sum(counts, 0)
     return bound, room
 
@@ -227,10 +227,8 @@ def _mark(
     """
     inside = tl.arange(0, WORD)
     rest = length // WORD * WORD  # the last word, where it is not a whole one
-    end = rest
-    if rest // PAGE_SIZE <= tl.max(places, 0):
-        is_rest_chosen = tl.sum((chosen & (places == rest // PAGE_SIZE)).to(tl.int32), 0)
-        end = tl.where(is_rest_chosen > 0, length, rest)
+    is_rest_chosen = tl.sum((chosen & (places == rest // PAGE_SIZE)).to(tl.int32), 0)
+    end = tl.where(is_rest_chosen > 0, length, rest)
     for unit in range(UNITS):
         own = flags + unit * stride
         for word in range(PAGE_SIZE // WORD):
@@ -284,8 +282,8 @@ def _select_rows_kernel(
         bound, room = bound_of(numbers, pages, wanted, CHUNK)
         for chunk in range(0, pages, CHUNK):
             places = chunk + inside
-            own = tl.load(numbers + places, mask=places < pages, other=0)
-            chosen, room = chosen_of(own.to(tl.uint32, bitcast=True), bound, room)
+            own, _ = load_numbers(numbers, chunk, pages, CHUNK)
+            chosen, room = chosen_of(own, bound, room)
             _mark(flags, stride, places, chosen, length, PAGE_SIZE, UNITS, WORD, WORDS, ONES)
 
 

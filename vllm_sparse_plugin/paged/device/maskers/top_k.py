@@ -10,6 +10,7 @@ import torch
 from vllm_sparse_plugin.paged.device.maskers.base import DeviceMasker
 from vllm_sparse_plugin.paged.device.queries import (
     DeviceQueries,
+    pages_of,
     pooling_workspace,
     radix_workspace,
     scores_buffer,
@@ -23,7 +24,11 @@ from vllm_sparse_plugin.paged.triton_kernels.row_selection import MOST_NUMBERS
 
 
 class DeviceTopKMasker(DeviceMasker):
-    """Scores pages (of one key, unless the masker says otherwise), and selects the best."""
+    """Scores pages (of one key, unless the masker says otherwise), and selects the best.
+
+    Attributes:
+        can_list: Whether `list_selected` can do all that there is to do after ranges of keys.
+    """
 
     page_size = 1
 
@@ -32,9 +37,10 @@ class DeviceTopKMasker(DeviceMasker):
         super().__init__(paged, space)
         self.page_size = getattr(self.config, "page_size", 1)
         scores_buffer(space, self.page_size)
-        self._capacity = -(-space.capacity // self.page_size)
+        by_group = self.config.head_granularity == "kv_head"
+        self.can_list = by_group and pages_of(space, self.page_size) <= MOST_NUMBERS
         radix_workspace(space)
-        if self.config.head_granularity == "kv_head":
+        if by_group:
             pooling_workspace(space, self.page_size)
 
     def counts(self, lengths: np.ndarray) -> np.ndarray:
@@ -60,13 +66,7 @@ class DeviceTopKMasker(DeviceMasker):
             queries.add_range(sizes[1], sizes[2])
         queries.add_largest(scores, self.page_size, self.config.head_granularity, sizes[0])
 
-    @property
-    def can_list(self) -> bool:
-        """Whether `list` can do all that there is to do after ranges of keys."""
-        by_group = self.config.head_granularity == "kv_head"
-        return by_group and self._capacity <= MOST_NUMBERS
-
-    def list(
+    def list_selected(
         self,
         queries: DeviceQueries,
         ranges: torch.Tensor,
