@@ -9,6 +9,7 @@ from vllm_sparse_plugin.paged.triton_kernels import (
     attention,
     cache_rows,
     flags,
+    key_lists,
     lists,
     mass_selection,
     page_lists,
@@ -76,6 +77,13 @@ def launches(
             scores, page_size, KV_HEADS, lengths, 0.1, lengths, ranges, lengths, plain, reads
         )
 
+    places = key_lists.KeyListsWorkspace.of(QUERIES * KV_HEADS, DEVICE)
+
+    def list_best_keys() -> None:
+        key_lists.list_keys(
+            scores, KV_HEADS, lengths, 0.1, lengths, ranges, lengths, plain, reads, places, pools
+        )
+
     def attend(tokens: torch.Tensor | None, weights: torch.Tensor | None) -> None:
         attention.attend_lists(
             query, cache, batch, tokens, weights, found.counts, 0.1, output, parts
@@ -92,6 +100,7 @@ def launches(
         "flag_largest, pages, in chunks": lambda: select(16, in_chunks),
         "list_pages": lambda: list_best(16),
         "list_pages, keys": lambda: list_best(1),
+        "list_keys": list_best_keys,
         "flag_mass": lambda: mass_selection.flag_mass(scores, 0.9, 1.0, lengths, of_heads, mass),
         "sample_share": lambda: sampling.sample_share(
             0.1, 7, 3, num_heads, lengths, marks, share, order, radix

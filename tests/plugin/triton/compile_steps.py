@@ -32,6 +32,7 @@ CASES = (
             "double sparsity 4, query_head",
             "hash silu, query_head",
             "quest, adaptive sampling, kv_head",
+            "oracle, adaptive sampling, kv_head",
             "top p",
             "pq 6, kv_head",
             "magic pig 75 x 8",

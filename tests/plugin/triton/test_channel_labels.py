@@ -24,12 +24,13 @@ from vllm_sparse_plugin.paged.channel_labels import ChannelLabels
 from vllm_sparse_plugin.paged.kernels import channel_labels as numba_kernels
 from vllm_sparse_plugin.paged.kernels import label_scores as numba_scores
 from vllm_sparse_plugin.paged.layout import BlockIndex, BlockLayout, BlockShape, LayerCache
-from vllm_sparse_plugin.paged.triton_kernels import tiles
+from vllm_sparse_plugin.paged.triton_kernels import label_scores, pooling, tiles
 from vllm_sparse_plugin.paged.triton_kernels.channel_labels import label_queries, write_labels
 from vllm_sparse_plugin.paged.triton_kernels.label_scores import score_labels
+from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-SCALE = 0.37
+SCALE, SCALING = 0.37, 0.8
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,11 @@ def query_labels(rows: Rows, index: Labels) -> tuple[torch.Tensor, np.ndarray]:
 
 
 def scores_of(
-    rows: Rows, index: Labels, kv_cache: torch.Tensor, labels: torch.Tensor
+    rows: Rows,
+    index: Labels,
+    kv_cache: torch.Tensor,
+    labels: torch.Tensor,
+    weights: PoolingWorkspace | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of Triton and of numba, of the same queries."""
     cache, batch = rows.cache, rows.batch
@@ -139,6 +144,8 @@ def scores_of(
         on_device.lengths,
         SCALE,
         found,
+        SCALING,
+        weights,
     )
     return found.cpu(), torch.from_numpy(expected)
 
@@ -146,19 +153,33 @@ def scores_of(
 @pytest.mark.parametrize(("sizes", "index"), CASES, ids=str)
 def test_bytes_and_scores(sizes: tuple, index: Labels, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "PROGRAMS", 3)  # some rows have more tiles than programs
-    monkeypatch.setattr(tiles, "TILE_NUMBERS", 256)
+    for module in (label_scores, pooling):
+        monkeypatch.setattr(module, "POOLING_TILE", 64)
     layout = BlockLayout(shape_of(*sizes), (index,))
     rows = make_rows(layout, edge_lengths(layout.shape.block_size), exact=False, spare_keys=2)
     kv_cache = written_again(rows, functools.partial(update, index, layout))
     assert_same_bytes(rows, kv_cache)
     labels, expected_labels = query_labels(rows, index)
     assert torch.equal(labels.cpu(), torch.from_numpy(expected_labels))
-    found, expected = scores_of(rows, index, kv_cache, labels)
+    weights, again = (poisoned_weights(rows) for _ in range(2))
+    found, expected = scores_of(rows, index, kv_cache, labels, weights)
     written = expected != UNWRITTEN
     assert torch.equal(found != UNWRITTEN, written)
     # In the same order: they differ where one of the processors does not fuse products and sums.
     most = torch.where(written, SCALE * largest_products(rows), 0.0)
     assert_close_sums(found, expected, most, labels.shape[2])
+    lengths = Batch.of(rows).lengths
+    pooling.weigh_scores(found.to(DEVICE), 1, SCALING, lengths, again)
+    assert torch.equal(weights.peaks, again.peaks)
+    assert torch.equal(weights.masses, again.masses)
+
+
+def poisoned_weights(rows: Rows) -> PoolingWorkspace:
+    queries, heads, capacity = empty_scores(rows).shape
+    weights = PoolingWorkspace.of(queries, heads, capacity, DEVICE)
+    for part in (weights.peaks, weights.masses):
+        part.fill_(UNWRITTEN)
+    return weights
 
 
 @pytest.mark.parametrize(

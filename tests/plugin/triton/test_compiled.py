@@ -13,7 +13,7 @@ SHARED_BYTES = 227 << 10
 """That a program of an H100 may have."""
 STACK_BYTES = 32
 """Of a thread: all but a few numbers fits its registers."""
-KERNELS = 47
+KERNELS = 49
 """In the package: steps launch all of them."""
 
 
@@ -68,7 +68,9 @@ def test_instructions(report) -> None:
             "radix.count_kernel",
             "pooling._weigh_kernel",
             "pooling._share_kernel",
-            "pooled_numbers._number_kernel",
+            "key_lists._number_kernel",
+            "key_lists._list_kernel",
+            "key_lists._choose_kernel",
         ):
             # But codes of 2 bits of 80 channels are 20 bytes.
             assert kernel["wide_loads"] > 0 or "PART=20" in variant, kernel

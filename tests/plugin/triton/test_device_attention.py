@@ -23,6 +23,7 @@ from vllm_sparse_plugin.paged.device.attention import (
 )
 from vllm_sparse_plugin.paged.device.cache import DeviceCache
 from vllm_sparse_plugin.paged.device.maskers import base as registry
+from vllm_sparse_plugin.paged.device.maskers import top_k
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape
 from vllm_sparse_plugin.paged.maskers.base import Unsupported
@@ -91,6 +92,18 @@ def assert_like_the_host(
 def test_top_k(masker: dict, granularity: str) -> None:
     maskers = [*SINK_LOCAL, {**masker, "head_granularity": granularity}]
     assert_like_the_host(maskers, shape_of(8, 2, 32, 32))
+
+
+@pytest.mark.parametrize("size", [0.1, 40])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (2, 2)])
+def test_single_keys_of_long_sequences(
+    size: float, heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of more keys than one program selects from; of groups they are listed at once."""
+    monkeypatch.setattr(top_k, "MOST_NUMBERS", 64)
+    oracle = {"type": "oracle_top_k", "heavy_size": size, "head_granularity": "kv_head"}
+    shape = shape_of(heads, kv_heads, 32, 32)
+    assert_like_the_host([*SINK_LOCAL, oracle], shape, (1, 0, 33, 300, 7), max_queries=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

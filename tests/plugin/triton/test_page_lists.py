@@ -7,63 +7,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.plugin.triton.interpreter import DEVICE
-from tests.plugin.triton.unit_flags import IN_CHUNKS
+from tests.plugin.triton.lists_by_flags import (
+    POISON,
+    SCALING,
+    lists_by_flags,
+    lists_of,
+    on_device,
+    reads_of,
+)
 from vllm_sparse_plugin.paged.triton_kernels import page_lists, row_selection
-from vllm_sparse_plugin.paged.triton_kernels.flags import flag_range, start_flags
-from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists, list_tokens
+from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists
 from vllm_sparse_plugin.paged.triton_kernels.page_lists import list_pages
-from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace
-from vllm_sparse_plugin.paged.triton_kernels.selection import flag_largest
-
-POISON = 1 << 20
-SCALING = 0.3
-
-
-def lists_of(queries: int, kv_heads: int, capacity: int) -> DeviceLists:
-    lists = DeviceLists.of(queries, kv_heads, 1, capacity, False, DEVICE)
-    for part in (lists.tokens, lists.counts, lists.selected):
-        part.fill_(POISON)
-    return lists
-
-
-def on_device(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(DEVICE)
 
 
 def check(scores, page_size: int, kv_heads: int, wanted, lengths, ranges, every=None) -> None:
     """`scores` are `[queries, heads, pages]`, `ranges` `[2 * ranges, queries]`."""
-    queries, heads, pages = scores.shape
-    capacity = -(-pages * page_size // 16) * 16
-    held, own_ranges = on_device(lengths), on_device(ranges.astype(np.int32))
-    own_counts = on_device(wanted.astype(np.int32))
-    flags = torch.zeros(queries * kv_heads, capacity, dtype=torch.uint8, device=DEVICE)
-    start_flags(flags, held, own_ranges)
-    if every is not None:
-        ends = on_device(every)
-        flag_range(flags, held, torch.zeros_like(ends), ends)
-    pools = PoolingWorkspace.of(queries, heads, pages, DEVICE)
-    flag_largest(
-        on_device(scores).clone(),
-        page_size,
-        kv_heads,
-        own_counts,
-        SCALING,
-        held,
-        flags,
-        IN_CHUNKS,
-        pools,
-    )
-    right, found = (lists_of(queries, kv_heads, capacity) for _ in range(2))
-    reads, own_reads = (torch.full((queries, 3), 7, device=DEVICE) for _ in range(2))
-    list_tokens(flags, held, right, reads=reads, readers=heads // kv_heads)
+    right, reads = lists_by_flags(scores, page_size, kv_heads, wanted, lengths, ranges, every)
+    found = lists_of(len(lengths), kv_heads, right.tokens.shape[1])
+    own_reads = reads_of(len(lengths))
     list_pages(
         on_device(scores),
         page_size,
         kv_heads,
-        own_counts,
+        on_device(wanted.astype(np.int32)),
         SCALING,
-        held,
-        own_ranges,
+        on_device(lengths),
+        on_device(ranges.astype(np.int32)),
         None if every is None else on_device(every),
         found,
         own_reads,

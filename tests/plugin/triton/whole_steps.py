@@ -106,7 +106,13 @@ def masker_lists(engine: Engine, folder: Path) -> dict[str, list[dict[str, Any]]
         buckets = {"type": "magic_pig", "lsh_l": tables, "lsh_k": bits}
         lists[f"magic pig {tables} x {bits}"] = [*SINK_LOCAL, buckets]
     lists["top p"] = [*SINK_LOCAL, {"type": "oracle_top_p", "top_p": 0.9}]
-    other = {**ADAPTIVE, "base_rate_sampling": 64, "head_granularity": "kv_head"}
+    by_group = {"head_granularity": "kv_head"}
+    lists["oracle, adaptive sampling, kv_head"] = [
+        *SINK_LOCAL,
+        {**ORACLE, **by_group},
+        {**ADAPTIVE, **by_group},
+    ]
+    other = {**ADAPTIVE, "base_rate_sampling": 64, **by_group}
     oracle = {**ORACLE, "head_granularity": "query_head"}
     lists["oracle, adaptive sampling of others"] = [*SINK_LOCAL, oracle, other]
     return lists

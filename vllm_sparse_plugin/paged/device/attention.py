@@ -26,8 +26,8 @@ from vllm_sparse_plugin.paged.maskers.base import PagedMasker
 from vllm_sparse_plugin.paged.triton_kernels.attention import AttentionWorkspace, attend_lists
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch, parts_for
 from vllm_sparse_plugin.paged.triton_kernels.flags import start_flags
+from vllm_sparse_plugin.paged.triton_kernels.key_ranges import MOST_RANGES
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists, list_tokens
-from vllm_sparse_plugin.paged.triton_kernels.page_lists import MOST_RANGES
 
 KEYS_READ, ROWS_READ, ROWS_SCORED = 0, 1, 2
 """Columns of a query's counts: keys selected, summed over query heads; rows of key and value that

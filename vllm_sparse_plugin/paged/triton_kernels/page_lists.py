@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2
+from vllm_sparse_plugin.paged.triton_kernels.key_ranges import MOST_RANGES, count_covered
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists
 from vllm_sparse_plugin.paged.triton_kernels.radix import load_numbers, order_of
 from vllm_sparse_plugin.paged.triton_kernels.row_selection import (
@@ -23,37 +24,6 @@ from vllm_sparse_plugin.paged.triton_kernels.row_selection import (
 )
 
 _TOKENS_AT_ONCE = 8192
-MOST_RANGES = 2
-"""What the union of more covers of a page is not computed here."""
-
-
-@triton.jit
-def _overlap(first, end, begin, stop):
-    """How many keys two ranges have in common."""
-    return tl.maximum(tl.minimum(end, stop) - tl.maximum(first, begin), 0)
-
-
-@triton.jit
-def _covered(first, end, ranges, stride, RANGES: tl.constexpr):
-    """How many keys of [first, end) are in one of the ranges.
-
-    Args:
-        first: `[numbers]`, int32.
-        end: Likewise.
-        ranges: Pointer to where the first range of the query begins; it ends a stride further, and
-            the second one begins behind that.
-        stride: See above.
-        RANGES: How many there are: 0, 1 or 2.
-    """
-    found = tl.zeros_like(first)
-    if RANGES > 0:
-        begin, stop = tl.load(ranges), tl.load(ranges + stride)
-        found += _overlap(first, end, begin, stop)
-        if RANGES > 1:
-            other, other_stop = tl.load(ranges + 2 * stride), tl.load(ranges + 3 * stride)
-            found += _overlap(first, end, other, other_stop)
-            found -= _overlap(first, end, tl.maximum(begin, other), tl.minimum(stop, other_stop))
-    return found
 
 
 @triton.jit
@@ -66,13 +36,13 @@ def _sizes_of(
     PAGE_SIZE: tl.constexpr,
     RANGES: tl.constexpr,
 ):
-    """How many keys some pages have, and how many of them the ranges cover; see `_covered`.
+    """How many keys some pages have, and how many of them ranges cover; see `count_covered`.
 
     Args:
         places: `[pages]`.
         length: Keys that the query sees.
         is_every: Whether all are covered.
-        ranges: See `_covered`; so the next one and the last.
+        ranges: See `count_covered`; so the next one and the last.
         stride: As there.
         PAGE_SIZE: Keys of a page.
         RANGES: As there.
@@ -80,7 +50,7 @@ def _sizes_of(
     first = places * PAGE_SIZE
     end = tl.minimum(first + PAGE_SIZE, length)
     size = tl.maximum(end - first, 0)
-    covered = tl.minimum(_covered(first, end, ranges, stride, RANGES), size)
+    covered = tl.minimum(count_covered(first, end, ranges, stride, RANGES), size)
     return size, tl.where(is_every, size, covered)
 
 
@@ -135,7 +105,7 @@ def _list_pages_kernel(
             tl.debug_barrier()  # of short rows, several threads load the same scores
             tl.store(memory + places, number, mask=places < pages)
         tl.debug_barrier()  # what one thread has written, another one reads
-        bound, room = bound_of(memory, pages, wanted, CHUNK)
+        bound, room = bound_of(memory, pages, wanted, CHUNK, False)
         for chunk in range(0, pages, CHUNK):
             places = chunk + inside
             own, _ = load_numbers(memory, chunk, pages, CHUNK)
@@ -167,7 +137,7 @@ def _list_pages_kernel(
             key = page * PAGE_SIZE + in_page
             last = tl.minimum((page + 1) * PAGE_SIZE, length)
             key_end = tl.minimum(key + 1, last)
-            is_covered = _covered(key, key_end, ranges, ranges_stride, RANGES)
+            is_covered = count_covered(key, key_end, ranges, ranges_stride, RANGES)
             place = of_page // 2 + tl.cumsum(is_covered, 0) - 1
             behind = tl.where(of_page % 2 == 0, last, 0)
             tl.store(tokens + place, key, mask=(is_covered > 0) & (key < behind))

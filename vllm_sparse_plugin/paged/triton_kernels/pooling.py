@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,19 @@ import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2, programs_per_row
 
-POOLING_TILE = 1024
+POOLING_TILE = 512
 """Scores whose sum is taken at once. Fixed: sums in other parts would differ in their last bits."""
 _SHARED_AT_ONCE = 1024
-"""Shares that a program works on at once: before, it adds up what is known of all tiles."""
+"""Shares that a program works on at once; of more, the scores of four heads would take all
+registers."""
+
+
+@triton.jit
+def weight_of(logits):
+    """The largest of a tile's logits, and the sum of powers relative to it."""
+    peak = tl.max(logits, 0)
+    # Of nothing but -inf there is no difference to take.
+    return peak, tl.sum(tl.exp(logits - tl.where(peak == float("-inf"), 0.0, peak)), 0)
 
 
 @launched
@@ -29,7 +39,7 @@ def _weigh_kernel(
     HEADS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Of each tile of a query head's scores: the largest, and the sum of powers relative to it."""
+    """Of each tile of a query head's scores, see `weight_of`."""
     row = tl.program_id(0).to(tl.int64)
     pages = tl.cdiv(tl.load(lengths + row // HEADS), PAGE_SIZE)
     for tile in range(tl.program_id(1), tl.cdiv(pages, TILE), tl.num_programs(1)):
@@ -39,67 +49,80 @@ def _weigh_kernel(
             own = tl.load(scores + row * stride + places)
         else:
             own = tl.load(scores + row * stride + places, mask=places < pages, other=float("-inf"))
-        logits = own * scaling
-        peak = tl.max(logits, 0)
-        # Of nothing but -inf there is no difference to take.
-        mass = tl.sum(tl.exp(logits - tl.where(peak == float("-inf"), 0.0, peak)), 0)
+        peak, mass = weight_of(own * scaling)
         tl.store(peaks + row * tiles + tile, peak)
         tl.store(masses + row * tiles + tile, mass)
 
 
 @triton.jit
-def shares_of(
-    scores,
+def shifts_of(
     peaks,
     masses,
-    first,
-    pages,
-    scaling,
-    stride,
     tiles,
-    IS_WHOLE: tl.constexpr,
+    live,
     HEADS: tl.constexpr,
+    HEADS_TILE: tl.constexpr,
     TILES: tl.constexpr,
-    TILE: tl.constexpr,
-    STEP: tl.constexpr,
 ):
-    """The mean of a group's shares, of some pages.
+    """What exponents (base 2) are less by, so that powers of all heads add up to a mean of shares.
 
     Args:
-        scores: Pointer to the row of the group's first head; so the next two.
-        peaks: See `PoolingWorkspace`.
+        peaks: Pointer to those of the group's first head, see `PoolingWorkspace`.
         masses: Likewise.
-        first: Of the pages, a multiple of 16.
-        pages: Of the row.
-        scaling: Of the scores.
-        stride: From one row of scores to the next.
-        tiles: Likewise, of peaks and masses.
-        IS_WHOLE: All pages are of the row: masks that differ between neighbours would make each a
-            load of its own.
+        tiles: From one head's to the next one's.
+        live: Tiles of the row.
         HEADS: Of the group.
+        HEADS_TILE: The same as an axis.
         TILES: `tiles` as an axis.
-        TILE: Pages of a tile.
-        STEP: Pages.
 
     Returns:
-        `[STEP]`, float32.
+        `[HEADS_TILE]`, float32: inf where there is no such head, or none of its scores is finite.
     """
-    every = tl.arange(0, TILES)
-    live = tl.cdiv(pages, TILE)
-    places = first // 16 * 16 + tl.arange(0, STEP)  # so that Triton knows of the 16
-    shares = tl.zeros([STEP], tl.float32)
-    # Unrolled, so that heads do not wait for each other's loads.
-    for head in tl.range(HEADS, loop_unroll_factor=4):
-        of_head = head * tiles + every
-        found = tl.load(peaks + of_head, mask=every < live, other=float("-inf"))
-        parts = tl.load(masses + of_head, mask=every < live, other=0.0)
-        peak = tl.max(found, 0)
-        peak = tl.where(peak == float("-inf"), 0.0, peak)
-        mass = tl.sum(parts * tl.exp(found - peak), 0) * HEADS
-        at = scores + head * stride + places
-        own = tl.load(at) if IS_WHOLE else tl.load(at, mask=places < pages, other=float("-inf"))
-        shares += tl.exp(own * scaling - peak) / tl.where(mass > 0, mass, 1.0)
-    return shares
+    heads, every = tl.arange(0, HEADS_TILE)[:, None], tl.arange(0, TILES)[None, :]
+    is_live = (heads < HEADS) & (every < live)
+    peak_of_tiles = tl.load(peaks + heads * tiles + every, mask=is_live, other=float("-inf"))
+    mass_of_tiles = tl.load(masses + heads * tiles + every, mask=is_live, other=0.0)
+    peak = tl.max(peak_of_tiles, 1)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    mass = tl.sum(mass_of_tiles * tl.exp(peak_of_tiles - peak[:, None]), 1)
+    shift = peak * 1.4426950408889634 + tl.log2(tl.where(mass > 0, mass, 1.0) * HEADS)
+    return tl.where(mass > 0, shift, float("inf"))
+
+
+@triton.jit
+def load_shares(
+    scores,
+    row_stride,
+    shifts,
+    scale,
+    first,
+    end,
+    HEADS: tl.constexpr,
+    HEADS_TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """The mean of a group's shares, of some pages, `[STEP]`, float32; 0 from the end on.
+
+    Args:
+        scores: Pointer to the row of the group's first head.
+        row_stride: From one head's to the next one's.
+        shifts: `[HEADS_TILE]`, see `shifts_of`.
+        scale: Of the scores, to exponents of 2.
+        first: Of the pages, a multiple of 16.
+        end: The one after the last.
+        HEADS: Of the group.
+        HEADS_TILE: The same as an axis.
+        STEP: Pages.
+    """
+    heads = tl.arange(0, HEADS_TILE)[:, None]
+    pages = (first // 16 * 16 + tl.arange(0, STEP))[None, :]  # so that Triton knows of the 16
+    own = scores + heads * row_stride + pages
+    # A mask that differs between neighbours would make each a load of its own.
+    if first + STEP <= end:
+        score = tl.load(own, mask=heads < HEADS, other=float("-inf"))
+    else:
+        score = tl.load(own, mask=(heads < HEADS) & (pages < end), other=float("-inf"))
+    return tl.sum(tl.exp2(score * scale - shifts[:, None]), 0)
 
 
 @launched
@@ -108,12 +131,13 @@ def _share_kernel(
     lengths,
     peaks,
     masses,
-    scaling,
-    stride,
+    scale,
+    row_stride,
     tiles,
     PAGE_SIZE: tl.constexpr,
     SELECTORS: tl.constexpr,
     HEADS: tl.constexpr,
+    HEADS_TILE: tl.constexpr,
     TILES: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
@@ -121,46 +145,24 @@ def _share_kernel(
     """The mean of a group's shares, into the row of its first head."""
     item = tl.program_id(0).to(tl.int64)
     pages = tl.cdiv(tl.load(lengths + item // SELECTORS), PAGE_SIZE)
-    scores += item * HEADS * stride
-    peaks += item * HEADS * tiles
-    masses += item * HEADS * tiles
-    for step in range(tl.program_id(1), tl.cdiv(pages, STEP), tl.num_programs(1)):
-        first = step * STEP
-        places = first + tl.arange(0, STEP)
-        if first + STEP <= pages:
-            shares = shares_of(
-                scores,
-                peaks,
-                masses,
-                first,
-                pages,
-                scaling,
-                stride,
-                tiles,
-                True,
-                HEADS,
-                TILES,
-                TILE,
-                STEP,
+    steps = tl.cdiv(pages, STEP)
+    if tl.program_id(1) < steps:
+        scores += item * HEADS * row_stride
+        peaks += item * HEADS * tiles
+        masses += item * HEADS * tiles
+        live = tl.cdiv(pages, TILE)
+        shifts = shifts_of(peaks, masses, tiles, live, HEADS, HEADS_TILE, TILES)
+        for step in range(tl.program_id(1), steps, tl.num_programs(1)):
+            first = step * STEP
+            shares = load_shares(
+                scores, row_stride, shifts, scale, first, pages, HEADS, HEADS_TILE, STEP
             )
-            tl.store(scores + places, shares)
-        else:
-            shares = shares_of(
-                scores,
-                peaks,
-                masses,
-                first,
-                pages,
-                scaling,
-                stride,
-                tiles,
-                False,
-                HEADS,
-                TILES,
-                TILE,
-                STEP,
-            )
-            tl.store(scores + places, shares, mask=places < pages)
+            places = first + tl.arange(0, STEP)
+            tl.debug_barrier()  # of short rows, several threads load the same scores
+            if first + STEP <= pages:
+                tl.store(scores + places, shares)
+            else:
+                tl.store(scores + places, shares, mask=places < pages)
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,23 @@ class PoolingWorkspace:
         peaks = torch.empty(shape, dtype=torch.float32, device=device)
         return cls(peaks, torch.empty_like(peaks))
 
+    def check(self, scores: torch.Tensor) -> None:
+        """Looks whether there is a place for what is found of scores.
+
+        Args:
+            scores: `[num_queries, num_heads, capacity]`.
+
+        Raises:
+            ValueError: There is not.
+        """
+        num_queries, num_heads, capacity = scores.shape
+        rows, tiles = self.peaks.shape
+        if rows < num_queries * num_heads or tiles * POOLING_TILE < capacity:
+            raise ValueError(
+                f"a pooling workspace of {tuple(self.peaks.shape)} is too small for scores of "
+                f"{tuple(scores.shape)}"
+            )
+
 
 def weigh_scores(
     scores: torch.Tensor,
@@ -212,12 +231,8 @@ def weigh_scores(
         ValueError: The workspace is too small.
     """
     num_queries, num_heads, capacity = scores.shape
+    workspace.check(scores)
     rows, tiles = num_queries * num_heads, workspace.peaks.shape[1]
-    if len(workspace.peaks) < rows or tiles * POOLING_TILE < capacity:
-        raise ValueError(
-            f"a pooling workspace of {tuple(workspace.peaks.shape)} is too small for scores of "
-            f"{tuple(scores.shape)}"
-        )
     _weigh_kernel[(rows, programs_per_row(rows, capacity, POOLING_TILE))](
         scores,
         lengths,
@@ -258,18 +273,20 @@ def pool_scores(
     """
     num_queries, num_heads, capacity = scores.shape
     items, tiles = num_queries * selectors, workspace.peaks.shape[1]
+    heads = num_heads // selectors
     weigh_scores(scores, page_size, scaling, lengths, workspace)
     _share_kernel[(items, programs_per_row(items, capacity, _SHARED_AT_ONCE))](
         scores,
         lengths,
         workspace.peaks,
         workspace.masses,
-        scaling,
+        scaling * math.log2(math.e),
         capacity,
         tiles,
         PAGE_SIZE=page_size,
         SELECTORS=selectors,
-        HEADS=num_heads // selectors,
+        HEADS=heads,
+        HEADS_TILE=power_of_2(heads),
         TILES=power_of_2(tiles),
         TILE=POOLING_TILE,
         STEP=_SHARED_AT_ONCE,

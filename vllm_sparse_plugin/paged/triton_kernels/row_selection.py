@@ -86,7 +86,7 @@ def pool_row(
 
 
 @triton.jit
-def bound_of(numbers, pages, wanted, CHUNK: tl.constexpr):
+def bound_of(numbers, pages, wanted, CHUNK: tl.constexpr, IS_LONG: tl.constexpr):
     """What divides a row's largest numbers from the rest.
 
     Args:
@@ -94,6 +94,7 @@ def bound_of(numbers, pages, wanted, CHUNK: tl.constexpr):
         pages: Of the row.
         wanted: How many are to be chosen.
         CHUNK: Numbers at once.
+        IS_LONG: Whether there may be more than `MOST_NUMBERS`.
 
     Returns:
         The bound, uint32, at least 1: all above it are chosen; and how many of those that equal it,
@@ -116,14 +117,17 @@ def bound_of(numbers, pages, wanted, CHUNK: tl.constexpr):
     reached = tl.where(is_any, reached, 0)
     while (reached > wanted) & (end - bound > 1):
         step = tl.maximum((end - bound) // 3, 1).to(tl.uint32)
-        # Two counts of 16 bits: one sum over all threads takes no longer for that.
-        pairs = tl.zeros([CHUNK], tl.int32)
+        # Two counts in one number: one sum over all threads takes no longer for that.
+        BITS: tl.constexpr = 32 if IS_LONG else 16
+        PAIR: tl.constexpr = tl.int64 if IS_LONG else tl.int32
+        pairs = tl.zeros([CHUNK], PAIR)
         for chunk in range(0, pages, CHUNK):
             own, _ = load_numbers(numbers, chunk, pages, CHUNK)
-            pairs += (own >= bound + step).to(tl.int32)
-            pairs += (own >= bound + 2 * step).to(tl.int32) << 16
+            pairs += (own >= bound + step).to(PAIR)
+            pairs += (own >= bound + 2 * step).to(PAIR) << BITS
         both = tl.sum(pairs, 0)
-        first, second = both & 0xFFFF, both >> 16
+        first = (both & ((1 << BITS) - 1)).to(tl.int32)
+        second = (both >> BITS).to(tl.int32)
         taken = (first >= wanted).to(tl.uint32) + (second >= wanted).to(tl.uint32)
         reached = tl.where(first >= wanted, first, reached)
         reached = tl.where(second >= wanted, second, reached)
@@ -279,7 +283,7 @@ def _select_rows_kernel(
             tl.debug_barrier()  # of short rows, several threads load the same scores
             tl.store(numbers + places, number, mask=places < pages)
         tl.debug_barrier()  # what one thread has written, another one reads
-        bound, room = bound_of(numbers, pages, wanted, CHUNK)
+        bound, room = bound_of(numbers, pages, wanted, CHUNK, False)
         for chunk in range(0, pages, CHUNK):
             places = chunk + inside
             own, _ = load_numbers(numbers, chunk, pages, CHUNK)

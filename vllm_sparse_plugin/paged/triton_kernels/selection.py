@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2
-from vllm_sparse_plugin.paged.triton_kernels.pooled_numbers import number_shares
 from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace, pool_scores
 from vllm_sparse_plugin.paged.triton_kernels.radix import (
     BINS,
@@ -314,14 +313,10 @@ def flag_largest(
         select_rows(scores, page_size, selectors, counts, scaling, lengths, flags)
         return
     is_split = workspace.splits(items, capacity)
-    is_numbered = is_split and heads > 1 and page_size == 1
     if heads > 1:
         if pooling is None:
             raise ValueError(f"{num_heads} heads' scores are pooled for {selectors}: no workspace")
-        if is_numbered:
-            number_shares(scores, selectors, counts, scaling, lengths, flags, workspace, pooling)
-        else:
-            pool_scores(scores, selectors, page_size, scaling, lengths, pooling)
+        pool_scores(scores, selectors, page_size, scaling, lengths, pooling)
     order = scores.view(torch.int32)
     stride = flags.shape[1]
     width = power_of_2(page_size)
@@ -343,20 +338,19 @@ def flag_largest(
     histograms, states, parts = workspace.histograms, workspace.states, workspace.parts
     equals, grid = workspace.equals, (items, parts)
     shape = {**shape, "PAGES": max(16, min(TILE, _KEYS_IN_SPLIT // width)), "WORDS": WORDS}
-    if not is_numbered:
-        _order_kernel[grid](
-            order,
-            flags,
-            lengths,
-            counts,
-            histograms,
-            states,
-            capacity,
-            stride,
-            **shape,
-            num_warps=SPLIT_WARPS,
-            maxnreg=SPLIT_REGISTERS,
-        )
+    _order_kernel[grid](
+        order,
+        flags,
+        lengths,
+        counts,
+        histograms,
+        states,
+        capacity,
+        stride,
+        **shape,
+        num_warps=SPLIT_WARPS,
+        maxnreg=SPLIT_REGISTERS,
+    )
     for level in range(1, LEVELS):
         count_kernel[grid](
             order,

@@ -13,6 +13,7 @@ from vllm_sparse_plugin.paged.maskers.base import PagedMasker
 from vllm_sparse_plugin.paged.maskers.double_sparsity_top_k import PagedDoubleSparsityTopKMasker
 from vllm_sparse_plugin.paged.triton_kernels.channel_labels import label_queries
 from vllm_sparse_plugin.paged.triton_kernels.label_scores import score_labels
+from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace
 
 
 @device_masker_of(PagedDoubleSparsityTopKMasker)
@@ -29,11 +30,22 @@ class DeviceDoubleSparsityTopKMasker(DeviceTopKMasker):
         )
 
     def score(self, queries: DeviceQueries, scores: torch.Tensor) -> None:
-        """See `DeviceTopKMasker.score`.
+        """See `DeviceTopKMasker`; also for what it raises, `score_and_weigh`."""
+        self._score(queries, scores, None)
+
+    def score_and_weigh(
+        self, queries: DeviceQueries, scores: torch.Tensor, weights: PoolingWorkspace
+    ) -> None:
+        """See `DeviceTopKMasker`: in one launch, before the scores have left a program.
 
         Raises:
             ValueError: The channel file has nothing for the layer.
         """
+        self._score(queries, scores, weights)
+
+    def _score(
+        self, queries: DeviceQueries, scores: torch.Tensor, weights: PoolingWorkspace | None
+    ) -> None:
         (key,) = self.paged.indices
         held = queries.cache.indices[key]
         assert isinstance(held, DeviceChannelLabels)
@@ -55,4 +67,6 @@ class DeviceDoubleSparsityTopKMasker(DeviceTopKMasker):
             batch.lengths,
             self.config.group_factor**0.5,
             scores,
+            queries.scaling,
+            weights,
         )

@@ -18,8 +18,10 @@ from vllm_sparse_plugin.paged.device.queries import (
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
 from vllm_sparse_plugin.paged.maskers.base import PagedMasker
 from vllm_sparse_plugin.paged.sizes import ends_within, sizes_of
+from vllm_sparse_plugin.paged.triton_kernels.key_lists import KeyListsWorkspace, list_keys
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists
 from vllm_sparse_plugin.paged.triton_kernels.page_lists import list_pages
+from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace, weigh_scores
 from vllm_sparse_plugin.paged.triton_kernels.row_selection import MOST_NUMBERS
 
 
@@ -38,7 +40,13 @@ class DeviceTopKMasker(DeviceMasker):
         self.page_size = getattr(self.config, "page_size", 1)
         scores_buffer(space, self.page_size)
         by_group = self.config.head_granularity == "kv_head"
-        self.can_list = by_group and pages_of(space, self.page_size) <= MOST_NUMBERS
+        is_short = pages_of(space, self.page_size) <= MOST_NUMBERS
+        is_grouped = self.shape.num_heads > self.shape.num_kv_heads
+        self.can_list = by_group and (is_short or (self.page_size == 1 and is_grouped))
+        self._key_lists: KeyListsWorkspace | None = None
+        if self.can_list and not is_short:
+            rows = space.max_queries * self.shape.num_kv_heads
+            self._key_lists = space.workspace(KeyListsWorkspace.of, rows)
         radix_workspace(space)
         if by_group:
             pooling_workspace(space, self.page_size)
@@ -57,6 +65,13 @@ class DeviceTopKMasker(DeviceMasker):
     @abstractmethod
     def score(self, queries: DeviceQueries, scores: torch.Tensor) -> None:
         """Writes a score per query head and page, see `DeviceQueries.scores`."""
+
+    def score_and_weigh(
+        self, queries: DeviceQueries, scores: torch.Tensor, weights: PoolingWorkspace
+    ) -> None:
+        """Writes scores of keys, and what `pooling.weigh_scores` finds of them."""
+        self.score(queries, scores)
+        weigh_scores(scores, self.page_size, queries.scaling, queries.batch.lengths, weights)
 
     def select(self, queries: DeviceQueries, sizes: torch.Tensor) -> None:
         """See `DeviceMasker.select`."""
@@ -82,10 +97,7 @@ class DeviceTopKMasker(DeviceMasker):
             lists: Written.
         """
         scores = queries.scores(self.page_size)
-        self.score(queries, scores)
-        list_pages(
-            scores,
-            self.page_size,
+        arguments = (
             self.shape.num_kv_heads,
             sizes[0],
             queries.scaling,
@@ -95,3 +107,10 @@ class DeviceTopKMasker(DeviceMasker):
             lists,
             queries.reads,
         )
+        if self._key_lists is None:
+            self.score(queries, scores)
+            list_pages(scores, self.page_size, *arguments)
+        else:
+            weights = pooling_workspace(queries.space, self.page_size)
+            self.score_and_weigh(queries, scores, weights)
+            list_keys(scores, *arguments, self._key_lists, weights)
