@@ -22,6 +22,8 @@ QUICK = (
     "flags",
     "lists",
     "page_lists",
+    "key_lists",
+    "channel_labels",
     "page_bounds",
     "page_products",
     "writing",

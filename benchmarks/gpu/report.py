@@ -208,7 +208,21 @@ def _attention(context: Mapping[str, Any]) -> list[str]:
         "Loaded: keys and values that are loaded for a group of query heads, of all; a ceiling is "
         "1 / (loaded + index)."
     )
-    return [*lines, "", note]
+    return [*lines, "", note, *_parts(context["sparse"])]
+
+
+def _parts(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the steps of lists are made of."""
+    lines = [
+        "",
+        "Kernels of a layer's step, us by torch's profiler, without gaps between them:",
+        "",
+    ]
+    for record in records:
+        if record.get("kernels"):
+            times = [f"`{name[:60]}` {time:.1f}" for name, time in record["kernels"].items()]
+            lines.append(f"- {record['name']}: {', '.join(times)}")
+    return lines if len(lines) > 3 else []
 
 
 def _grid(results: Results) -> list[str]:

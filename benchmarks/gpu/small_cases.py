@@ -16,11 +16,12 @@ from benchmarks.gpu.command import run_stage
 from benchmarks.gpu.device_step import DeviceStep, relative_error
 from benchmarks.gpu.sparse_configs import Maskers, sink_and_window, sparse_cases
 from vllm_sparse_plugin.paged.layout import BlockShape
+from vllm_sparse_plugin.paged.triton_kernels import row_selection
 
 logger = logging.getLogger(__name__)
 TOOLS = ("plain", "memcheck", "racecheck")
 _KEYS = 300
-_MANY_KEYS = 9000
+_MANY_KEYS = row_selection.MOST_NUMBERS + 100
 """So many scores are selected from by several programs, not by one."""
 
 
@@ -44,6 +45,8 @@ def small_cases(folder: Path, kv_heads: int, head_size: int) -> dict[str, tuple[
     buckets = {"type": "magic_pig", "lsh_l": 12, "lsh_k": 4}
     cases["MagicPIG"] = ([*fixed, buckets], _KEYS)
     cases["oracle top-k of many, and a sample"] = ([*fixed, oracle, sample], _MANY_KEYS)
+    of_groups = {**oracle, "head_granularity": "kv_head"}
+    cases["oracle top-k of many, per KV head"] = ([*fixed, of_groups], _MANY_KEYS)
     return cases
 
 

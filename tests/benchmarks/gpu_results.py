@@ -52,6 +52,7 @@ def attention() -> dict[str, Any]:
                 "index_share": 0.0176,
                 "speed_up": speed_up,
                 "ceiling": 14.8,
+                "kernels": {"_attend_kernel": 31.25, "_join_kernel": 4.0},
             }
             for name, speed_up in zip((QUEST_5, QUEST_10, TOKENS_10), speed_ups, strict=True)
         ]

@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from benchmarks.gpu.bars import all_bars, engine_rows
 from benchmarks.gpu.cells import EVERY
+from benchmarks.gpu.kernel_times import per_launch
 from benchmarks.gpu.report import STAGES, combined, failed_correctness, markdown
+from benchmarks.gpu.sparse_configs import QUEST_5
 from tests.benchmarks.gpu_results import all_results
 
 
@@ -84,6 +87,7 @@ def test_markdown_of_everything(tmp_path: Path) -> None:
         assert part in text
     assert "one that fails | FAILED: ValueError: no" in text
     assert "left out: FLASHINFER: not installed" in text
+    assert f"- {QUEST_5}: `_attend_kernel` 31.2, `_join_kernel` 4.0" in text
     # Cells whose times are those of a formula: 1 us per 1000 keys, and 20 us.
     assert "| 32768 | 16 | 524.3 (524.3) | 20.0 (20.0) | 26.21 x | sparse |" in text
     assert "| 1024 | 1 | 1.0 (1.0) | 20.0 (20.0) | 0.05 x | dense |" in text
@@ -104,3 +108,13 @@ def test_a_dry_run_meets_no_bar(tmp_path: Path) -> None:
     results["bandwidth"]["gpu"] = "none (dry run)"
     write(tmp_path, results, {})
     assert combined(tmp_path)["bars"] == []
+
+
+def test_kernels_are_summed_by_name_and_shared_by_launches() -> None:
+    events = [
+        SimpleNamespace(key="short", self_device_time_total=4.0),
+        SimpleNamespace(key="long", self_device_time_total=6.0),
+        SimpleNamespace(key="short", self_device_time_total=1.0),
+        SimpleNamespace(key="on the host", self_device_time_total=0.0),
+    ]
+    assert list(per_launch(events, 2).items()) == [("long", 3.0), ("short", 2.5)]

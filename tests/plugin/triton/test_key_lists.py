@@ -1,4 +1,4 @@
-"""Ranges and keys of groups as lists at once: the same keys as by flags, in the order that is said."""
+"""Ranges and keys of groups as lists at once: the same keys as by flags, in the order told."""
 
 import numpy as np
 import pytest
