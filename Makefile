@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
+# Processes that run tests, each whole files: the first ones first. Each may start servers.
+TEST_PROCESSES ?= 2
 # The model of the demo: a name or folder that transformers and vLLM can load; empty = a small one.
 MODEL ?=
 
@@ -12,7 +14,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python -m examples.demo $(if $(MODEL),--model $(MODEL))
 
 test: $(INSTALLED) lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,48 @@
+"""Which kernels a step launches, and how long each takes: to see where its time goes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.timing import Launch
+
+
+def kernel_microseconds(launches: Sequence[Launch], device: torch.device) -> dict[str, float]:
+    """Of each kernel, the longest first, per launch; empty where there is no GPU.
+
+    By torch's profiler, once, after a run that compiles: without gaps between kernels, and with
+    what the cache holds of the launch before.
+
+    Args:
+        launches: Alike, one after the other.
+        device: Of the kernels.
+    """
+    if device.type != "cuda":
+        return {}
+    for launch in launches:
+        launch()
+    torch.cuda.synchronize(device)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:  # type: ignore[no-untyped-call]
+        for launch in launches:
+            launch()
+        torch.cuda.synchronize(device)
+    return per_launch(profile.key_averages(), len(launches))
+
+
+def per_launch(events: Iterable[Any], launches: int) -> dict[str, float]:
+    """Times on the device by name, the longest first.
+
+    Args:
+        events: Averages of torch's profiler.
+        launches: That were profiled.
+    """
+    found: Counter[str] = Counter()
+    for event in events:
+        if event.self_device_time_total > 0:
+            found[event.key] += event.self_device_time_total / launches
+    return dict(found.most_common())
