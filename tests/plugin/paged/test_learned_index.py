@@ -373,4 +373,4 @@ def test_the_header_before_the_codes() -> None:
         # 4 codes of 3 bits, each in 4 bits.
         assert index.bytes_per_block(shape) == 64 + block_size * 2
         offset, stride = BlockLayout(shape, (index,)).place_of(index)
-        assert offset % 64 == stride % 64 == 0
+        assert offset % 16 == stride % 16 == 0

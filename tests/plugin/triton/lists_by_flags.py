@@ -18,7 +18,7 @@ SCALING = 0.3
 
 def lists_of(queries: int, kv_heads: int, capacity: int) -> DeviceLists:
     lists = DeviceLists.of(queries, kv_heads, 1, capacity, False, DEVICE)
-    for part in (lists.tokens, lists.counts, lists.selected):
+    for part in (lists.tokens, lists.counts):
         part.fill_(POISON)
     return lists
 

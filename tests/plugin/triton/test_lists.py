@@ -18,7 +18,7 @@ POISON = -7
 
 def poisoned_lists(queries: int, kv_heads: int, units: int, capacity: int, weighted: bool):
     lists = DeviceLists.of(queries, kv_heads, units, capacity, weighted, DEVICE)
-    for tensor in (lists.tokens, lists.counts, lists.selected):
+    for tensor in (lists.tokens, lists.counts):
         tensor.fill_(POISON)
     lists.log_weights.fill_(torch.nan)
     lists.tile_counts.fill_(1 << 20)
@@ -52,7 +52,6 @@ def check_against_numba(flags, probability, lengths, kv_heads, key_probability) 
     assert (found_reads[:, 1] == counts.reshape(len(lengths), -1).sum(1)).all()
     assert (found_reads[:, 2] == 0).all()
     assert (lists.counts.cpu().numpy() == counts).all()
-    assert (lists.selected.cpu().numpy() == selected).all()
     for item, count in enumerate(counts):
         assert (lists.tokens[item, :count].cpu().numpy() == tokens[item, :count]).all()
         assert (lists.tokens[item, count:] == POISON).all()
@@ -102,7 +101,6 @@ def test_lists_without_weights(kv_heads: int) -> None:
     list_tokens(own, torch.from_numpy(lengths).to(DEVICE), lists)
     assert lists.log_weights.numel() == 0
     assert (lists.counts.cpu().numpy() == counts).all()
-    assert (lists.selected.cpu().numpy() == counts).all()
     for item, count in enumerate(counts):
         assert (lists.tokens[item, :count].cpu().numpy() == tokens[item, :count]).all()
         assert (lists.tokens[item, count:] == POISON).all()
@@ -131,7 +129,6 @@ def test_only_one_flag() -> None:
     lists = poisoned_lists(1, 1, 2, 8, True)
     list_tokens(flags.to(DEVICE), lengths.to(DEVICE), lists, only=4)
     assert lists.counts.tolist() == [5]
-    assert lists.selected.tolist() == [3, 3]
     assert lists.tokens[0].tolist() == [0, 1, 2, 4, 6, POISON, POISON, POISON]
     reads = lists.log_weights[0, :5] == 0
     assert reads.tolist() == [[1, 0], [0, 1], [0, 1], [1, 1], [1, 0]]

@@ -46,10 +46,15 @@ class _Memory:
 
     @classmethod
     def of(
-        cls, space: DeviceSpace, num_units: int, is_sampled: bool, has_key_probabilities: bool
+        cls,
+        space: DeviceSpace,
+        num_units: int,
+        has_flags: bool,
+        is_sampled: bool,
+        has_key_probabilities: bool,
     ) -> _Memory:
         shape = space.shape
-        rows = space.max_queries * num_units
+        rows = space.max_queries * num_units if has_flags else 0
         return cls(
             space.buffer("flags", rows, space.capacity, dtype=torch.uint8),
             space.buffer("probability", rows, dtype=torch.float32),
@@ -105,20 +110,21 @@ class DeviceAttention:
         # One kernel for steps with dense queries among the others, and without.
         self._nothing = space.workspace(torch.zeros, space.max_queries, dtype=torch.int32)
         by_key = any(paged.has_key_probabilities for paged in self.paged)
-        self._memory = _Memory.of(space, self._num_units, self._is_sampled, by_key)
         # The first maskers' ranges are marked by the launch that clears the flags.
         is_first = itertools.takewhile(lambda masker: masker.is_range, self.maskers)
         self._num_ranges = len(list(is_first))
-        self._pages = self._only_pages()
+        self._lister = self._only_lister()
+        has_flags = self._lister is None
+        self._memory = _Memory.of(space, self._num_units, has_flags, self._is_sampled, by_key)
         nothing = np.zeros(0, np.int64)
         counts = [len(masker.sizes(nothing)) for masker in self.maskers]
         ends = itertools.accumulate(counts, initial=0)
         self._parts = [slice(*pair) for pair in itertools.pairwise(ends)]
 
-    def _only_pages(self) -> DeviceTopKMasker | None:
-        """The masker that selects pages, if nobody else does, and its pages can be listed at once.
+    def _only_lister(self) -> DeviceTopKMasker | None:
+        """The masker besides ranges, if there is one, and it can list what is selected at once.
 
-        Then no key needs a flag: see `triton_kernels.page_lists`.
+        Then no key needs a flag: see `triton_kernels.page_lists` and `triton_kernels.key_lists`.
         """
         others = self.maskers[self._num_ranges :]
         if len(others) == 1 and self._num_ranges <= MOST_RANGES and not self._is_sampled:
@@ -239,8 +245,8 @@ class DeviceAttention:
         """Writes the lists of the tokens that each KV head reads, and counts them."""
         memory, lengths = self._memory, queries.batch.lengths
         ranges = sizes[: 2 * self._num_ranges]
-        if self._pages is not None:
-            self._pages.list_selected(queries, ranges, sizes[len(ranges) :], memory.lists)
+        if self._lister is not None:
+            self._lister.list_selected(queries, ranges, sizes[len(ranges) :], memory.lists)
             return
         start_flags(queries.flags, lengths, ranges)
         if self._is_sampled:

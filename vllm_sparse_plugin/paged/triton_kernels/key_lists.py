@@ -268,7 +268,6 @@ def _choose_kernel(
     states,
     tokens,
     listed,
-    selected,
     reads,
     row_stride,
     list_stride,
@@ -313,7 +312,6 @@ def _choose_kernel(
         tl.atomic_add(reads + index * reads_stride, more * HEADS, sem="relaxed")
         tl.atomic_add(reads + index * reads_stride + 1, more, sem="relaxed")
     tl.store(listed + item, total)
-    tl.store(selected + item, total)
 
 
 @dataclass(frozen=True)
@@ -457,7 +455,6 @@ def list_keys(
         workspace.states,
         lists.tokens,
         lists.counts,
-        lists.selected,
         reads,
         capacity,
         lists.tokens.shape[1],

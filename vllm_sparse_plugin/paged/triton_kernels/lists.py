@@ -72,10 +72,11 @@ def _count_kernel(
     UNITS: tl.constexpr,
     HEADS: tl.constexpr,
     FLAG: tl.constexpr,
+    IS_COUNTED: tl.constexpr,
     HAS_PROBABILITY: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """How many tokens each tile of a list's keys has, and each of its units selects, if several.
+    """How many tokens each tile of a list's keys has, and if asked, each of its units selects.
 
     The last program of a list has no tiles: it computes what a key weighs that a unit has sampled,
     which all those that write the list would have to do otherwise.
@@ -92,7 +93,7 @@ def _count_kernel(
             head = first + tl.arange(0, HEADS)
             flag = _flags_of(flags, head[:, None, None], keys, length, stride, UNITS)
             found |= _any_listed(flag, FLAG)
-            if UNITS > 1:
+            if IS_COUNTED:
                 at = tile_selected + (item * UNITS + head) * tiles + tile
                 own = (_is_listed(flag, FLAG) & (keys < length)).to(tl.int32)
                 tl.store(at, tl.sum(tl.sum(own, 1), 1), mask=head < UNITS)
@@ -119,7 +120,6 @@ def _list_kernel(
     tokens,
     log_weights,
     counts,
-    selected,
     reads,
     stride,
     list_stride,
@@ -188,21 +188,16 @@ def _list_kernel(
     if is_last:
         count = tl.sum(of_tiles, 0)
         tl.store(counts + item, count)
-        keys_read = count
-        if UNITS == 1:
-            tl.store(selected + item, count)
-        else:
-            keys_read = tl.zeros_like(count)
-            for first in tl.static_range(0, UNITS, HEADS):
-                head = first + tl.arange(0, HEADS)
-                unit, is_unit = item * UNITS + head, head < UNITS
-                at = tile_selected + unit[:, None] * tiles + every[None, :]
-                own = tl.load(at, mask=is_unit[:, None] & (every < live)[None, :], other=0)
-                of_units = tl.sum(own, 1)
-                tl.store(selected + unit, of_units, mask=is_unit)
-                keys_read += tl.sum(of_units, 0)
         if READERS > 0:  # noqa: SIM102 (this one is decided while compiling)
             if length > 0:
+                keys_read = count
+                if UNITS > 1:
+                    keys_read = tl.zeros_like(count)
+                    for first in tl.static_range(0, UNITS, HEADS):
+                        head = first + tl.arange(0, HEADS)
+                        at = tile_selected + (item * UNITS + head)[:, None] * tiles + every[None, :]
+                        mask = (head < UNITS)[:, None] & (every < live)[None, :]
+                        keys_read += tl.sum(tl.sum(tl.load(at, mask=mask, other=0), 1), 0)
                 total = reads + item // LISTS * reads_stride
                 tl.atomic_add(total, keys_read.to(tl.int64) * READERS, sem="relaxed")
                 tl.atomic_add(total + 1, count.to(tl.int64), sem="relaxed")
@@ -213,12 +208,11 @@ class DeviceLists:
     """Memory for lists of tokens; see `TokenLists`.
 
     Attributes:
-        tokens: `[max_queries * num_kv_heads, capacity]`, int32 positions, ascending.
+        tokens: `[max_queries * num_kv_heads, capacity]`, int32 positions, each once.
         log_weights: `[max_queries * num_kv_heads, capacity, width]`, float32; width is the units of
             a KV head. Capacity 0: every query head reads all tokens, with weight 1.
         counts: `[max_queries * num_kv_heads]`, int32, tokens of each list. What lies behind them is
             never read.
-        selected: `[max_queries * num_kv_heads * width]`, int32, keys that each unit selects.
         tile_counts: `[max_queries * num_kv_heads, tiles]`, int32: scratch.
         tile_selected: `[max_queries * num_kv_heads * width, tiles]`, int32: scratch.
         unit_weights: `[max_queries * num_kv_heads * width]`, float32: scratch.
@@ -227,7 +221,6 @@ class DeviceLists:
     tokens: torch.Tensor
     log_weights: torch.Tensor
     counts: torch.Tensor
-    selected: torch.Tensor
     tile_counts: torch.Tensor
     tile_selected: torch.Tensor
     unit_weights: torch.Tensor
@@ -263,7 +256,6 @@ class DeviceLists:
             integers(lists, capacity),
             torch.empty((lists, held, units), dtype=torch.float32, device=device),
             integers(lists),
-            integers(lists * units),
             integers(lists, tiles),
             integers(lists * units, tiles),
             torch.empty(lists * units, dtype=torch.float32, device=device),
@@ -326,6 +318,7 @@ def list_tokens(
         UNITS=units,
         HEADS=min(_HEADS, power_of_2(units)),
         FLAG=only,
+        IS_COUNTED=reads is not None and units > 1,
         HAS_PROBABILITY=probability is not None,
         GROUPS=_GROUPS,
     )
@@ -339,7 +332,6 @@ def list_tokens(
         lists.tokens,
         lists.log_weights,
         lists.counts,
-        lists.selected,
         lists.counts if reads is None else reads,
         capacity,
         lists.tokens.shape[1],

@@ -63,7 +63,6 @@ def _list_pages_kernel(
     ranges,
     tokens,
     listed,
-    selected,
     reads,
     scaling,
     row_stride,
@@ -145,7 +144,6 @@ def _list_pages_kernel(
         tl.atomic_add(reads + index * reads_stride, more * HEADS, sem="relaxed")
         tl.atomic_add(reads + index * reads_stride + 1, more, sem="relaxed")
     tl.store(listed + item, total)
-    tl.store(selected + item, total)
 
 
 def list_pages(
@@ -202,7 +200,6 @@ def list_pages(
         ranges if num_ranges else lengths,
         lists.tokens,
         lists.counts,
-        lists.selected,
         reads,
         scaling,
         capacity,
