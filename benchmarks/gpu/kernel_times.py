@@ -27,7 +27,7 @@ def kernel_microseconds(launches: Sequence[Launch], device: torch.device) -> dic
         launch()
     torch.cuda.synchronize(device)
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:  # type: ignore[no-untyped-call]
+    with torch.profiler.profile(activities=activities) as profile:
         for launch in launches:
             launch()
         torch.cuda.synchronize(device)

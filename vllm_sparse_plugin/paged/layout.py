@@ -21,8 +21,8 @@ from vllm_sparse_plugin.paged.kernels.writing import write_rows
 
 _KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 _ALIGNMENT_BYTES = 16
-"""Of each index of a KV head: what GPUs load at once. Not more: what lies between the heads' indices
-is loaded with them, since memory comes in larger pieces (48 of 192 bytes for a page of Quest's)."""
+"""Of each index of a KV head: what GPUs load at once. Not more: what lies between the indices of
+heads is loaded with them, since memory comes in larger pieces (48 of 192 bytes in Quest's case)."""
 
 
 @dataclass(frozen=True)
