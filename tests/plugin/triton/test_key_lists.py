@@ -25,7 +25,7 @@ STEP = 128
 
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(key_lists, "_STEP", STEP)
+    monkeypatch.setattr(key_lists, "_SCORES_AT_ONCE", 2 * STEP)
     monkeypatch.setattr(key_lists, "CHUNK", STEP)
 
 

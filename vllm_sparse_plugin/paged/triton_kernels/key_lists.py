@@ -52,9 +52,9 @@ from vllm_sparse_plugin.paged.triton_kernels.row_selection import (
 
 BINS = 256
 """Of the first digit; 0 is for keys that cannot be chosen."""
-_STEP = 1024
-"""Keys that a program works on at once; of more, the scores of four heads would take all
-registers."""
+_SCORES_AT_ONCE = 2048
+"""Of all heads of a group together: so a program has at most 64 registers in each thread, and 8 of
+them run on a processor at once: all parts of 64 rows."""
 _PART_WARPS = 4
 _PARTS = 16
 _WORDS = 8
@@ -399,6 +399,7 @@ def list_keys(
         )
     pooling.check(scores)
     grid, tiles = (num_lists, _PARTS), pooling.peaks.shape[1]
+    step = max(16 * _PART_WARPS, _SCORES_AT_ONCE // power_of_2(heads))
     own_every, own_ranges = lengths if every is None else every, ranges if num_ranges else lengths
     sizes = {
         "LISTS": kv_heads,
@@ -428,7 +429,7 @@ def list_keys(
         POOLING_TILE=POOLING_TILE,
         PARTS=_PARTS,
         BINS=BINS,
-        STEP=_STEP,
+        STEP=step,
         num_warps=_PART_WARPS,
     )
     _list_kernel[grid](
@@ -444,7 +445,7 @@ def list_keys(
         ranges.stride(0),
         **sizes,
         PARTS=_PARTS,
-        STEP=_STEP,
+        STEP=step,
         num_warps=_PART_WARPS,
     )
     _choose_kernel[(num_lists,)](
