@@ -258,13 +258,19 @@ class Bench:
         }
 
     def index_update(self) -> dict[str, Timing]:
-        """What a decode step writes to a layer, without and with its index."""
-        slots = self.sequences.last_slots
-        keys = self.new_keys
+        """What a decode step writes to a layer, without and with its index.
+
+        Of pages that have their last key, bounds are made; in a step in which no page has, none.
+        """
+        last, keys = self.sequences.last_slots, self.new_keys  # all sequences are of whole pages
+        inside = last - 1
         return {
-            "write": self.on_each_cache(lambda cache: write_rows(keys, keys, cache, slots)),
+            "write": self.on_each_cache(lambda cache: write_rows(keys, keys, cache, inside)),
             "write and update": self.on_each_cache(
-                lambda cache: self.write(cache, keys, keys, slots)
+                lambda cache: self.write(cache, keys, keys, inside)
+            ),
+            "write and update, pages end": self.on_each_cache(
+                lambda cache: self.write(cache, keys, keys, last)
             ),
         }
 

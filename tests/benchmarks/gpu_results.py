@@ -29,7 +29,8 @@ def bandwidth() -> dict[str, Any]:
     ]
     for bits in (4, 16):
         records.append({"kernel": "write", "bits": bits, **timing(2)})
-        records.append({"kernel": "write and update", "bits": bits, **timing(3)})
+        records.append({"kernel": "write and update", "bits": bits, **timing(2.5)})
+        records.append({"kernel": "write and update, pages end", "bits": bits, **timing(4)})
     for density in (0.05, 0.1):
         of = {"per": "KV head", "density": density, "bits": 4}
         records.append({"kernel": "start flags", **of, **timing(2)})

@@ -16,7 +16,7 @@ STORED_BITS = (2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class PageBounds(BlockIndex):
-    """Bounds of all pages.
+    """Bounds of all pages that are whole: of others, maskers make them from the keys.
 
     Attributes:
         page_size: Tokens of a page.
@@ -67,6 +67,8 @@ class PageBounds(BlockIndex):
 
 def stored_bounds(index: PageBounds, cache: LayerCache) -> tuple[torch.Tensor, torch.Tensor]:
     """What is stored, decoded in plain steps (for tests and for whoever looks into a cache).
+
+    Of pages that are not whole, it may be anything.
 
     Returns:
         Lows and highs, each `[num_blocks, num_kv_heads, pages of a block, head_size]`, float32.

@@ -1,4 +1,4 @@
-"""The index of Quest: always what the keys in the block give, never stale."""
+"""The index of Quest: what the keys of each whole page give, never stale."""
 
 import itertools
 
@@ -23,10 +23,10 @@ def expected_bounds(key: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.T
 
 
 def check(index: PageBounds, cache: LayerCache, blocks, keys: torch.Tensor) -> None:
-    """Compares every page that has keys; `keys` is `[1, num_kv_heads, length, head_size]`."""
+    """Compares every page that is full of keys; `keys` is `[1, num_kv_heads, length, head_size]`."""
     shape = cache.layout.shape
     low, high = stored_bounds(index, cache)
-    for start in range(0, keys.shape[2], index.page_size):
+    for start in range(0, keys.shape[2] - index.page_size + 1, index.page_size):
         block = int(blocks[start // shape.block_size])
         page = start % shape.block_size // index.page_size
         for head in range(shape.num_kv_heads):

@@ -4,6 +4,9 @@ A page's record has the smallest and the largest element per channel. With `bits
 as the cache's own elements; with less, each of the two rows as codes and, before them, two float32:
 the row's smallest value and the step between codes. Codes of less than a byte share one: byte j of
 a row of D channels holds channels j, j + D / 2 (4 bits), or j, j + D / 4, ... (2 bits).
+
+A record is written with the last key of its page: once for a page, not once for a key. Until then
+nobody reads it: a query that sees a part of a page makes that part's bounds from the keys.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from vllm_sparse_plugin.paged.kernels.index_places import first_byte
 from vllm_sparse_plugin.paged.kernels.rows import FLOAT16, first_key, load_row
 
 FEW = 4
-"""Written tokens whose pages one thread works on: waking the others would take longer."""
+"""Pages that one thread works on: waking the others would take longer."""
 _SINGLE_TO_HALF = np.float32(2.0**-112)
 
 
@@ -121,15 +124,14 @@ def _update_page(
 ) -> None:
     """The record of a KV head and of the page of the i-th slot, if it is the page's last one."""
     slot = slots[i]
-    is_last = i + 1 == slots.shape[0] or slots[i + 1] != slot + 1
-    if slot < 0 or not (is_last or (slot + 1) % page_size == 0):
+    if slot < 0 or (slot + 1) % page_size > 0:
         return
     block, token = slot // block_size, slot % block_size
     page = token // page_size
     first = page * page_size
     bounds, buffer = np.empty((2, head_size), np.float32), np.empty(head_size, np.float32)
     key = first_key(elements, block, head, block_size, head_size) + first * head_size
-    bounds_of_keys(flat, kind, key, token + 1 - first, bounds, buffer)
+    bounds_of_keys(flat, kind, key, page_size, bounds, buffer)
     start = first_byte(records, place, block, head) + page * record_bytes
     encode_bounds(bounds, bits, kind, flat_records[start : start + record_bytes])
 
@@ -147,7 +149,7 @@ def update_pages(
     bits: int,
     slots: np.ndarray,
 ) -> None:
-    """Makes the records of all pages that were written to right again, partial ones too.
+    """Writes the records of the pages that are whole now: whose last key is among those written.
 
     Args:
         elements: See the package, with the new keys.
@@ -163,7 +165,10 @@ def update_pages(
     """
     flat, flat_records = elements.reshape(-1), records.reshape(-1)
     count, num_kv_heads = slots.shape[0], elements.shape[1]
-    if count <= FEW:
+    whole = 0
+    for slot in slots:
+        whole += slot >= 0 and (slot + 1) % page_size == 0
+    if whole <= FEW:
         for item in range(count * num_kv_heads):
             _update_page(
                 elements,

@@ -85,12 +85,12 @@ def _store_codes(record, low, high, BITS: tl.constexpr, PARTS: tl.constexpr, PAR
 @triton.jit
 def _bounds_of_new_page(
     elements,
-    count,
     slots,
     i,
     slot,
     key,
     key_stride,
+    PAGE_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     PART: tl.constexpr,
@@ -103,12 +103,12 @@ def _bounds_of_new_page(
 
     Args:
         elements: Pointer to the page's first key in the cache.
-        count: Keys of the page so far.
         slots: Of the launch.
         i: The last key's place among them.
         slot: The last key's.
         key: Pointer to the head's first new key.
         key_stride: From one new key to the next.
+        PAGE_SIZE: Keys of the page.
         HEAD_SIZE: See `bounds_of_keys`.
         PARTS: Likewise.
         PART: Likewise.
@@ -121,9 +121,9 @@ def _bounds_of_new_page(
     inside = columns < PART
     low = tl.full([PARTS, COLUMNS], float("inf"), tl.float32)
     high = tl.full([PARTS, COLUMNS], float("-inf"), tl.float32)
-    for first in tl.range(0, count, KEYS):
-        rows = tl.minimum(first + keys, count - 1)
-        back = count - 1 - rows
+    for first in tl.static_range(0, PAGE_SIZE, KEYS):
+        rows = tl.minimum(first + keys, PAGE_SIZE - 1)
+        back = PAGE_SIZE - 1 - rows
         own = tl.load(slots + i - back, mask=back <= i, other=-1)
         # Both from everywhere, while it is not known which are needed: what other programs write
         # meanwhile is new, and not taken from the cache.
@@ -164,7 +164,6 @@ def _update_pages(
 ):
     i, head = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + i)
-    following = tl.load(slots + i + 1, mask=i + 1 < tl.num_programs(0), other=-1)
     token = (slot % BLOCK_SIZE).to(tl.int32)
     block = cache.to(tl.pointer_type(tl.uint8)) + slot // BLOCK_SIZE * BLOCK_BYTES
     rows = block.to(cache.dtype) + head * (BLOCK_SIZE * 2 * HEAD_SIZE)
@@ -177,21 +176,18 @@ def _update_pages(
         at = value + own * value_stride + head * value_head_stride + channels
         new_value = tl.load(at, mask=mask)
         tl.store(rows + token * (2 * HEAD_SIZE) + HEAD_SIZE + channels, new_value, mask=mask)
-    # The last token of a page that is written here does it for the page.
-    is_last = (following != slot + 1) | ((slot + 1) % PAGE_SIZE == 0)
-    if (slot >= 0) & is_last:
-        first = token // PAGE_SIZE * PAGE_SIZE
-        count = token + 1 - first
-        keys = rows + first * (2 * HEAD_SIZE)
+    # A page's last key does it for the page; before that, nobody reads its record.
+    if (slot >= 0) & ((slot + 1) % PAGE_SIZE == 0):
+        keys = rows + (token + 1 - PAGE_SIZE) * (2 * HEAD_SIZE)
         if WRITES:
             low, high = _bounds_of_new_page(
                 keys,
-                count,
                 slots,
                 i,
                 slot,
                 key + head * key_head_stride,
                 key_stride,
+                PAGE_SIZE,
                 HEAD_SIZE,
                 PARTS,
                 PART,
@@ -199,7 +195,7 @@ def _update_pages(
                 COLUMNS,
             )
         else:
-            low, high = bounds_of_keys(keys, count, HEAD_SIZE, PARTS, PART, KEYS, COLUMNS)
+            low, high = bounds_of_keys(keys, PAGE_SIZE, HEAD_SIZE, PARTS, PART, KEYS, COLUMNS)
         record = block + OFFSET + head * STRIDE + token // PAGE_SIZE * RECORD_BYTES
         if BITS == 16:
             target = record.to(cache.dtype)
@@ -222,7 +218,7 @@ def update_pages(
     key: torch.Tensor | None = None,
     value: torch.Tensor | None = None,
 ) -> None:
-    """Makes the records of all pages that are written to right again, partial ones too.
+    """Writes the records of the pages that are whole now: whose last key is among those written.
 
     Args:
         kv_cache: See the package, with the new keys, unless they come with the call; so `place`.
