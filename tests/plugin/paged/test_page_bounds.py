@@ -23,7 +23,7 @@ def expected_bounds(key: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.T
 
 
 def check(index: PageBounds, cache: LayerCache, blocks, keys: torch.Tensor) -> None:
-    """Compares every page that is full of keys; `keys` is `[1, num_kv_heads, length, head_size]`."""
+    """Compares every whole page; `keys` is `[1, num_kv_heads, length, head_size]`."""
     shape = cache.layout.shape
     low, high = stored_bounds(index, cache)
     for start in range(0, keys.shape[2] - index.page_size + 1, index.page_size):
