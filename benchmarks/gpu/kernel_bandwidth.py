@@ -173,6 +173,7 @@ class Bench:
         space = AttentionWorkspace.of(
             sizes.batch, sizes.query_heads, sizes.kv_heads, sizes.head_size, device
         )
+        nothing = torch.zeros(sizes.batch, dtype=torch.int32, device=device)
         return self.on_each_cache(
             lambda cache: attend_lists(
                 self.query,
@@ -184,6 +185,7 @@ class Bench:
                 sizes.head_size**-0.5,
                 self.output,
                 space,
+                nothing,
             )
         )
 

@@ -84,9 +84,9 @@ def launches(
             scores, KV_HEADS, lengths, 0.1, lengths, ranges, lengths, plain, reads, places, pools
         )
 
-    def attend(tokens: torch.Tensor | None, weights: torch.Tensor | None) -> None:
+    def attend(weights: torch.Tensor | None) -> None:
         attention.attend_lists(
-            query, cache, batch, tokens, weights, found.counts, 0.1, output, parts
+            query, cache, batch, found.tokens, weights, found.counts, 0.1, output, parts, lengths
         )
 
     return {
@@ -117,7 +117,6 @@ def launches(
         "add_scored": lambda: read_counts.add_scored(
             found.counts, found.counts, KV_HEADS, lengths, reads
         ),
-        "attend_lists, weights": lambda: attend(found.tokens, found.log_weights),
-        "attend_lists": lambda: attend(found.tokens, None),
-        "attend_lists, all": lambda: attend(None, None),
+        "attend_lists, weights": lambda: attend(found.log_weights),
+        "attend_lists": lambda: attend(None),
     }

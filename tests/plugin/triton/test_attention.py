@@ -57,6 +57,11 @@ def attend(rows: DeviceRows, tokens, weights, counts, scaling: float | None = No
     def moved(array):
         return None if array is None else torch.from_numpy(array).to(DEVICE)
 
+    if tokens is None:
+        tokens = np.tile(np.arange(max(counts), dtype=np.int32), (len(counts), 1))
+    if whole is None:
+        whole = np.zeros(num_queries, np.int32)
+
     attend_lists(
         rows.query,
         rows.kv_cache,
@@ -69,12 +74,7 @@ def attend(rows: DeviceRows, tokens, weights, counts, scaling: float | None = No
         space,
         moved(whole),
     )
-    is_padding = torch.tensor(rows.lengths) == 0
-    found = output.cpu()
-    if whole is not None:
-        return found
-    assert found[is_padding].isnan().all()  # left alone
-    return found.masked_fill(is_padding[:, None, None], 0.0)
+    return output.cpu()
 
 
 def expected(rows: DeviceRows, tokens, weights, counts, scaling: float | None = None):
@@ -130,8 +130,10 @@ def test_every_key_before_a_count(dtype: torch.dtype) -> None:
     """Dense rows, of one part and of many: of 192 keys each, and of 320 in the longest row."""
     rows = device_rows(shape_of(2, 1, 32, 16, dtype), (1, 128, 129, 512, 1100), exact=False)
     counts = np.array(rows.lengths, np.int32)
-    found = attend(rows, None, None, counts)
-    assert (found.double() - expected(rows, None, None, counts)).abs().max() <= ATOL[dtype]
+    right = expected(rows, None, None, counts)
+    listed = attend(rows, None, None, counts)
+    assert (listed.double() - right).abs().max() <= ATOL[dtype]
+    assert torch.equal(attend(rows, None, None, 0 * counts, whole=counts), listed)
 
 
 @pytest.mark.parametrize("width", [0, 1, 2])
@@ -156,8 +158,8 @@ def test_an_output_in_the_cache_type() -> None:
     counts = torch.tensor(rows.lengths, dtype=torch.int32, device=DEVICE)
     output = torch.zeros_like(rows.query)
     space = AttentionWorkspace.of(len(counts), 2, 1, 32, DEVICE, PARTS)
-    arguments = (rows.query, rows.kv_cache, rows.batch, None, None, counts, 0.2, output, space)
-    attend_lists(*arguments)
+    arguments = (rows.query, rows.kv_cache, rows.batch, counts[:, None], None, 0 * counts, 0.2)
+    attend_lists(*arguments, output, space, counts)
     whole = attend(rows, None, None, counts.cpu().numpy(), 0.2)
     assert torch.equal(output.cpu(), whole.half())
 
@@ -206,6 +208,7 @@ def test_what_does_not_fit_is_refused() -> None:
         "scaling": 1.0,
         "output": torch.empty_like(rows.query),
         "workspace": AttentionWorkspace.of(3, 4, 2, 32, DEVICE, PARTS),
+        "whole": torch.zeros(3, dtype=torch.int32, device=DEVICE),
     }
     attend_lists(**good)
     for message, change in {
@@ -214,9 +217,8 @@ def test_what_does_not_fit_is_refused() -> None:
         "cache must be contiguous": {"kv_cache": rows.kv_cache.repeat(1, 1, 1, 2)[..., ::2]},
         "output must be": {"output": rows.query[:1]},
         "does not fit queries": {"workspace": AttentionWorkspace.of(2, 4, 2, 32, DEVICE)},
-        "6, 5. lists": {"tokens": lists[:5]},
+        "6, 5 lists": {"tokens": lists[:5]},
         "log weights of": {"log_weights": torch.zeros(6, 8, 3, device=DEVICE)},
-        "lists of None": {"tokens": None},
     }.items():
         with pytest.raises(ValueError, match=message):
             attend_lists(**(good | change))

@@ -36,14 +36,10 @@ _TILE_BYTES, _MOST_TOKENS = 16384, 64
 
 
 @triton.jit
-def _count_of(item, counts, whole, KV_HEADS: tl.constexpr, HAS_WHOLE: tl.constexpr):
+def _count_of(item, counts, whole, KV_HEADS: tl.constexpr):
     """How many tokens a list has, and if its query reads all of its keys instead, how many."""
-    count = tl.load(counts + item)
-    seen = tl.zeros_like(count)
-    if HAS_WHOLE:
-        seen = tl.load(whole + item // KV_HEADS)
-        count = tl.where(seen > 0, seen, count)
-    return count, seen
+    count, seen = tl.load(counts + item), tl.load(whole + item // KV_HEADS)
+    return tl.where(seen > 0, seen, count), seen
 
 
 @launched
@@ -72,15 +68,13 @@ def _attend_kernel(
     CHANNELS: tl.constexpr,
     IN_FLOAT32: tl.constexpr,
     TILE: tl.constexpr,
-    IS_RANGE: tl.constexpr,
-    HAS_WHOLE: tl.constexpr,
     WEIGHTS: tl.constexpr,
     PARTS: tl.constexpr,
     LEAST: tl.constexpr,
 ):
     """One part of a list: the sum of its values, and the weights' sum and maximum (base 2)."""
     item, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    count, seen = _count_of(item, counts, whole, KV_HEADS, HAS_WHOLE)
+    count, seen = _count_of(item, counts, whole, KV_HEADS)
     share = share_of(count, PARTS, LEAST)
     begin, end = part * share, tl.minimum((part + 1) * share, count)
     if begin < end:
@@ -97,10 +91,8 @@ def _attend_kernel(
         for first in range(begin, end, TILE):
             places = first + tl.arange(0, TILE)
             mask = places < end
-            own = places
-            if not IS_RANGE:
-                at = tokens + item * list_stride + places
-                own = tl.where(seen > 0, places, tl.load(at, mask=places < listed, other=0))
+            at = tokens + item * list_stride + places
+            own = tl.where(seen > 0, places, tl.load(at, mask=places < listed, other=0))
             offsets = key_offsets(own, mask, blocks, kv_head, width, BLOCK_SIZE, HEAD_SIZE)
             scores = score_keys(queries, cache, offsets, mask, HEAD_SIZE, CHANNELS, IN_FLOAT32)
             scores *= scale
@@ -143,20 +135,18 @@ def _join_kernel(
     sums,
     counts,
     whole,
-    lengths,
     output,
     KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
-    HAS_WHOLE: tl.constexpr,
     PARTS: tl.constexpr,
     LEAST: tl.constexpr,
 ):
-    """The parts of one query head; without `whole`, padding has no output."""
+    """The parts of one query head."""
     row = tl.program_id(0).to(tl.int64)
     item, head = row // HEADS, row % HEADS
-    count, _ = _count_of(item, counts, whole, KV_HEADS, HAS_WHOLE)
+    count, _ = _count_of(item, counts, whole, KV_HEADS)
     parts, channels = tl.arange(0, PARTS), tl.arange(0, CHANNELS)
     at = (item * PARTS + parts) * HEADS + head
     # Of all parts, while the count is on its way; what is not live may be anything.
@@ -170,12 +160,8 @@ def _join_kernel(
     inside = is_live[:, None] & is_channel[None, :]
     own = tl.load(sums + at[:, None] * HEAD_SIZE + channels[None, :], mask=inside, other=0.0)
     result = tl.sum(factors[:, None] * own, 0) / tl.where(weight > 0, weight, 1.0)
-    length = tl.load(lengths + item // KV_HEADS)
-    if HAS_WHOLE:
-        length = tl.maximum(length, 1)
-    if length > 0:
-        target = output + row * HEAD_SIZE + channels
-        tl.store(target, result.to(output.dtype.element_ty), mask=is_channel)
+    target = output + row * HEAD_SIZE + channels
+    tl.store(target, result.to(output.dtype.element_ty), mask=is_channel)
 
 
 @dataclass(frozen=True)
@@ -222,13 +208,13 @@ def attend_lists(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     batch: DeviceBatch,
-    tokens: torch.Tensor | None,
+    tokens: torch.Tensor,
     log_weights: torch.Tensor | None,
     counts: torch.Tensor,
     scaling: float,
     output: torch.Tensor,
     workspace: AttentionWorkspace,
-    whole: torch.Tensor | None = None,
+    whole: torch.Tensor,
 ) -> None:
     """`sum_S (exp(s_i) / p_i) v_i / sum_S (exp(s_i) / p_i)` for every query head's selection S.
 
@@ -239,19 +225,17 @@ def attend_lists(
         query: `[num_queries, num_heads, head_size]`, a floating type, its heads side by side.
         kv_cache: See `cache_rows`.
         batch: Of the queries.
-        tokens: `[>= num_queries * num_kv_heads, capacity]`, int32 positions; None: every KV head
-            reads the positions before its count.
+        tokens: `[>= num_queries * num_kv_heads, capacity]`, int32 positions.
         log_weights: `[>= num_queries * num_kv_heads, capacity, heads of a group]`, float32, see
             `lists`, or `[..., 1]` for all heads of the group; with capacity 0, or None, every query
             head of a group reads all tokens of its KV head's list, with weight 1.
         counts: `[>= num_queries * num_kv_heads]`, int32, tokens of each list.
         scaling: Of the scores.
-        output: `[num_queries, num_heads, head_size]`, a floating type, contiguous; zeros for an
-            empty selection, not written for a query of length 0.
+        output: `[num_queries, num_heads, head_size]`, a floating type, contiguous; written, zeros
+            for an empty selection.
         workspace: For as many queries.
-        whole: `[num_queries]`, int32: how many keys a query reads that reads all of its keys, of
-            length 0 in the batch; 0 for others. With it, all of the output is written: zeros where
-            both are 0.
+        whole: `[num_queries]`, int32: how many keys a query reads that reads all of its keys,
+            whatever its lists are; 0 for others.
 
     Raises:
         ValueError: Something does not fit the queries.
@@ -265,9 +249,8 @@ def attend_lists(
         tile, warps = max(16, min(_MOST_TOKENS, _TILE_BYTES // row_bytes)), _WARPS
     if output.shape != query.shape or not output.is_contiguous():
         raise ValueError(f"the output must be contiguous {tuple(query.shape)}")
-    listed = [counts] if tokens is None else [counts, tokens]
-    if min(map(len, listed)) < num_lists:
-        raise ValueError(f"{[len(part) for part in listed]} lists for queries of {num_lists}")
+    if min(len(counts), len(tokens)) < num_lists:
+        raise ValueError(f"{len(counts)}, {len(tokens)} lists for queries of {num_lists}")
     parts = workspace.sums.shape[1]
     if len(workspace.sums) < num_lists or workspace.sums.shape[2:] != (heads, head_size):
         raise ValueError(
@@ -277,21 +260,20 @@ def attend_lists(
     width = 0
     if log_weights is not None and log_weights.shape[1] > 0:
         width = log_weights.shape[2]
-        is_like_lists = tokens is not None and log_weights.shape[:2] == tokens.shape
-        if width not in (1, heads) or not is_like_lists:
+        if width not in (1, heads) or log_weights.shape[:2] != tokens.shape:
             raise ValueError(
                 f"log weights of {tuple(log_weights.shape)} do not fit {heads} heads and lists of "
-                f"{None if tokens is None else tuple(tokens.shape)}"
+                f"{tuple(tokens.shape)}"
             )
     _attend_kernel[(num_lists, parts)](
         query,
         kv_cache,
         batch.block_table,
         batch.rows,
-        counts if tokens is None else tokens,
+        tokens,
         log_weights if width else counts,
         counts,
-        counts if whole is None else whole,
+        whole,
         workspace.top,
         workspace.mass,
         workspace.sums,
@@ -299,10 +281,8 @@ def attend_lists(
         query.stride(0),
         kv_cache.stride(0),
         batch.block_table.stride(0),
-        0 if tokens is None else tokens.shape[1],
+        tokens.shape[1],
         **sizes | {"TILE": tile},
-        IS_RANGE=tokens is None,
-        HAS_WHOLE=whole is not None,
         WEIGHTS=width,
         PARTS=parts,
         LEAST=LEAST_PART,
@@ -314,14 +294,12 @@ def attend_lists(
         workspace.mass,
         workspace.sums,
         counts,
-        counts if whole is None else whole,
-        batch.lengths,
+        whole,
         output,
         KV_HEADS=sizes["KV_HEADS"],
         HEADS=heads,
         HEAD_SIZE=head_size,
         CHANNELS=sizes["CHANNELS"],
-        HAS_WHOLE=whole is not None,
         PARTS=parts,
         LEAST=LEAST_PART,
     )
