@@ -56,7 +56,8 @@ from vllm_sparse_plugin.paged.stamps import STAMPS
 _SMALLEST_NAMED = 16
 """Keys: states of shorter prefixes are learned in no time."""
 _ALIGNMENT_BYTES = 64
-"""Of the codes behind the header: a line of the processor's cache."""
+"""Of the codes behind the header, from the start of the index: so headers have room to grow with
+the block size, and codes are at the same place for most of them."""
 
 
 @dataclass(frozen=True)

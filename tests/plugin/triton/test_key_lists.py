@@ -29,11 +29,12 @@ def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(key_lists, "CHUNK", STEP)
 
 
-def check(scores, kv_heads: int, wanted, lengths, ranges, every=None) -> None:
-    """`scores` are `[queries, heads, keys]`, `ranges` `[2 * ranges, queries]`."""
+def listed(
+    scores, kv_heads: int, wanted, lengths, ranges, every=None
+) -> tuple[DeviceLists, torch.Tensor]:
+    """The lists, and what was counted; `scores` are `[queries, heads, keys]`."""
     queries, heads, keys = scores.shape
-    right, reads = lists_by_flags(scores, 1, kv_heads, wanted, lengths, ranges, every, SPLIT)
-    found, own_reads = lists_of(queries, kv_heads, keys), reads_of(queries)
+    found, reads = lists_of(queries, kv_heads, keys), reads_of(queries)
     workspace = KeyListsWorkspace.of(queries * kv_heads, DEVICE)
     weights = PoolingWorkspace.of(queries, heads, keys, DEVICE)
     held, own_lengths = on_device(scores), on_device(lengths)
@@ -47,10 +48,19 @@ def check(scores, kv_heads: int, wanted, lengths, ranges, every=None) -> None:
         on_device(ranges.astype(np.int32)),
         None if every is None else on_device(every),
         found,
-        own_reads,
+        reads,
         workspace,
         weights,
     )
+    # The next launch counts its programs from 0 again.
+    assert not workspace.states[:, 5].any()
+    return found, reads
+
+
+def check(scores, kv_heads: int, wanted, lengths, ranges, every=None) -> None:
+    """Against lists by flags; `ranges` are `[2 * ranges, queries]`."""
+    right, reads = lists_by_flags(scores, 1, kv_heads, wanted, lengths, ranges, every, SPLIT)
+    found, own_reads = listed(scores, kv_heads, wanted, lengths, ranges, every)
     assert torch.equal(found.counts, right.counts)
     assert torch.equal(own_reads, reads)
     for item, count in enumerate(right.counts.tolist()):
@@ -58,14 +68,12 @@ def check(scores, kv_heads: int, wanted, lengths, ranges, every=None) -> None:
         assert torch.equal(own.sort()[0], right.tokens[item, :count])
         # In two runs that ascend, at most.
         assert int((own[1:] < own[:-1]).sum()) <= 1
-    # The next launch counts its programs from 0 again.
-    assert not workspace.states[:, 5].any()
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1), (7, 1)])
-@pytest.mark.parametrize(("spread", "peak"), [(1.0, 0.0), (1.0, 55.0), (12.0, 0.0), (0.0, 0.0)])
+@pytest.mark.parametrize(("spread", "peak"), [(1.0, 0.0), (1.0, 55.0), (12.0, 0.0), (0.2, 0.0)])
 def test_the_same_keys_as_by_flags(heads: int, kv_heads: int, spread: float, peak: float) -> None:
-    """Edges of steps and parts; ties; all in one bin: equal, or less than it begins with."""
+    """Edges of steps and parts; ties; steep and flat scores, and all below the bins but one."""
     random = np.random.default_rng(heads)
     keys = 24 * STEP
     lengths = [0, 1, STEP, STEP + 1, 16 * STEP, 16 * STEP + 1, 23 * STEP - 5, keys]
@@ -93,6 +101,22 @@ def test_keys_without_a_finite_score() -> None:
     check(scores, 2, np.array([20, 30]), lengths, np.zeros((0, 2)))
 
 
+@pytest.mark.parametrize("value", [np.nan, 1e9])
+@pytest.mark.parametrize("keys", [slice(None), slice(5, 250), slice(7, 8)])
+def test_whatever_a_model_computes_lists_are_of_the_row(value: float, keys: slice) -> None:
+    """Attention looks their keys up in the block table. (Which they are, nobody can say.)"""
+    scores = np.random.default_rng(2).standard_normal((1, 2, 3 * STEP)).astype(np.float32)
+    scores[0, 1, keys] = value
+    length, wanted = 3 * STEP - 5, 40
+    lists, _ = listed(
+        scores, 1, np.array([wanted]), np.array([length], np.int32), np.array([[0], [4]])
+    )
+    found = lists.tokens[0, : int(lists.counts[0])].tolist()
+    assert len(found) == wanted + 4
+    assert len(set(found)) == len(found)
+    assert all(0 <= key < length for key in found)
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     length=st.integers(0, 70),
@@ -116,14 +140,14 @@ def test_what_does_not_fit_is_refused() -> None:
     ranges = torch.zeros(6, 1, dtype=torch.int32, device=DEVICE)
     pools, workspace = PoolingWorkspace.of(1, 4, 128, DEVICE), KeyListsWorkspace.of(2, DEVICE)
 
-    def listed(heads: int, own_ranges: torch.Tensor, lists: DeviceLists, work=workspace) -> None:
+    def list_zeros(heads: int, own_ranges: torch.Tensor, lists: DeviceLists, work=workspace):
         scores = torch.zeros(1, heads, 128, device=DEVICE)
         list_keys(scores, 2, ones, 1.0, ones, own_ranges, None, lists, reads, work, pools)
 
     with pytest.raises(ValueError, match="3 ranges"):
-        listed(4, ranges, lists_of(1, 2, 128))
+        list_zeros(4, ranges, lists_of(1, 2, 128))
     with pytest.raises(ValueError, match="2 query heads of 2 KV heads"):
-        listed(2, ranges[:2], lists_of(1, 2, 128))
+        list_zeros(2, ranges[:2], lists_of(1, 2, 128))
     for lists, work in (
         (lists_of(1, 1, 128), workspace),
         (lists_of(1, 2, 112), workspace),
@@ -131,4 +155,4 @@ def test_what_does_not_fit_is_refused() -> None:
         (lists_of(1, 2, 128), KeyListsWorkspace.of(1, DEVICE)),
     ):
         with pytest.raises(ValueError, match="cannot hold"):
-            listed(4, ranges[:2], lists, work)
+            list_zeros(4, ranges[:2], lists, work)

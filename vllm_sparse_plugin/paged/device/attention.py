@@ -46,15 +46,10 @@ class _Memory:
 
     @classmethod
     def of(
-        cls,
-        space: DeviceSpace,
-        num_units: int,
-        has_flags: bool,
-        is_sampled: bool,
-        has_key_probabilities: bool,
+        cls, space: DeviceSpace, num_units: int, is_sampled: bool, has_key_probabilities: bool
     ) -> _Memory:
         shape = space.shape
-        rows = space.max_queries * num_units if has_flags else 0
+        rows = space.max_queries * num_units
         return cls(
             space.buffer("flags", rows, space.capacity, dtype=torch.uint8),
             space.buffer("probability", rows, dtype=torch.float32),
@@ -114,8 +109,10 @@ class DeviceAttention:
         is_first = itertools.takewhile(lambda masker: masker.is_range, self.maskers)
         self._num_ranges = len(list(is_first))
         self._lister = self._only_lister()
-        has_flags = self._lister is None
-        self._memory = _Memory.of(space, self._num_units, has_flags, self._is_sampled, by_key)
+        if self._lister is not None:
+            self._lister.reserve_lists(space)
+        # Flags in any case: other lists of maskers, which come later, find the memory there.
+        self._memory = _Memory.of(space, self._num_units, self._is_sampled, by_key)
         nothing = np.zeros(0, np.int64)
         counts = [len(masker.sizes(nothing)) for masker in self.maskers]
         ends = itertools.accumulate(counts, initial=0)

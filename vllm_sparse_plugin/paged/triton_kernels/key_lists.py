@@ -4,8 +4,10 @@ For rows that are too long for one program (`page_lists` does the others), and f
 heads, whose shares of attention are added up. A group's scores are read once; what they become,
 numbers that rank as the shares do, twice:
 
-- Numbers are made, part by part, and counted by a first digit. It is their exponent and two bits
-  more, which divides shares from 1 to 2**-63 into 255 bins: few keys are in any.
+- Numbers are made, part by part, and counted by a first digit: the logarithm of a share, in 16 bins
+  per octave from four times what each key would have if all had the same down to a thousandth of
+  it, and in whole octaves elsewhere. So few keys are in any bin, whether scores are flat or steep,
+  and if sinks have almost everything: a few percent at most.
 - Keys above the bin that has the last place are listed. Those in it are put behind them, keys in
   the list and numbers side by side.
 - One program chooses among those, and moves the chosen ones up.
@@ -35,6 +37,7 @@ from vllm_sparse_plugin.paged.triton_kernels.pooling import (
     PoolingWorkspace,
     load_shares,
     shifts_of,
+    tiles_at_once,
 )
 from vllm_sparse_plugin.paged.triton_kernels.radix import (
     is_last,
@@ -53,24 +56,39 @@ from vllm_sparse_plugin.paged.triton_kernels.row_selection import (
 BINS = 256
 """Of the first digit; 0 is for keys that cannot be chosen."""
 _SCORES_AT_ONCE = 2048
-"""Of all heads of a group together: so a program has at most 64 registers in each thread, and 8 of
-them run on a processor at once: all parts of 64 rows."""
+"""Of all heads of a group together. (With groups of four, a program has 64 to 72 registers in each
+thread then, depending on Triton: all parts of some 60 rows run at once on a large GPU.)"""
 _PART_WARPS = 4
 _PARTS = 16
 _WORDS = 8
 """Of what is known of a row: the least rank of keys that are listed for sure, and of those that
 are chosen from, how many keys of the first kind have a number, the places left for the second kind,
-and how many there are; then see `radix.is_last`."""
+and how many there are; 5: see `radix.is_last`."""
+_OCTAVE, _BIN = tl.constexpr(23), tl.constexpr(19)
+"""Bits of a float32 behind its exponent, and behind what makes 16 bins of an octave."""
+_FINE, _COARSE, _FINE_NUMBERS = tl.constexpr(41), tl.constexpr(233), tl.constexpr(12 << 23)
+"""The first fine bin, and the first coarse one behind the twelve fine octaves, which have so many
+numbers. The bins before are of 40 octaves."""
 
 
 @triton.jit
-def _digit_of(number):
+def _first_fine(length):
+    """The number of the share that the fine bins begin with: 2**-10 of an equal one, uint32."""
+    return order_of(0.0009765625 / length.to(tl.float32))
+
+
+@triton.jit
+def _digit_of(number, first_fine):
     """The bin of a number that stands for a share; see the module.
 
-    A float32's exponent and its first two bits of mantissa, behind the bit that says that it is
-    not negative: 1536 is 2.0.
+    Numbers of shares are those of float32s that are not negative: their order is that of exponents,
+    and then of what is behind.
     """
-    digit = tl.minimum(tl.maximum((number >> 21).to(tl.int32) - 1280, 1), 255)
+    above = (number - first_fine).to(tl.int32, bitcast=True)
+    digit = tl.where(above < 0, _FINE + (above >> _OCTAVE), _FINE + (above >> _BIN))
+    behind = above - _FINE_NUMBERS
+    digit = tl.where(behind < 0, digit, _COARSE + (behind >> _OCTAVE))
+    digit = tl.minimum(tl.maximum(digit, 1), 255)
     return tl.where(number > 0, digit, 0)
 
 
@@ -81,9 +99,13 @@ def _rank_of(number):
 
 
 @triton.jit
-def _least_rank(digit):
-    """Of the numbers in a bin from 1 on, uint32; of 256, more than any."""
-    return tl.where(digit > 1, ((digit + 1280).to(tl.uint32) << 21) - 1, 0)
+def _least_rank(digit, first_fine):
+    """Of the numbers in a bin from 1 on, uint32; of 256, that of keys without a number."""
+    above = tl.where(digit < _FINE, (digit - _FINE) << _OCTAVE, (digit - _FINE) << _BIN)
+    behind = _FINE_NUMBERS + ((digit - _COARSE) << _OCTAVE)
+    above = tl.where(digit < _COARSE, above, behind)
+    least = first_fine + above.to(tl.uint32, bitcast=True) - 1
+    return tl.where(digit > 255, 0xFFFFFFFF, tl.where(digit > 1, least, 0)).to(tl.uint32)
 
 
 @triton.jit
@@ -93,6 +115,7 @@ def _divide(
     places,
     live,
     wanted,
+    first_fine,
     PARTS: tl.constexpr,
     BINS: tl.constexpr,
 ):
@@ -105,6 +128,7 @@ def _divide(
             bin that has the last place, and in it.
         live: Parts.
         wanted: How many keys are to be chosen.
+        first_fine: See `_first_fine`.
         PARTS: Of a row.
         BINS: See above.
     """
@@ -124,8 +148,8 @@ def _divide(
     rest = tl.where(room > 0, tl.sum(tl.where(bins[None, :] == first - 1, counts, 0), 1), 0)
     tl.store(places + 2 * parts, tl.cumsum(above, 0) - above)
     tl.store(places + 2 * parts + 1, tl.cumsum(rest, 0) - rest)
-    tl.store(state, _least_rank(first).to(tl.int32, bitcast=True))
-    least_open = _least_rank(tl.where(room > 0, first - 1, first))
+    tl.store(state, _least_rank(first, first_fine).to(tl.int32, bitcast=True))
+    least_open = _least_rank(tl.where(room > 0, first - 1, first), first_fine)
     tl.store(state + 1, least_open.to(tl.int32, bitcast=True))
     tl.store(state + 2, tl.sum(above, 0))
     tl.store(state + 3, room)
@@ -153,7 +177,7 @@ def _number_kernel(
     HEADS_TILE: tl.constexpr,
     RANGES: tl.constexpr,
     HAS_EVERY: tl.constexpr,
-    TILES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     POOLING_TILE: tl.constexpr,
     PARTS: tl.constexpr,
     BINS: tl.constexpr,
@@ -171,7 +195,8 @@ def _number_kernel(
         scores += item * HEADS * row_stride
         live_tiles = tl.cdiv(length, POOLING_TILE)
         own_peaks, own_masses = peaks + item * HEADS * tiles, masses + item * HEADS * tiles
-        shifts = shifts_of(own_peaks, own_masses, tiles, live_tiles, HEADS, HEADS_TILE, TILES)
+        shifts = shifts_of(own_peaks, own_masses, tiles, live_tiles, HEADS, HEADS_TILE, AT_ONCE)
+        first_fine = _first_fine(length)
         histogram = tl.zeros([BINS], tl.int32)
         for first in range(begin, end, STEP):
             share = load_shares(
@@ -188,7 +213,7 @@ def _number_kernel(
                 tl.store(numbers, number.to(tl.int32, bitcast=True))
             else:
                 tl.store(numbers, number.to(tl.int32, bitcast=True), mask=mask)
-            histogram += tl.histogram(_digit_of(number), BINS, mask=mask)
+            histogram += tl.histogram(_digit_of(number, first_fine), BINS, mask=mask)
         bins = tl.arange(0, BINS)
         tl.store(histograms + (item * PARTS + part) * BINS + bins, histogram)
         live = live_parts(length, PARTS, STEP)
@@ -196,7 +221,7 @@ def _number_kernel(
         if is_last(state, live):
             wanted = tl.load(counts + index).to(tl.int32)
             of_row = histograms + item * PARTS * BINS
-            _divide(of_row, state, places + item * 2 * PARTS, live, wanted, PARTS, BINS)
+            _divide(of_row, state, places + item * 2 * PARTS, live, wanted, first_fine, PARTS, BINS)
 
 
 @launched
@@ -425,7 +450,7 @@ def list_keys(
         tiles,
         **sizes,
         HEADS_TILE=power_of_2(heads),
-        TILES=power_of_2(tiles),
+        AT_ONCE=tiles_at_once(tiles, heads),
         POOLING_TILE=POOLING_TILE,
         PARTS=_PARTS,
         BINS=BINS,

@@ -13,9 +13,10 @@ from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2, 
 
 POOLING_TILE = 512
 """Scores whose sum is taken at once. Fixed: sums in other parts would differ in their last bits."""
-_SHARED_AT_ONCE = 1024
-"""Shares that a program works on at once; of more, the scores of four heads would take all
-registers."""
+_WEIGHTS_AT_ONCE = 1024
+"""Of all heads of a group together."""
+_SCORES_AT_ONCE = 4096
+"""Of all heads of a group together; more would take all registers."""
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def shifts_of(
     live,
     HEADS: tl.constexpr,
     HEADS_TILE: tl.constexpr,
-    TILES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     """What exponents (base 2) are less by, so that powers of all heads add up to a mean of shares.
 
@@ -73,18 +74,26 @@ def shifts_of(
         live: Tiles of the row.
         HEADS: Of the group.
         HEADS_TILE: The same as an axis.
-        TILES: `tiles` as an axis.
+        AT_ONCE: Tiles that are loaded together.
 
     Returns:
         `[HEADS_TILE]`, float32: inf where there is no such head, or none of its scores is finite.
     """
-    heads, every = tl.arange(0, HEADS_TILE)[:, None], tl.arange(0, TILES)[None, :]
-    is_live = (heads < HEADS) & (every < live)
-    peak_of_tiles = tl.load(peaks + heads * tiles + every, mask=is_live, other=float("-inf"))
-    mass_of_tiles = tl.load(masses + heads * tiles + every, mask=is_live, other=0.0)
+    heads, every = tl.arange(0, HEADS_TILE)[:, None], tl.arange(0, AT_ONCE)[None, :]
+    peak_of_tiles = tl.full([HEADS_TILE, AT_ONCE], float("-inf"), tl.float32)
+    for first in range(0, live, AT_ONCE):
+        mask = (heads < HEADS) & (first + every < live)
+        found = tl.load(peaks + heads * tiles + first + every, mask=mask, other=float("-inf"))
+        peak_of_tiles = tl.maximum(peak_of_tiles, found)
     peak = tl.max(peak_of_tiles, 1)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    mass = tl.sum(mass_of_tiles * tl.exp(peak_of_tiles - peak[:, None]), 1)
+    powers = tl.zeros([HEADS_TILE, AT_ONCE], tl.float32)
+    for first in range(0, live, AT_ONCE):
+        mask = (heads < HEADS) & (first + every < live)
+        found = tl.load(peaks + heads * tiles + first + every, mask=mask, other=float("-inf"))
+        mass_of_tiles = tl.load(masses + heads * tiles + first + every, mask=mask, other=0.0)
+        powers += mass_of_tiles * tl.exp(found - peak[:, None])
+    mass = tl.sum(powers, 1)
     shift = peak * 1.4426950408889634 + tl.log2(tl.where(mass > 0, mass, 1.0) * HEADS)
     return tl.where(mass > 0, shift, float("inf"))
 
@@ -138,7 +147,7 @@ def _share_kernel(
     SELECTORS: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_TILE: tl.constexpr,
-    TILES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     TILE: tl.constexpr,
     STEP: tl.constexpr,
 ):
@@ -151,7 +160,7 @@ def _share_kernel(
         peaks += item * HEADS * tiles
         masses += item * HEADS * tiles
         live = tl.cdiv(pages, TILE)
-        shifts = shifts_of(peaks, masses, tiles, live, HEADS, HEADS_TILE, TILES)
+        shifts = shifts_of(peaks, masses, tiles, live, HEADS, HEADS_TILE, AT_ONCE)
         for step in range(tl.program_id(1), steps, tl.num_programs(1)):
             first = step * STEP
             shares = load_shares(
@@ -163,6 +172,16 @@ def _share_kernel(
                 tl.store(scores + places, shares)
             else:
                 tl.store(scores + places, shares, mask=places < pages)
+
+
+def tiles_at_once(tiles: int, heads: int) -> int:
+    """Of each head of a group, for `shifts_of`: as many as registers are there for.
+
+    Args:
+        tiles: Of a row.
+        heads: Of the group.
+    """
+    return min(power_of_2(tiles), max(1, _WEIGHTS_AT_ONCE // power_of_2(heads)))
 
 
 @dataclass(frozen=True)
@@ -275,7 +294,8 @@ def pool_scores(
     items, tiles = num_queries * selectors, workspace.peaks.shape[1]
     heads = num_heads // selectors
     weigh_scores(scores, page_size, scaling, lengths, workspace)
-    _share_kernel[(items, programs_per_row(items, capacity, _SHARED_AT_ONCE))](
+    step = max(128, _SCORES_AT_ONCE // power_of_2(heads))
+    _share_kernel[(items, programs_per_row(items, capacity, step))](
         scores,
         lengths,
         workspace.peaks,
@@ -287,7 +307,7 @@ def pool_scores(
         SELECTORS=selectors,
         HEADS=heads,
         HEADS_TILE=power_of_2(heads),
-        TILES=power_of_2(tiles),
+        AT_ONCE=tiles_at_once(tiles, heads),
         TILE=POOLING_TILE,
-        STEP=_SHARED_AT_ONCE,
+        STEP=step,
     )

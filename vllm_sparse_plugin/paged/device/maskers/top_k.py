@@ -43,10 +43,8 @@ class DeviceTopKMasker(DeviceMasker):
         is_short = pages_of(space, self.page_size) <= MOST_NUMBERS
         is_grouped = self.shape.num_heads > self.shape.num_kv_heads
         self.can_list = by_group and (is_short or (self.page_size == 1 and is_grouped))
+        self._is_short = is_short
         self._key_lists: KeyListsWorkspace | None = None
-        if self.can_list and not is_short:
-            rows = space.max_queries * self.shape.num_kv_heads
-            self._key_lists = space.workspace(KeyListsWorkspace.of, rows)
         radix_workspace(space)
         if by_group:
             pooling_workspace(space, self.page_size)
@@ -80,6 +78,12 @@ class DeviceTopKMasker(DeviceMasker):
         if len(sizes) > 1:
             queries.add_range(sizes[1], sizes[2])
         queries.add_largest(scores, self.page_size, self.config.head_granularity, sizes[0])
+
+    def reserve_lists(self, space: DeviceSpace) -> None:
+        """Asks for what `list_selected` needs besides."""
+        if not self._is_short:
+            rows = space.max_queries * self.shape.num_kv_heads
+            self._key_lists = space.workspace(KeyListsWorkspace.of, rows)
 
     def list_selected(
         self,
