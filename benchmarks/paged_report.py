@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-HOST_KEYS = 1
-"""Of the requests that have next to nothing to read."""
+HOST_KEYS = 16
+"""Of the requests that have next to nothing to read: a whole page, whose bounds are made."""
 HOST_BUDGET = "0.15 ms, and 25 us for each request of the batch"
 
 
@@ -53,7 +53,7 @@ def report(rows: list[Row], host: dict[int, float], machine: str) -> str:
         )
     lines += [
         "",
-        f"A layer's step with next to nothing to read, Quest at 10 %, requests of {HOST_KEYS} key: "
+        f"A layer's step with next to nothing to read, Quest 10 %, requests of {HOST_KEYS} keys: "
         f"planning and index update (budget: {HOST_BUDGET}).",
         "",
     ]
