@@ -4,10 +4,7 @@ For rows that are too long for one program (`page_lists` does the others), and f
 heads, whose shares of attention are added up. A group's scores are read once; what they become,
 numbers that rank as the shares do, twice:
 
-- Numbers are made, part by part, and counted by a first digit: the logarithm of a share, in 16 bins
-  per octave from four times what each key would have if all had the same down to a thousandth of
-  it, and in whole octaves elsewhere. So few keys are in any bin, whether scores are flat or steep,
-  and if sinks have almost everything: a few percent at most.
+- Numbers are made, part by part, and counted in bins, see `share_bins`.
 - Keys above the bin that has the last place are listed. Those in it are put behind them, keys in
   the list and numbers side by side.
 - One program chooses among those, and moves the chosen ones up.
@@ -22,7 +19,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2
@@ -52,108 +48,20 @@ from vllm_sparse_plugin.paged.triton_kernels.row_selection import (
     bound_of,
     chosen_of,
 )
+from vllm_sparse_plugin.paged.triton_kernels.share_bins import (
+    BINS,
+    WORDS,
+    digit_of,
+    divide,
+    first_fine_of,
+    rank_of,
+)
 
-BINS = 256
-"""Of the first digit; 0 is for keys that cannot be chosen."""
 _SCORES_AT_ONCE = 2048
 """Of all heads of a group together. (With groups of four, a program has 64 to 72 registers in each
 thread then, depending on Triton: all parts of some 60 rows run at once on a large GPU.)"""
 _PART_WARPS = 4
 _PARTS = 16
-_WORDS = 8
-"""Of what is known of a row: the least rank of keys that are listed for sure, and of those that
-are chosen from, how many keys of the first kind have a number, the places left for the second kind,
-and how many there are; 5: see `radix.is_last`."""
-_OCTAVE, _BIN = tl.constexpr(23), tl.constexpr(19)
-"""Bits of a float32 behind its exponent, and behind what makes 16 bins of an octave."""
-_FINE, _COARSE, _FINE_NUMBERS = tl.constexpr(41), tl.constexpr(233), tl.constexpr(12 << 23)
-"""The first fine bin, and the first coarse one behind the twelve fine octaves, which have so many
-numbers. The bins before are of 40 octaves."""
-
-
-@triton.jit
-def _first_fine(length):
-    """The number of the share that the fine bins begin with: 2**-10 of an equal one, uint32."""
-    return order_of(0.0009765625 / length.to(tl.float32))
-
-
-@triton.jit
-def _digit_of(number, first_fine):
-    """The bin of a number that stands for a share; see the module.
-
-    Numbers of shares are those of float32s that are not negative: their order is that of exponents,
-    and then of what is behind.
-    """
-    above = (number - first_fine).to(tl.int32, bitcast=True)
-    digit = tl.where(above < 0, _FINE + (above >> _OCTAVE), _FINE + (above >> _BIN))
-    behind = above - _FINE_NUMBERS
-    digit = tl.where(behind < 0, digit, _COARSE + (behind >> _OCTAVE))
-    digit = tl.minimum(tl.maximum(digit, 1), 255)
-    return tl.where(number > 0, digit, 0)
-
-
-@triton.jit
-def _rank_of(number):
-    """As numbers rank; above all of them keys without one, which are in the ranges."""
-    return number - 1
-
-
-@triton.jit
-def _least_rank(digit, first_fine):
-    """Of the numbers in a bin from 1 on, uint32; of 256, that of keys without a number."""
-    above = tl.where(digit < _FINE, (digit - _FINE) << _OCTAVE, (digit - _FINE) << _BIN)
-    behind = _FINE_NUMBERS + ((digit - _COARSE) << _OCTAVE)
-    above = tl.where(digit < _COARSE, above, behind)
-    least = first_fine + above.to(tl.uint32, bitcast=True) - 1
-    return tl.where(digit > 255, 0xFFFFFFFF, tl.where(digit > 1, least, 0)).to(tl.uint32)
-
-
-@triton.jit
-def _divide(
-    histograms,
-    state,
-    places,
-    live,
-    wanted,
-    first_fine,
-    PARTS: tl.constexpr,
-    BINS: tl.constexpr,
-):
-    """What all programs of a row need to know for listing its keys, from their histograms.
-
-    Args:
-        histograms: Pointer to the row's, `[PARTS, BINS]`, int32.
-        state: Pointer to the row's, see `_WORDS`; written.
-        places: Pointer to the row's, `[PARTS, 2]`; written: keys of the parts before, above the
-            bin that has the last place, and in it.
-        live: Parts.
-        wanted: How many keys are to be chosen.
-        first_fine: See `_first_fine`.
-        PARTS: Of a row.
-        BINS: See above.
-    """
-    parts, bins = tl.arange(0, PARTS), tl.arange(0, BINS)
-    at = histograms + parts[:, None] * BINS + bins[None, :]
-    counts = tl.load(at, mask=(parts < live)[:, None], other=0, cache_modifier=".cg")
-    total = tl.sum(counts, 0)
-    candidates = tl.sum(tl.where(bins > 0, total, 0), 0)
-    wanted = tl.minimum(tl.maximum(wanted, 0), candidates)
-    at_least = tl.sum(total, 0) - tl.cumsum(total, 0) + total
-    lowest = tl.sum((at_least >= tl.maximum(wanted, 1)).to(tl.int32), 0) - 1
-    # If all keys of the last place's bin have one, they are listed like those above.
-    reached = tl.sum(tl.where(bins >= lowest, total, 0), 0)
-    first = tl.where(wanted == 0, BINS, tl.where(reached == wanted, lowest, lowest + 1))
-    above = tl.sum(tl.where(bins[None, :] >= first, counts, 0), 1)
-    room = wanted - tl.sum(above, 0)
-    rest = tl.where(room > 0, tl.sum(tl.where(bins[None, :] == first - 1, counts, 0), 1), 0)
-    tl.store(places + 2 * parts, tl.cumsum(above, 0) - above)
-    tl.store(places + 2 * parts + 1, tl.cumsum(rest, 0) - rest)
-    tl.store(state, _least_rank(first, first_fine).to(tl.int32, bitcast=True))
-    least_open = _least_rank(tl.where(room > 0, first - 1, first), first_fine)
-    tl.store(state + 1, least_open.to(tl.int32, bitcast=True))
-    tl.store(state + 2, tl.sum(above, 0))
-    tl.store(state + 3, room)
-    tl.store(state + 4, tl.sum(rest, 0))
 
 
 @launched
@@ -196,7 +104,7 @@ def _number_kernel(
         live_tiles = tl.cdiv(length, POOLING_TILE)
         own_peaks, own_masses = peaks + item * HEADS * tiles, masses + item * HEADS * tiles
         shifts = shifts_of(own_peaks, own_masses, tiles, live_tiles, HEADS, HEADS_TILE, AT_ONCE)
-        first_fine = _first_fine(length)
+        first_fine = first_fine_of(length)
         histogram = tl.zeros([BINS], tl.int32)
         for first in range(begin, end, STEP):
             share = load_shares(
@@ -213,7 +121,7 @@ def _number_kernel(
                 tl.store(numbers, number.to(tl.int32, bitcast=True))
             else:
                 tl.store(numbers, number.to(tl.int32, bitcast=True), mask=mask)
-            histogram += tl.histogram(_digit_of(number, first_fine), BINS, mask=mask)
+            histogram += tl.histogram(digit_of(number, first_fine), BINS, mask=mask)
         bins = tl.arange(0, BINS)
         tl.store(histograms + (item * PARTS + part) * BINS + bins, histogram)
         live = live_parts(length, PARTS, STEP)
@@ -221,7 +129,7 @@ def _number_kernel(
         if is_last(state, live):
             wanted = tl.load(counts + index).to(tl.int32)
             of_row = histograms + item * PARTS * BINS
-            _divide(of_row, state, places + item * 2 * PARTS, live, wanted, first_fine, PARTS, BINS)
+            divide(of_row, state, places + item * 2 * PARTS, live, wanted, first_fine, PARTS, BINS)
 
 
 @launched
@@ -268,7 +176,7 @@ def _list_kernel(
         for first in range(begin, end, STEP):
             number, mask = load_numbers(numbers, first, end, STEP)
             keys = first + tl.arange(0, STEP)
-            rank = _rank_of(number)
+            rank = rank_of(number)
             is_listed = mask & (rank >= least_listed)
             is_open = mask & (rank >= least_open) & (rank < least_listed)
             # Two counts of 16 bits: one sum over all threads takes no longer for that.
@@ -345,8 +253,8 @@ class KeyListsWorkspace:
 
     Attributes:
         histograms: `[max_rows, parts, BINS]`, int32, of the first digits of each part.
-        states: `[max_rows, _WORDS]`, int32; the count of programs is 0 between launches.
-        places: `[max_rows, parts, 2]`, int32: see `_divide`.
+        states: `[max_rows, WORDS]`, int32; the count of programs is 0 between launches.
+        places: `[max_rows, parts, 2]`, int32: see `share_bins.divide`.
     """
 
     histograms: torch.Tensor
@@ -365,7 +273,7 @@ class KeyListsWorkspace:
         def zeros(*size: int) -> torch.Tensor:
             return torch.zeros((max_rows, *size), dtype=torch.int32, device=device)
 
-        return cls(zeros(_PARTS, BINS), zeros(_WORDS), zeros(_PARTS, 2))
+        return cls(zeros(_PARTS, BINS), zeros(WORDS), zeros(_PARTS, 2))
 
 
 def list_keys(
@@ -431,7 +339,7 @@ def list_keys(
         "HEADS": heads,
         "RANGES": num_ranges,
         "HAS_EVERY": every is not None,
-        "WORDS": _WORDS,
+        "WORDS": WORDS,
     }
     _number_kernel[grid](
         scores,
