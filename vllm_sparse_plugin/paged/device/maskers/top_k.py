@@ -40,10 +40,9 @@ class DeviceTopKMasker(DeviceMasker):
         self.page_size = getattr(self.config, "page_size", 1)
         scores_buffer(space, self.page_size)
         by_group = self.config.head_granularity == "kv_head"
-        is_short = pages_of(space, self.page_size) <= MOST_NUMBERS
+        self._is_short = pages_of(space, self.page_size) <= MOST_NUMBERS
         is_grouped = self.shape.num_heads > self.shape.num_kv_heads
-        self.can_list = by_group and (is_short or (self.page_size == 1 and is_grouped))
-        self._is_short = is_short
+        self.can_list = by_group and (self._is_short or (self.page_size == 1 and is_grouped))
         self._key_lists: KeyListsWorkspace | None = None
         radix_workspace(space)
         if by_group:
@@ -111,10 +110,11 @@ class DeviceTopKMasker(DeviceMasker):
             lists,
             queries.reads,
         )
-        if self._key_lists is None:
+        if self._is_short:
             self.score(queries, scores)
             list_pages(scores, self.page_size, *arguments)
         else:
+            assert self._key_lists is not None  # see `reserve_lists`
             weights = pooling_workspace(queries.space, self.page_size)
             self.score_and_weigh(queries, scores, weights)
             list_keys(scores, *arguments, self._key_lists, weights)
