@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -173,11 +173,7 @@ def _of_list(
 ) -> dict[str, Any]:
     """One list of maskers: refused when it is wrong, else measured."""
     device = dense.query.device
-    # Not in bfloat16: labels of bfloat16s are rounded to it, as the reference does with tensors of
-    # that type; but its own arithmetic on such tensors is too coarse to compare with.
-    is_half = plan.shape.dtype != torch.float32
-    shape = replace(plan.shape, dtype=torch.float16) if is_half else plan.shape
-    checked = DeviceStep.of(small.maskers, shape, 2, plan.checked_keys, 1, device)
+    checked = DeviceStep.of(small.maskers, plan.shape, 2, plan.checked_keys, 1, device)
     error = relative_error(checked)
     if not error < plan.tolerance:
         raise AssertionError(f"its output is off by {error:.4f} (allowed: {plan.tolerance})")

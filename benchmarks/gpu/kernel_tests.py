@@ -23,6 +23,7 @@ QUICK = (
     "lists",
     "page_lists",
     "key_lists",
+    "label_numbers",
     "channel_labels",
     "page_bounds",
     "page_products",

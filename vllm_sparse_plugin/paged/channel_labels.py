@@ -78,7 +78,7 @@ class ChannelLabels(BlockIndex):
             size = shape.block_size * self.num_channels(shape) * shape.dtype.itemsize
         else:
             codes = -(-self.num_channels(shape) * self.label_bits // 8)
-            size = shape.block_size * (8 + codes)
+            size = shape.block_size * (2 * shape.dtype.itemsize + codes)
         return -(-size // 4) * 4
 
     def bytes_per_block(self, shape: BlockShape) -> int:
@@ -141,11 +141,11 @@ def stored_labels(index: ChannelLabels, cache: LayerCache) -> torch.Tensor:
     if index.label_bits == 16:
         values = records.view(shape.dtype)[..., : count * size].float()
         return values.reshape(*front, count, size).transpose(-1, -2)
-    scales = records[..., : 8 * size].contiguous().view(torch.float32).reshape(*front, 2, 1, size)
-    width = -(-count * index.label_bits // 8)
-    packed = records[..., 8 * size : (8 + width) * size].int().reshape(*front, width, size)
+    width, begin = -(-count * index.label_bits // 8), 2 * shape.dtype.itemsize * size
+    extremes = records[..., :begin].contiguous().view(shape.dtype).float()
+    low, high = extremes.reshape(*front, 2, 1, size).unbind(-3)
+    packed = records[..., begin : begin + width * size].int().reshape(*front, width, size)
     mask = (1 << index.label_bits) - 1
     parts = [(packed >> (part * index.label_bits)) & mask for part in range(8 // index.label_bits)]
     codes = torch.cat(parts, dim=-2)[..., :count, :].float()
-    values = codes * scales[..., 1, :, :] + scales[..., 0, :, :]
-    return values.to(shape.dtype).float().transpose(-1, -2)
+    return (codes * ((high - low) / mask) + low).transpose(-1, -2)

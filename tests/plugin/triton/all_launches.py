@@ -8,8 +8,13 @@ from vllm_sparse_plugin.paged.triton_kernels import (
     adaptive_sampling,
     attention,
     cache_rows,
+    channel_labels,
     flags,
     key_lists,
+    key_numbers,
+    label_numbers,
+    label_products,
+    label_scores,
     lists,
     mass_selection,
     page_lists,
@@ -77,12 +82,12 @@ def launches(
             scores, page_size, KV_HEADS, lengths, 0.1, lengths, ranges, lengths, plain, reads
         )
 
-    places = key_lists.KeyListsWorkspace.of(QUERIES * KV_HEADS, DEVICE)
-
-    def list_best_keys() -> None:
-        key_lists.list_keys(
-            scores, KV_HEADS, lengths, 0.1, lengths, ranges, lengths, plain, reads, places, pools
-        )
+    places = key_numbers.KeyListsWorkspace.of(QUERIES * KV_HEADS, DEVICE)
+    rows = key_numbers.KeyRows(lengths, lengths, ranges, lengths, KV_HEADS, max(2, heads), places)
+    own_labels = channel_labels.QueryLabels.of(QUERIES, num_heads, 8, 4, DEVICE)
+    labels = label_products.KeyLabels(cache, (0, 128), 128, 4, 8, 1)
+    channels = _tensor(KV_HEADS, 8)
+    compared = (own_labels, labels, batch.block_table, lengths)
 
     def attend(weights: torch.Tensor | None) -> None:
         attention.attend_lists(
@@ -100,7 +105,12 @@ def launches(
         "flag_largest, pages, in chunks": lambda: select(16, in_chunks),
         "list_pages": lambda: list_best(16),
         "list_pages, keys": lambda: list_best(1),
-        "list_keys": list_best_keys,
+        "number_scores": lambda: key_numbers.number_scores(scores, rows, 0.1, pools),
+        "list_numbered": lambda: key_lists.list_numbered(scores, rows, plain, reads),
+        "label_queries": lambda: channel_labels.label_queries(query, channels, 4, 1.0, own_labels),
+        "score_labels": lambda: label_scores.score_labels(*compared, lengths, scores),
+        "weigh_labels": lambda: label_scores.weigh_labels(*compared, lengths, 0.1, pools),
+        "number_labels": lambda: label_numbers.number_labels(*compared, rows, 0.1, pools, scores),
         "flag_mass": lambda: mass_selection.flag_mass(scores, 0.9, 1.0, lengths, of_heads, mass),
         "sample_share": lambda: sampling.sample_share(
             0.1, 7, 3, num_heads, lengths, marks, share, order, radix

@@ -68,8 +68,7 @@ def test_instructions(report) -> None:
             "radix.count_kernel",
             "pooling._weigh_kernel",
             "pooling._share_kernel",
-            "key_lists._number_kernel",
-            "key_lists._list_kernel",
+            "key_numbers._number_scores",
             "key_lists._choose_kernel",
         ):
             # But codes of 2 bits of 80 channels are 20 bytes.

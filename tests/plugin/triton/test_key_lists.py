@@ -15,8 +15,13 @@ from tests.plugin.triton.lists_by_flags import (
     reads_of,
 )
 from tests.plugin.triton.unit_flags import SPLIT
-from vllm_sparse_plugin.paged.triton_kernels import key_lists
-from vllm_sparse_plugin.paged.triton_kernels.key_lists import KeyListsWorkspace, list_keys
+from vllm_sparse_plugin.paged.triton_kernels import key_lists, key_numbers
+from vllm_sparse_plugin.paged.triton_kernels.key_lists import list_numbered
+from vllm_sparse_plugin.paged.triton_kernels.key_numbers import (
+    KeyListsWorkspace,
+    KeyRows,
+    number_scores,
+)
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists
 from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace, weigh_scores
 
@@ -25,7 +30,7 @@ STEP = 64
 
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(key_lists, "_SCORES_AT_ONCE", 2 * STEP)
+    monkeypatch.setattr(key_numbers, "_SCORES_AT_ONCE", 2 * STEP)
     monkeypatch.setattr(key_lists, "CHUNK", STEP)
 
 
@@ -39,19 +44,17 @@ def listed(
     weights = PoolingWorkspace.of(queries, heads, keys, DEVICE)
     held, own_lengths = on_device(scores), on_device(lengths)
     weigh_scores(held, 1, SCALING, own_lengths, weights)
-    list_keys(
-        held,
-        kv_heads,
-        on_device(wanted.astype(np.int32)),
-        SCALING,
+    rows = KeyRows(
         own_lengths,
+        on_device(wanted.astype(np.int32)),
         on_device(ranges.astype(np.int32)),
         None if every is None else on_device(every),
-        found,
-        reads,
+        kv_heads,
+        heads // kv_heads,
         workspace,
-        weights,
     )
+    number_scores(held, rows, SCALING, weights)
+    list_numbered(held, rows, found, reads)
     # The next launch counts its programs from 0 again.
     assert not workspace.states[:, 5].any()
     return found, reads
@@ -147,21 +150,21 @@ def test_what_does_not_fit_is_refused() -> None:
     ones = torch.ones(1, dtype=torch.int32, device=DEVICE)
     reads = torch.zeros(1, 3, dtype=torch.int64, device=DEVICE)
     ranges = torch.zeros(6, 1, dtype=torch.int32, device=DEVICE)
-    pools, workspace = PoolingWorkspace.of(1, 4, 128, DEVICE), KeyListsWorkspace.of(2, DEVICE)
-
-    def list_zeros(heads: int, own_ranges: torch.Tensor, lists: DeviceLists, work=workspace):
-        scores = torch.zeros(1, heads, 128, device=DEVICE)
-        list_keys(scores, 2, ones, 1.0, ones, own_ranges, None, lists, reads, work, pools)
-
+    scores = torch.zeros(1, 4, 128, device=DEVICE)
+    workspace = KeyListsWorkspace.of(2, DEVICE)
     with pytest.raises(ValueError, match="3 ranges"):
-        list_zeros(4, ranges, lists_of(1, 2, 128))
-    with pytest.raises(ValueError, match="2 query heads of 2 KV heads"):
-        list_zeros(2, ranges[:2], lists_of(1, 2, 128))
-    for lists, work in (
-        (lists_of(1, 1, 128), workspace),
-        (lists_of(1, 2, 112), workspace),
-        (DeviceLists.of(1, 2, 1, 128, True, DEVICE), workspace),
-        (lists_of(1, 2, 128), KeyListsWorkspace.of(1, DEVICE)),
+        KeyRows(ones, ones, ranges, None, 2, 2, workspace)
+    with pytest.raises(ValueError, match="1 query head for each KV head"):
+        KeyRows(ones, ones, ranges[:2], None, 2, 1, workspace)
+    with pytest.raises(ValueError, match="for 1 rows cannot hold 2"):
+        KeyRows(ones, ones, ranges[:2], None, 2, 2, KeyListsWorkspace.of(1, DEVICE))
+    rows = KeyRows(ones, ones, ranges[:2], None, 2, 2, workspace)
+    with pytest.raises(ValueError, match="too small"):
+        number_scores(scores, rows, 1.0, PoolingWorkspace.of(1, 2, 128, DEVICE))
+    for lists in (
+        lists_of(1, 1, 128),
+        lists_of(1, 2, 112),
+        DeviceLists.of(1, 2, 1, 128, True, DEVICE),
     ):
         with pytest.raises(ValueError, match="cannot hold"):
-            list_zeros(4, ranges[:2], lists, work)
+            list_numbered(scores, rows, lists, reads)

@@ -3,7 +3,7 @@
 A block and KV head has one or more rows of labels, each with channels of its own. A row is kept
 channel by channel, so that neighbouring tokens are worked on together. With `bits` 16 it is
 `[channels, block_size]` of the cache's own elements. With less it is, of each token, the smallest
-of its values and the step between codes, `[2, block_size]` float32, and then codes,
+and the largest of its values, `[2, block_size]` of such elements, and then codes,
 `[bytes of a token, block_size]`: byte j of a token holds channels j, j + width, ... of `width`
 bytes. `label_scores` reads them.
 """
@@ -16,18 +16,22 @@ import numpy as np
 from numba import njit, prange
 
 from vllm_sparse_plugin.paged.kernels.index_places import first_byte
-from vllm_sparse_plugin.paged.kernels.rounding import round_to_kind
 from vllm_sparse_plugin.paged.kernels.rows import first_key, load_row
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _scale_of(key: np.ndarray, channels: np.ndarray, levels: np.float32) -> tuple[Any, Any]:
-    """The smallest of a key's values, and the step between codes."""
-    low, high = key[channels[0]], key[channels[0]]
+def _extremes_of(key: np.ndarray, channels: np.ndarray) -> tuple[int, int]:
+    """The channels of a key's smallest and largest value."""
+    lowest, highest = channels[0], channels[0]
     for channel in channels:
-        low = min(low, key[channel])
-        high = max(high, key[channel])
-    return low, (high - low) / levels if high > low else np.float32(1.0)
+        lowest = channel if key[channel] < key[lowest] else lowest
+        highest = channel if key[channel] > key[highest] else highest
+    return lowest, highest
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _step_of(low: np.float32, high: np.float32, levels: np.float32) -> Any:
+    return (high - low) / levels if high > low else np.float32(1.0)
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -36,16 +40,13 @@ def _code_of(value: float, low: float, step: float, levels: float) -> Any:
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def label_queries(
-    query: np.ndarray, channels: np.ndarray, bits: int, kind: int, labels: np.ndarray
-) -> None:
+def label_queries(query: np.ndarray, channels: np.ndarray, bits: int, labels: np.ndarray) -> None:
     """The queries' kept channels, as `pseudo_quantize` leaves them.
 
     Args:
         query: `[num_queries, num_heads, head_size]`, float32.
         channels: `[rows, C]`, int32; a divisor of the query heads.
         bits: Of a code.
-        kind: Of the model's numbers.
         labels: `[num_queries, num_heads, C]`, float32; written.
     """
     num_queries, num_heads, _ = query.shape
@@ -58,10 +59,11 @@ def label_queries(
             for c in range(own.shape[0]):
                 label[c] = values[own[c]]
             if bits < 16:
-                low, step = _scale_of(values, own, levels)
+                lowest, highest = _extremes_of(values, own)
+                low = values[lowest]
+                step = _step_of(low, values[highest], levels)
                 for c in range(own.shape[0]):
                     label[c] = _code_of(label[c], low, step, levels) * step + low
-                round_to_kind(label, kind)
 
 
 @njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -104,24 +106,21 @@ def write_labels(
             continue
         block, token = slot // block_size, slot % block_size
         buffer = np.empty(head_size, np.float32)
-        scales = np.empty(2, np.float32)
-        scale_bytes = scales.view(np.uint8)
         for row in range(rows):
             head = row // per_head
             own = first_key(elements, block, head, block_size, head_size) + token * head_size
             start = first_byte(records, place, block, head) + row % per_head * row_bytes
+            first = start // elements.itemsize + token
             if bits == 16:
-                first = start // elements.itemsize + token
                 for c in range(count):
                     flat[first + c * block_size] = flat[own + channels[row, c]]
                 continue
             key = load_row(flat, own, buffer, kind)
-            low, step = _scale_of(key, channels[row], levels)
-            scales[0], scales[1] = low, step
-            for side in range(2):
-                where = start + 4 * (side * block_size + token)
-                flat_records[where : where + 4] = scale_bytes[4 * side : 4 * side + 4]
-            codes = start + 8 * block_size + token
+            lowest, highest = _extremes_of(key, channels[row])
+            flat[first], flat[first + block_size] = flat[own + lowest], flat[own + highest]
+            low = key[lowest]
+            step = _step_of(low, key[highest], levels)
+            codes = start + 2 * elements.itemsize * block_size + token
             for byte in range(width):
                 packed = 0
                 for part in range(per_byte):

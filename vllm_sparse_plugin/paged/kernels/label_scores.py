@@ -6,15 +6,13 @@ import numpy as np
 from numba import njit, prange
 
 from vllm_sparse_plugin.paged.kernels.index_places import first_byte, later_run
-from vllm_sparse_plugin.paged.kernels.rounding import round_to_kind
-from vllm_sparse_plugin.paged.kernels.rows import FLOAT32, load_row
+from vllm_sparse_plugin.paged.kernels.rows import load_row
 from vllm_sparse_plugin.paged.kernels.tile_products import padded
 from vllm_sparse_plugin.paged.kernels.vectors import (
     LANES,
     fetch_bytes,
     load,
     load_codes_part,
-    load_numbers_part,
     multiply_add,
     multiply_then_add,
     splat,
@@ -22,12 +20,35 @@ from vllm_sparse_plugin.paged.kernels.vectors import (
 )
 
 
+@njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _load_scales(
+    flat: np.ndarray, first: int, kind: int, bits: int, block_size: int, scales: np.ndarray
+) -> None:
+    """What codes of 0 stand for, and the steps between codes.
+
+    Args:
+        flat: The cache's elements.
+        first: Of the row of labels.
+        kind: Of the elements.
+        bits: Of a code.
+        block_size: Tokens of a block.
+        scales: `[2, padded(block_size)]`, float32; written.
+    """
+    for side in range(2):
+        target = scales[side, :block_size]
+        target[:] = load_row(flat, first + side * block_size, target, kind)
+    levels = np.float32((1 << bits) - 1)
+    for t in range(block_size):
+        # Where all values are the same, all codes are 0.
+        scales[1, t] = (scales[1, t] - scales[0, t]) / levels
+
+
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _decode(
     records: np.ndarray,
-    start: int,
+    codes: int,
     bits: int,
-    kind: int,
+    scales: np.ndarray,
     block_size: int,
     count: int,
     labels: np.ndarray,
@@ -38,9 +59,9 @@ def _decode(
 
     Args:
         records: See `write_labels`.
-        start: Byte of the row of labels, from the cache's start.
+        codes: Their first byte, from the cache's start.
         bits: Of a code.
-        kind: Of the cache's elements.
+        scales: See `_load_scales`.
         block_size: Tokens of a block.
         count: Tokens that are wanted.
         labels: `[C, padded(block_size)]`, float32; written.
@@ -48,11 +69,9 @@ def _decode(
     channels, columns = labels.shape
     per_byte = 8 // bits
     width, mask = (channels + per_byte - 1) // per_byte, (1 << bits) - 1
-    codes = start + 8 * block_size
     for t in range(0, count, LANES):
         left = block_size - t
-        low = load_numbers_part(records, start + 4 * t, left)
-        step = load_numbers_part(records, start + 4 * (block_size + t), left)
+        low, step = load(scales, t, 0), load(scales, columns + t, 0)
         for byte in range(width):
             row = codes + byte * block_size + t
             for part in range(per_byte):
@@ -60,9 +79,6 @@ def _decode(
                 if c < channels:
                     code = load_codes_part(records, row, part * bits, mask, left)
                     store(labels, c * columns + t, multiply_then_add(code, step, low))
-    if kind != FLOAT32:
-        for c in range(channels):
-            round_to_kind(labels[c, :count], kind)
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -152,15 +168,18 @@ def score_labels(
         width = padded(block_size)
         labels = np.zeros((channels, width), np.float32)
         products = np.empty((by_row, width), np.float32)
+        scales = np.zeros((2, width), np.float32)
         for row in range(rows_per_head):
             start = first_byte(records, place, blocks[chunk], kv_head) + row * row_bytes
+            first_element = start // elements.itemsize
             if bits == 16:
-                first_element = start // elements.itemsize
                 for c in range(channels):
                     target = labels[c, :count]
                     target[:] = load_row(flat, first_element + c * block_size, target, kind)
             else:
-                _decode(records, start, bits, kind, block_size, count, labels)
+                codes = start + 2 * elements.itemsize * block_size
+                _load_scales(flat, first_element, kind, bits, block_size, scales)
+                _decode(records, codes, bits, scales, block_size, count, labels)
             head = kv_head * heads + row * by_row
             _multiply(query[index, head : head + by_row], labels, count, products)
             for h in range(by_row):

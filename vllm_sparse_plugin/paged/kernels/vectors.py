@@ -208,32 +208,6 @@ def load_number(typing_context: Any, array: Any, index: Any) -> Any:
     return VECTOR(array, types.intp), generate
 
 
-def _numbers(context: Any, builder: Any, signature: Any, arguments: Any, count: Any) -> Any:
-    """float32s in an array of bytes."""
-    address = _address(context, builder, signature.args[0], arguments[0], arguments[1])
-    return _vector_at(builder, address, ir.FloatType(), "f32", 1, count)
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def load_numbers(typing_context: Any, array: Any, index: Any) -> Any:
-    """The `LANES` float32s that lie in a uint8 array from byte `index` on."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _numbers(context, builder, signature, arguments, None)
-
-    return VECTOR(array, types.intp), generate
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def load_some_numbers(typing_context: Any, array: Any, index: Any, count: Any) -> Any:
-    """The first `count` of them, and zeros; nothing is read beyond them."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _numbers(context, builder, signature, arguments, arguments[2])
-
-    return VECTOR(array, types.intp, types.int64), generate
-
-
 @intrinsic  # type: ignore[untyped-decorator]
 def store(typing_context: Any, array: Any, index: Any, vector: Any) -> Any:
     """Writes a vector to a float32 array from `index` on."""
@@ -395,11 +369,3 @@ def load_codes_part(array: Any, index: int, shift: int, mask: int, left: int) ->
     if left >= LANES:
         return load_codes(array, index, shift, mask)
     return load_some_codes(array, index, shift, mask, left)
-
-
-@numba.njit(inline="always", cache=True)  # type: ignore[untyped-decorator]
-def load_numbers_part(array: Any, index: int, left: int) -> Any:
-    """The next `LANES` float32s in an array of bytes, or as many as are left, and zeros."""
-    if left >= LANES:
-        return load_numbers(array, index)
-    return load_some_numbers(array, index, left)

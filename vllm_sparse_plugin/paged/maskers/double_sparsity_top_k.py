@@ -52,7 +52,7 @@ class PagedDoubleSparsityTopKMasker(PagedMasker):
         cache = queries.cache
         channels = self._labels.channels(cache.layer_index, self.shape)
         labels = np.empty((*queries.query.shape[:2], channels.shape[1]), np.float32)
-        label_queries(queries.query, channels, self.config.label_bits, self.shape.kind, labels)
+        label_queries(queries.query, channels, self.config.label_bits, labels)
         score_labels(
             labels,
             cache.elements,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.grids import launched
 from vllm_sparse_plugin.paged.triton_kernels.quantization import (
     codes_of,
-    round_to,
+    extremes_of,
     smallest_and_step,
+    step_between,
 )
 from vllm_sparse_plugin.paged.triton_kernels.tiles import block_bytes, padded, rows_at_once
 
@@ -54,13 +57,15 @@ def _write_labels(
         tl.store(records.to(cache.dtype) + places * BLOCK_SIZE + token, values, mask=mask)
     else:
         values = values.to(tl.float32)
-        low, step = smallest_and_step(values, inside, BITS)
-        scales = records.to(tl.pointer_type(tl.float32)) + token
-        tl.store(scales, low, mask=slot >= 0)
-        tl.store(scales + BLOCK_SIZE, step, mask=slot >= 0)
+        low, high = extremes_of(values, inside)
+        extremes = records.to(cache.dtype) + token
+        tl.store(extremes, low.to(cache.dtype.element_ty), mask=slot >= 0)
+        tl.store(extremes + BLOCK_SIZE, high.to(cache.dtype.element_ty), mask=slot >= 0)
+        step = step_between(low, high, BITS)
         codes = tl.where(inside, codes_of(values, low, step, BITS).to(tl.int32), 0)
         packed = tl.sum(codes << (parts * BITS), axis=1)[:, None, :].to(tl.uint8)
-        target = records + 8 * BLOCK_SIZE + columns * BLOCK_SIZE + token
+        start: tl.constexpr = 2 * cache.dtype.element_ty.primitive_bitwidth // 8 * BLOCK_SIZE
+        target = records + start + columns * BLOCK_SIZE + token
         tl.store(target, packed, mask=(columns < PART) & (slot >= 0))
 
 
@@ -68,28 +73,103 @@ def _write_labels(
 def _label_queries(
     query,
     channels,
-    labels,
+    values,
+    scales,
+    scale,
     query_stride,
     head_stride,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     BITS: tl.constexpr,
-    KIND: tl.constexpr,
     COUNT: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
+    WORDS: tl.constexpr,
     HEADS_TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
     heads = tl.arange(0, HEADS_TILE)[:, None, None]
     columns = tl.arange(0, COLUMNS)[None, None, :]
-    mask = (heads < HEADS) & (columns < COUNT)
-    kept = tl.load(channels + heads // GROUP * COUNT + columns, mask=mask, other=0)
+    parts = tl.arange(0, PARTS)[None, :, None]
+    places = parts * PART + columns
+    inside = (columns < PART) & (places < COUNT)
+    mask = (heads < HEADS) & inside
+    kept = tl.load(channels + heads // GROUP * COUNT + places, mask=mask, other=0)
     own = query + index * query_stride + heads * head_stride
-    values = tl.load(own + kept, mask=mask, other=0.0).to(tl.float32)
-    if BITS < 16:
-        low, step = smallest_and_step(values, columns < COUNT, BITS)
-        values = round_to(codes_of(values, low, step, BITS) * step + low, KIND)
-    tl.store(labels + (index * HEADS + heads) * COUNT + columns, values, mask=mask)
+    found = tl.load(own + kept, mask=mask, other=0.0).to(tl.float32)
+    row = index * HEADS + heads
+    scales += 3 * row
+    if BITS == 16:
+        tl.store(values + row * WORDS + places, found, mask=mask)
+        tl.store(scales, tl.zeros_like(row).to(tl.float32) + scale, mask=heads < HEADS)
+    else:
+        low, step = smallest_and_step(found, inside, BITS)
+        codes = tl.where(inside, codes_of(found, low, step, BITS).to(tl.int32), 0)
+        packed = tl.reshape(codes, [HEADS_TILE, PARTS, COLUMNS // 4, 4])
+        packed = packed << (8 * tl.arange(0, 4))[None, None, None, :]
+        words = parts * (WORDS // PARTS) + tl.arange(0, COLUMNS // 4)[None, None, :]
+        present = (heads < HEADS) & (words < (parts + 1) * (WORDS // PARTS))
+        tl.store(values + row * WORDS + words, tl.sum(packed, axis=3), mask=present)
+        total = tl.sum(tl.sum(codes, axis=2), axis=1)[:, None, None].to(tl.float32)
+        levels: tl.constexpr = (1 << BITS) - 1
+        least = low / step
+        tl.store(scales, step * (scale / levels), mask=heads < HEADS)
+        tl.store(scales + 1, least, mask=heads < HEADS)
+        tl.store(scales + 2, levels * (total + COUNT * least), mask=heads < HEADS)
+
+
+@dataclass(frozen=True)
+class QueryLabels:
+    """Some queries' kept channels, as `label_products` multiplies them with labels.
+
+    A query's channel is `step (r + o)`, and a key's `least + span / levels c`, where `o` and `c`
+    are codes, `levels` is the largest one, and `r` what the query's smallest value is of its step:
+
+        sum q k = step / levels (span (sum o c + r sum c) + least levels (sum o + C r))
+
+    Attributes:
+        values: `[num_queries, num_heads, words]`: with 16 bits, float32s, the channels. With less,
+            int32s of four codes each: of the channels whose codes in a key's label lie in the same
+            bits of four bytes, one behind the other.
+        scales: `[num_queries, num_heads, 3]`, float32: what scores are multiplied with at last; and
+            with less than 16 bits `r` and `levels (sum o + C r)`.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, num_queries: int, num_heads: int, count: int, bits: int, device: torch.device | str
+    ) -> QueryLabels:
+        """Asks for the memory.
+
+        Args:
+            num_queries: Of a launch.
+            num_heads: Query heads.
+            count: Kept channels.
+            bits: Of a code: 2, 4, 8 or 16.
+            device: Of the kernels.
+        """
+        rows, dtype = (num_queries, num_heads), torch.float32 if bits == 16 else torch.int32
+        values = torch.zeros(*rows, words_of(count, bits), dtype=dtype, device=device)
+        return cls(values, torch.zeros(*rows, 3, dtype=torch.float32, device=device))
+
+    def first(self, num_queries: int) -> QueryLabels:
+        """Of so many queries."""
+        return QueryLabels(self.values[:num_queries], self.scales[:num_queries])
+
+
+def words_of(count: int, bits: int) -> int:
+    """Numbers of a query's label.
+
+    Args:
+        count: Kept channels.
+        bits: Of a code.
+    """
+    parts = max(1, 8 // bits)
+    return count if bits == 16 else parts * -(-count // (4 * parts))
 
 
 def write_labels(
@@ -148,37 +228,40 @@ def label_queries(
     query: torch.Tensor,
     channels: torch.Tensor,
     bits: int,
-    dtype: torch.dtype,
-    labels: torch.Tensor,
+    scale: float,
+    labels: QueryLabels,
 ) -> None:
-    """The queries' kept channels, as `pseudo_quantize` leaves them.
+    """The queries' kept channels; their codes are those of `pseudo_quantize`.
 
     Args:
         query: `[num_queries, num_heads, head_size]`, of any float type; channels side by side.
         channels: `[rows, C]`, int32, contiguous; a divisor of the query heads.
         bits: Of a code: 2, 4, 8 or 16.
-        dtype: Of the model's numbers.
-        labels: `[num_queries, num_heads, C]`, float32, contiguous; written.
+        scale: Of the products.
+        labels: For as many queries; written.
     """
     num_queries, num_heads, _ = query.shape
     if num_queries == 0:
         return
     rows, count = channels.shape
+    parts = max(1, 8 // bits)
+    part = -(-count // parts)
     _label_queries[(num_queries,)](
         query,
         channels,
-        labels,
+        labels.values,
+        labels.scales,
+        float(scale),
         query.stride(0),
         query.stride(1),
         HEADS=num_heads,
         GROUP=num_heads // rows,
         BITS=bits,
-        KIND=_KINDS[dtype],
         COUNT=count,
+        PARTS=parts,
+        PART=part,
+        WORDS=words_of(count, bits),
         HEADS_TILE=padded(num_heads),
-        COLUMNS=padded(count),
+        COLUMNS=max(4, padded(part)),
         enable_fp_fusion=False,
     )
-
-
-_KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

@@ -1,10 +1,10 @@
 """Ranges of keys, and the best keys beside them, as lists of tokens: selected and listed at once.
 
 For rows that are too long for one program (`page_lists` does the others), and for groups of query
-heads, whose shares of attention are added up. A group's scores are read once; what they become,
-numbers that rank as the shares do, twice:
+heads, whose shares of attention are added up. What their scores become, numbers that rank as the
+shares do, is read twice:
 
-- Numbers are made, part by part, and counted in bins, see `share_bins`.
+- Numbers are made, part by part, and counted in bins, see `key_numbers` and `share_bins`.
 - Keys above the bin that has the last place are listed. Those in it are put behind them, keys in
   the list and numbers side by side.
 - One program chooses among those, and moves the chosen ones up.
@@ -15,121 +15,21 @@ numbers four times and flags twice: it was half of the attention's time on an H2
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 import triton.language as tl
 
-from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2
-from vllm_sparse_plugin.paged.triton_kernels.key_ranges import (
-    MOST_RANGES,
-    count_covered,
-    in_ranges,
-)
+from vllm_sparse_plugin.paged.triton_kernels.grids import launched
+from vllm_sparse_plugin.paged.triton_kernels.key_numbers import PART_WARPS, PARTS, KeyRows
+from vllm_sparse_plugin.paged.triton_kernels.key_ranges import count_covered
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists
-from vllm_sparse_plugin.paged.triton_kernels.pooling import (
-    POOLING_TILE,
-    PoolingWorkspace,
-    load_shares,
-    shifts_of,
-    tiles_at_once,
-)
-from vllm_sparse_plugin.paged.triton_kernels.radix import (
-    is_last,
-    live_parts,
-    load_numbers,
-    order_of,
-    part_of,
-)
+from vllm_sparse_plugin.paged.triton_kernels.radix import load_numbers, part_of
 from vllm_sparse_plugin.paged.triton_kernels.row_selection import (
     CHUNK,
     WARPS,
     bound_of,
     chosen_of,
 )
-from vllm_sparse_plugin.paged.triton_kernels.share_bins import (
-    BINS,
-    WORDS,
-    digit_of,
-    divide,
-    first_fine_of,
-    rank_of,
-)
-
-_SCORES_AT_ONCE = 2048
-"""Of all heads of a group together. (With groups of four, a program has 64 to 72 registers in each
-thread then, depending on Triton: all parts of some 60 rows run at once on a large GPU.)"""
-_PART_WARPS = 4
-_PARTS = 16
-
-
-@launched
-def _number_kernel(
-    scores,
-    lengths,
-    counts,
-    every,
-    ranges,
-    peaks,
-    masses,
-    histograms,
-    states,
-    places,
-    scale,
-    row_stride,
-    ranges_stride,
-    tiles,
-    LISTS: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEADS_TILE: tl.constexpr,
-    RANGES: tl.constexpr,
-    HAS_EVERY: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    POOLING_TILE: tl.constexpr,
-    PARTS: tl.constexpr,
-    BINS: tl.constexpr,
-    STEP: tl.constexpr,
-    WORDS: tl.constexpr,
-):
-    """Grid: lists, parts. A part's numbers take the place of its first head's scores."""
-    item, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    index = item // LISTS
-    length = tl.load(lengths + index)
-    begin, end = part_of(length, part, PARTS, STEP)
-    if begin < end:
-        is_every = tl.load(every + index) > 0 if HAS_EVERY else length < 0
-        ranges += index
-        scores += item * HEADS * row_stride
-        live_tiles = tl.cdiv(length, POOLING_TILE)
-        own_peaks, own_masses = peaks + item * HEADS * tiles, masses + item * HEADS * tiles
-        shifts = shifts_of(own_peaks, own_masses, tiles, live_tiles, HEADS, HEADS_TILE, AT_ONCE)
-        first_fine = first_fine_of(length)
-        histogram = tl.zeros([BINS], tl.int32)
-        for first in range(begin, end, STEP):
-            share = load_shares(
-                scores, row_stride, shifts, scale, first, end, HEADS, HEADS_TILE, STEP
-            )
-            keys = first // 16 * 16 + tl.arange(0, STEP)  # so that Triton knows of the 16
-            mask = keys < end
-            is_listed = in_ranges(keys, is_every, ranges, ranges_stride, RANGES)
-            number = tl.where(is_listed, 0, order_of(share))
-            numbers = (scores + keys).to(tl.pointer_type(tl.int32))
-            tl.debug_barrier()  # of short rows, several threads load the same scores
-            # A mask that differs between neighbours would make each a store of its own.
-            if first + STEP <= end:
-                tl.store(numbers, number.to(tl.int32, bitcast=True))
-            else:
-                tl.store(numbers, number.to(tl.int32, bitcast=True), mask=mask)
-            histogram += tl.histogram(digit_of(number, first_fine), BINS, mask=mask)
-        bins = tl.arange(0, BINS)
-        tl.store(histograms + (item * PARTS + part) * BINS + bins, histogram)
-        live = live_parts(length, PARTS, STEP)
-        state = states + item * WORDS
-        if is_last(state, live):
-            wanted = tl.load(counts + index).to(tl.int32)
-            of_row = histograms + item * PARTS * BINS
-            divide(of_row, state, places + item * 2 * PARTS, live, wanted, first_fine, PARTS, BINS)
+from vllm_sparse_plugin.paged.triton_kernels.share_bins import rank_of
 
 
 @launched
@@ -174,8 +74,9 @@ def _list_kernel(
             tokens + tl.load(state + 2) + tl.where(is_every, length, covered) + tl.load(before + 1)
         )
         for first in range(begin, end, STEP):
-            number, mask = load_numbers(numbers, first, end, STEP)
             keys = first + tl.arange(0, STEP)
+            mask = keys < end
+            number = tl.load(numbers + keys, mask=mask, other=0).to(tl.uint32, bitcast=True)
             rank = rank_of(number)
             is_listed = mask & (rank >= least_listed)
             is_open = mask & (rank >= least_open) & (rank < least_listed)
@@ -247,152 +148,64 @@ def _choose_kernel(
     tl.store(listed + item, total)
 
 
-@dataclass(frozen=True)
-class KeyListsWorkspace:
-    """What programs of a row tell each other.
-
-    Attributes:
-        histograms: `[max_rows, parts, BINS]`, int32, of the first digits of each part.
-        states: `[max_rows, WORDS]`, int32; the count of programs is 0 between launches.
-        places: `[max_rows, parts, 2]`, int32: see `share_bins.divide`.
-    """
-
-    histograms: torch.Tensor
-    states: torch.Tensor
-    places: torch.Tensor
-
-    @classmethod
-    def of(cls, max_rows: int, device: torch.device | str) -> KeyListsWorkspace:
-        """Asks for the memory: 16 KiB for each row.
-
-        Args:
-            max_rows: Of a launch: queries * KV heads.
-            device: Of the kernels.
-        """
-
-        def zeros(*size: int) -> torch.Tensor:
-            return torch.zeros((max_rows, *size), dtype=torch.int32, device=device)
-
-        return cls(zeros(_PARTS, BINS), zeros(WORDS), zeros(_PARTS, 2))
-
-
-def list_keys(
-    scores: torch.Tensor,
-    kv_heads: int,
-    counts: torch.Tensor,
-    scaling: float,
-    lengths: torch.Tensor,
-    ranges: torch.Tensor,
-    every: torch.Tensor | None,
-    lists: DeviceLists,
-    reads: torch.Tensor,
-    workspace: KeyListsWorkspace,
-    pooling: PoolingWorkspace,
+def list_numbered(
+    scores: torch.Tensor, rows: KeyRows, lists: DeviceLists, reads: torch.Tensor
 ) -> None:
     """The positions in some ranges and of the best other keys, for each KV head.
 
     In any order: first what is in the ranges or surely among the best, ascending, and then the
-    rest of the best, ascending.
+    rest of the best, ascending. Of equal keys, the lower one is better.
 
     Args:
-        scores: `[num_queries, num_heads, capacity]`, float32, no NaN and no +inf, contiguous, of
-            several heads per KV head; overwritten. They are pooled over each group, see `pooling`;
-            of equal ones, the lower key is better.
-        kv_heads: Of the layer.
-        counts: `[num_queries]`, an integer type: keys to select besides those in the ranges.
-        scaling: Of the scores.
-        lengths: `[num_queries]`, int32.
-        ranges: See `page_lists.list_pages`; so `every`, `lists` and `reads`.
-        every: As there.
-        lists: As there.
+        scores: What `number_scores` has written; the rows of each group's second head, too, are
+            overwritten.
+        rows: To be listed, as they were numbered.
+        lists: See `page_lists.list_pages`; so `reads`.
         reads: As there.
-        workspace: For as many rows.
-        pooling: What `pooling.weigh_scores` has found of the scores.
 
     Raises:
-        ValueError: There are too many ranges, groups have one head, or memory does not fit the
-            scores.
+        ValueError: The lists cannot hold the rows.
     """
-    num_queries, num_heads, capacity = scores.shape
-    num_lists, num_ranges, heads = num_queries * kv_heads, len(ranges) // 2, num_heads // kv_heads
-    if num_ranges > MOST_RANGES:
-        raise ValueError(f"{num_ranges} ranges, but no more than {MOST_RANGES} are listed here")
-    if heads < 2:
-        raise ValueError(f"{num_heads} query heads of {kv_heads} KV heads are no groups")
+    num_lists, capacity = len(rows), scores.shape[2]
     if (
         len(lists.tokens) < num_lists
         or lists.tokens.shape[1] < capacity
         or lists.log_weights.shape[1:] != (0, 1)
-        or len(workspace.states) < num_lists
     ):
         raise ValueError(
             f"lists of {tuple(lists.tokens.shape)} tokens with weights of "
-            f"{tuple(lists.log_weights.shape[1:])}, and a workspace for {len(workspace.states)} "
-            f"rows, cannot hold {num_lists} of {capacity} keys"
+            f"{tuple(lists.log_weights.shape[1:])} cannot hold {num_lists} of {capacity} keys"
         )
-    pooling.check(scores)
-    grid, tiles = (num_lists, _PARTS), pooling.peaks.shape[1]
-    step = max(16 * _PART_WARPS, _SCORES_AT_ONCE // power_of_2(heads))
-    own_every, own_ranges = lengths if every is None else every, ranges if num_ranges else lengths
-    sizes = {
-        "LISTS": kv_heads,
-        "HEADS": heads,
-        "RANGES": num_ranges,
-        "HAS_EVERY": every is not None,
-        "WORDS": WORDS,
-    }
-    _number_kernel[grid](
+    sizes = rows.constants()
+    workspace, (lengths, every, ranges, ranges_stride) = rows.workspace, rows.keys
+    _list_kernel[(num_lists, PARTS)](
         scores,
         lengths,
-        counts,
-        own_every,
-        own_ranges,
-        pooling.peaks,
-        pooling.masses,
-        workspace.histograms,
-        workspace.states,
-        workspace.places,
-        scaling * math.log2(math.e),
-        capacity,
-        ranges.stride(0),
-        tiles,
-        **sizes,
-        HEADS_TILE=power_of_2(heads),
-        AT_ONCE=tiles_at_once(tiles, heads),
-        POOLING_TILE=POOLING_TILE,
-        PARTS=_PARTS,
-        BINS=BINS,
-        STEP=step,
-        num_warps=_PART_WARPS,
-    )
-    _list_kernel[grid](
-        scores,
-        lengths,
-        own_every,
-        own_ranges,
+        every,
+        ranges,
         workspace.states,
         workspace.places,
         lists.tokens,
         capacity,
         lists.tokens.shape[1],
-        ranges.stride(0),
+        ranges_stride,
         **sizes,
-        PARTS=_PARTS,
-        STEP=step,
-        num_warps=_PART_WARPS,
+        PARTS=PARTS,
+        STEP=rows.step,
+        num_warps=PART_WARPS,
     )
     _choose_kernel[(num_lists,)](
         scores,
         lengths,
-        own_every,
-        own_ranges,
+        every,
+        ranges,
         workspace.states,
         lists.tokens,
         lists.counts,
         reads,
         capacity,
         lists.tokens.shape[1],
-        ranges.stride(0),
+        ranges_stride,
         reads.stride(0),
         **sizes,
         CHUNK=CHUNK,

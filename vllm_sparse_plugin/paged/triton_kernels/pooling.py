@@ -20,11 +20,17 @@ _SCORES_AT_ONCE = 4096
 
 
 @triton.jit
-def weight_of(logits):
-    """The largest of a tile's logits, and the sum of powers relative to it."""
-    peak = tl.max(logits, 0)
+def weight_of(scores, exponent):
+    """The largest exponent (base 2) of a tile, and the sum of powers relative to it.
+
+    Args:
+        scores: `[scores]`, float32.
+        exponent: Of a score of 1, positive.
+    """
+    peak = tl.max(scores, 0) * exponent
     # Of nothing but -inf there is no difference to take.
-    return peak, tl.sum(tl.exp(logits - tl.where(peak == float("-inf"), 0.0, peak)), 0)
+    less = tl.where(peak == float("-inf"), 0.0, peak)
+    return peak, tl.sum(tl.exp2(tl.fma(scores, exponent, -less)), 0)
 
 
 @launched
@@ -33,7 +39,7 @@ def _weigh_kernel(
     lengths,
     peaks,
     masses,
-    scaling,
+    exponent,
     stride,
     tiles,
     PAGE_SIZE: tl.constexpr,
@@ -50,7 +56,7 @@ def _weigh_kernel(
             own = tl.load(scores + row * stride + places)
         else:
             own = tl.load(scores + row * stride + places, mask=places < pages, other=float("-inf"))
-        peak, mass = weight_of(own * scaling)
+        peak, mass = weight_of(own, exponent)
         tl.store(peaks + row * tiles + tile, peak)
         tl.store(masses + row * tiles + tile, mass)
 
@@ -92,9 +98,9 @@ def shifts_of(
         mask = (heads < HEADS) & (first + every < live)
         found = tl.load(peaks + heads * tiles + first + every, mask=mask, other=float("-inf"))
         mass_of_tiles = tl.load(masses + heads * tiles + first + every, mask=mask, other=0.0)
-        powers += mass_of_tiles * tl.exp(found - peak[:, None])
+        powers += mass_of_tiles * tl.exp2(found - peak[:, None])
     mass = tl.sum(powers, 1)
-    shift = peak * 1.4426950408889634 + tl.log2(tl.where(mass > 0, mass, 1.0) * HEADS)
+    shift = peak + tl.log2(tl.where(mass > 0, mass, 1.0) * HEADS)
     return tl.where(mass > 0, shift, float("inf"))
 
 
@@ -189,7 +195,7 @@ class PoolingWorkspace:
     """What programs tell each other.
 
     Attributes:
-        peaks: `[max_queries * num_heads, tiles]`, float32.
+        peaks: `[max_queries * num_heads, tiles]`, float32: exponents of 2.
         masses: Likewise.
     """
 
@@ -257,7 +263,7 @@ def weigh_scores(
         lengths,
         workspace.peaks,
         workspace.masses,
-        scaling,
+        scaling * math.log2(math.e),
         capacity,
         tiles,
         PAGE_SIZE=page_size,

@@ -1,8 +1,9 @@
 """Bins of numbers that stand for shares of attention: few keys in each, one with the last place.
 
-16 bins per octave from four times what each key of a row would have if all had the same down to a
-thousandth of it, and whole octaves elsewhere. So few keys are in any bin, whether scores are flat
-or steep, and if sinks have almost everything: a few percent at most.
+4 bins per octave from four times what each key of a row would have if all had the same down to a
+thousandth of it, and 4 octaves in a bin elsewhere. So few keys are in any bin, whether scores are
+flat or steep, and if sinks have almost everything: some percent. (More bins would take longer:
+Triton 3.6 counts with so many instructions for each bit of a bin's number.)
 """
 
 import triton
@@ -10,17 +11,18 @@ import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.radix import order_of
 
-BINS = 256
-"""0 is for keys that cannot be chosen."""
+BINS = 64
+"""The first one is empty: keys that cannot be chosen are in none."""
 WORDS = 8
 """Of what is known of a row: the least rank of keys that are listed for sure, and of those that
 are chosen from, how many keys of the first kind have a number, the places left for the second kind,
 and how many there are; 5: see `radix.is_last`."""
-_OCTAVE, _BIN = tl.constexpr(23), tl.constexpr(19)
-"""Bits of a float32 behind its exponent, and behind what makes 16 bins of an octave."""
-_FINE, _COARSE, _FINE_NUMBERS = tl.constexpr(41), tl.constexpr(233), tl.constexpr(12 << 23)
+_OCTAVES, _BIN = tl.constexpr(25), tl.constexpr(21)
+"""Bits of a float32 behind what makes 4 octaves, and behind what makes 4 bins of an octave."""
+_FINE, _COARSE, _FINE_NUMBERS = tl.constexpr(12), tl.constexpr(60), tl.constexpr(12 << 23)
 """The first fine bin, and the first coarse one behind the twelve fine octaves, which have so many
-numbers. The bins before are of 40 octaves."""
+numbers. The bins before are of 44 octaves."""
+_LAST = tl.constexpr(BINS - 1)
 
 
 @triton.jit
@@ -31,17 +33,16 @@ def first_fine_of(length):
 
 @triton.jit
 def digit_of(number, first_fine):
-    """The bin of a number that stands for a share; see the module.
+    """The bin, from 1 on, of a number that stands for a share; see the module.
 
     Numbers of shares are those of float32s that are not negative: their order is that of exponents,
     and then of what is behind.
     """
     above = (number - first_fine).to(tl.int32, bitcast=True)
-    digit = tl.where(above < 0, _FINE + (above >> _OCTAVE), _FINE + (above >> _BIN))
-    behind = above - _FINE_NUMBERS
-    digit = tl.where(behind < 0, digit, _COARSE + (behind >> _OCTAVE))
-    digit = tl.minimum(tl.maximum(digit, 1), 255)
-    return tl.where(number > 0, digit, 0)
+    below, fine = tl.minimum(above, 0), tl.minimum(tl.maximum(above, 0), _FINE_NUMBERS)
+    behind = tl.maximum(above, _FINE_NUMBERS) - _FINE_NUMBERS
+    digit = _FINE + (below >> _OCTAVES) + (fine >> _BIN) + (behind >> _OCTAVES)
+    return tl.minimum(tl.maximum(digit, 1), _LAST)
 
 
 @triton.jit
@@ -52,12 +53,12 @@ def rank_of(number):
 
 @triton.jit
 def _least_rank(digit, first_fine):
-    """Of the numbers in a bin from 1 on, uint32; of 256, that of keys without a number."""
-    above = tl.where(digit < _FINE, (digit - _FINE) << _OCTAVE, (digit - _FINE) << _BIN)
-    behind = _FINE_NUMBERS + ((digit - _COARSE) << _OCTAVE)
+    """Of the numbers in a bin from 1 on, uint32; of `BINS`, that of keys without a number."""
+    above = tl.where(digit < _FINE, (digit - _FINE) << _OCTAVES, (digit - _FINE) << _BIN)
+    behind = _FINE_NUMBERS + ((digit - _COARSE) << _OCTAVES)
     above = tl.where(digit < _COARSE, above, behind)
     least = first_fine + above.to(tl.uint32, bitcast=True) - 1
-    return tl.where(digit > 255, 0xFFFFFFFF, tl.where(digit > 1, least, 0)).to(tl.uint32)
+    return tl.where(digit > _LAST, 0xFFFFFFFF, tl.where(digit > 1, least, 0)).to(tl.uint32)
 
 
 @triton.jit

@@ -18,10 +18,15 @@ from vllm_sparse_plugin.paged.device.queries import (
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
 from vllm_sparse_plugin.paged.maskers.base import PagedMasker
 from vllm_sparse_plugin.paged.sizes import ends_within, sizes_of
-from vllm_sparse_plugin.paged.triton_kernels.key_lists import KeyListsWorkspace, list_keys
+from vllm_sparse_plugin.paged.triton_kernels.key_lists import list_numbered
+from vllm_sparse_plugin.paged.triton_kernels.key_numbers import (
+    KeyListsWorkspace,
+    KeyRows,
+    number_scores,
+)
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists
 from vllm_sparse_plugin.paged.triton_kernels.page_lists import list_pages
-from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace, weigh_scores
+from vllm_sparse_plugin.paged.triton_kernels.pooling import weigh_scores
 from vllm_sparse_plugin.paged.triton_kernels.row_selection import MOST_NUMBERS
 
 
@@ -63,12 +68,12 @@ class DeviceTopKMasker(DeviceMasker):
     def score(self, queries: DeviceQueries, scores: torch.Tensor) -> None:
         """Writes a score per query head and page, see `DeviceQueries.scores`."""
 
-    def score_and_weigh(
-        self, queries: DeviceQueries, scores: torch.Tensor, weights: PoolingWorkspace
-    ) -> None:
-        """Writes scores of keys, and what `pooling.weigh_scores` finds of them."""
+    def number(self, queries: DeviceQueries, scores: torch.Tensor, rows: KeyRows) -> None:
+        """Writes numbers of keys, see `key_numbers.number_scores`."""
+        weights = pooling_workspace(queries.space, self.page_size)
         self.score(queries, scores)
-        weigh_scores(scores, self.page_size, queries.scaling, queries.batch.lengths, weights)
+        weigh_scores(scores, self.page_size, queries.scaling, rows.lengths, weights)
+        number_scores(scores, rows, queries.scaling, weights)
 
     def select(self, queries: DeviceQueries, sizes: torch.Tensor) -> None:
         """See `DeviceMasker.select`."""
@@ -99,22 +104,26 @@ class DeviceTopKMasker(DeviceMasker):
             sizes: See `DeviceMasker.select`.
             lists: Written.
         """
-        scores = queries.scores(self.page_size)
-        arguments = (
-            self.shape.num_kv_heads,
-            sizes[0],
-            queries.scaling,
-            queries.batch.lengths,
-            ranges,
-            sizes[2] if len(sizes) > 1 else None,
-            lists,
-            queries.reads,
-        )
+        scores, lengths = queries.scores(self.page_size), queries.batch.lengths
+        every = sizes[2] if len(sizes) > 1 else None
+        kv_heads = self.shape.num_kv_heads
         if self._is_short:
             self.score(queries, scores)
-            list_pages(scores, self.page_size, *arguments)
+            list_pages(
+                scores,
+                self.page_size,
+                kv_heads,
+                sizes[0],
+                queries.scaling,
+                lengths,
+                ranges,
+                every,
+                lists,
+                queries.reads,
+            )
         else:
             assert self._key_lists is not None  # see `reserve_lists`
-            weights = pooling_workspace(queries.space, self.page_size)
-            self.score_and_weigh(queries, scores, weights)
-            list_keys(scores, *arguments, self._key_lists, weights)
+            heads = self.shape.num_heads // kv_heads
+            rows = KeyRows(lengths, sizes[0], ranges, every, kv_heads, heads, self._key_lists)
+            self.number(queries, scores, rows)
+            list_numbered(scores, rows, lists, queries.reads)

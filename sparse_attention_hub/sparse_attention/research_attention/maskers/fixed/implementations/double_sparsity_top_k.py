@@ -168,7 +168,8 @@ class DoubleSparsityTopKMasker(TopKMasker):
             per_head = channels.repeat_interleave(heads // rows, dim=0)
             index = per_head[None, :, None, :].expand(*tensor.shape[:3], -1)
             picked = tensor.gather(-1, index)
-        return pseudo_quantize(picked, self.label_bits)
+        # Labels are codes and a scale: what they stand for need not be of the model's type.
+        return picked if self.label_bits == 16 else pseudo_quantize(picked.float(), self.label_bits)
 
     @classmethod
     def create_from_config(cls, config: MaskerConfig) -> DoubleSparsityTopKMasker:
