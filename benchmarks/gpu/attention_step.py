@@ -30,6 +30,7 @@ from benchmarks.gpu.kernel_times import kernel_microseconds
 from benchmarks.gpu.sparse_configs import MOST_LAYERS, SparseCase, quest, sparse_cases
 from benchmarks.gpu.timing import Stopwatch, host_microseconds, stopwatch
 from vllm_sparse_plugin.paged.layout import BlockShape
+from vllm_sparse_plugin.paged.triton_kernels.grids import launches_apart
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +184,8 @@ def _of_list(
     )
     launches = [partial(step.attend, layer) for layer in range(layers)]
     timing = watch.time(launches)
+    with launches_apart():
+        apart = watch.time(launches)
     planned = host_microseconds(step.plan)
     total = timing.microseconds + planned / LAYERS
     (density, loaded), index = step.densities(), step.index_share
@@ -191,6 +194,7 @@ def _of_list(
         "microseconds": total,
         "attend_microseconds": timing.microseconds,
         "plan_microseconds": planned,
+        "apart_microseconds": apart.microseconds + planned / LAYERS,
         "error": None,
         "relative_error": error,
         "density": density,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.timing import Launch
+from vllm_sparse_plugin.paged.triton_kernels.grids import launches_apart
 
 logger = logging.getLogger(__name__)
 
@@ -17,8 +18,8 @@ logger = logging.getLogger(__name__)
 def kernel_microseconds(launches: Sequence[Launch], device: torch.device) -> dict[str, float]:
     """Of each kernel, the longest first, per launch; empty where there is no GPU.
 
-    By torch's profiler, once, after a run that compiles: without gaps between kernels, and with
-    what the cache holds of the launch before.
+    By torch's profiler, once, after a run that compiles: launches apart, without gaps between
+    kernels, and with what the cache holds of the launch before.
 
     Args:
         launches: Alike, one after the other.
@@ -26,15 +27,16 @@ def kernel_microseconds(launches: Sequence[Launch], device: torch.device) -> dic
     """
     if device.type != "cuda":
         return {}
-    for launch in launches:
-        launch()
-    torch.cuda.synchronize(device)
     activities = [torch.profiler.ProfilerActivity.CUDA]
     try:
-        with torch.profiler.profile(activities=activities) as profile:
+        with launches_apart():
             for launch in launches:
                 launch()
             torch.cuda.synchronize(device)
+            with torch.profiler.profile(activities=activities) as profile:
+                for launch in launches:
+                    launch()
+                torch.cuda.synchronize(device)
         return per_launch(profile.key_averages(), len(launches))
     except RuntimeError:  # as where profiling is not allowed: nothing else depends on it
         logger.exception("no times of single kernels")

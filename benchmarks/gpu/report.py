@@ -190,32 +190,38 @@ def _attention(context: Mapping[str, Any]) -> list[str]:
         f"{context['layers']} layers, one after the other.",
         *(f"- left out: {name}: {why}" for name, why in context["left_out"].items()),
         "",
-        "| maskers | us | quartiles | plan, us per step | read by a head | loaded | index "
-        "| speed-up | ceiling |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| maskers | us | quartiles | us, launches apart | plan, us per step | read by a head "
+        "| loaded | index | speed-up | ceiling |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for record in context["sparse"]:
         if record.get("error"):
-            lines.append(f"| {record['name']} | FAILED: {record['error']} | | | | | | | |")
+            lines.append(f"| {record['name']} | FAILED: {record['error']} | | | | | | | | |")
             continue
         lines.append(
             f"| {record['name']} | {record['microseconds']:.1f} "
-            f"| {record['low']:.1f} - {record['high']:.1f} | {record['plan_microseconds']:.0f} "
-            f"| {record['density']:.1%} | {record['loaded']:.1%} | {record['index_share']:.1%} "
+            f"| {record['low']:.1f} - {record['high']:.1f} "
+            f"| {_shown(record.get('apart_microseconds'), '.1f')} "
+            f"| {record['plan_microseconds']:.0f} | {record['density']:.1%} "
+            f"| {record['loaded']:.1%} | {record['index_share']:.1%} "
             f"| {record['speed_up']:.2f} x | {record['ceiling']:.1f} x |"
         )
     note = (
         "Loaded: keys and values that are loaded for a group of query heads, of all; a ceiling is "
-        "1 / (loaded + index)."
+        "1 / (loaded + index). Launches apart: none begins before the one before it has ended."
     )
     return [*lines, "", note, *_parts(context["sparse"])]
+
+
+def _shown(value: float | None, form: str, otherwise: str = "") -> str:
+    return otherwise if value is None else format(value, form)
 
 
 def _parts(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the steps of lists are made of."""
     lines = [
         "",
-        "Kernels of a layer's step, us by torch's profiler, without gaps between them:",
+        "Kernels of a layer's step, us by torch's profiler, launches apart, without gaps:",
         "",
     ]
     for record in records:
@@ -285,15 +291,11 @@ def _engines(content: Mapping[str, Any]) -> list[str]:
         "| keys | requests | dense tokens/s | sparse tokens/s | density | a | speed-up | ceiling |",
         "|---|---|---|---|---|---|---|---|",
     ]
-
-    def shown(value: float | None, form: str, otherwise: str = "") -> str:
-        return otherwise if value is None else format(value, form)
-
     for row in content["engine"]:
         lines.append(
             f"| {row['keys']} | {row['requests']} | {row['dense']:.1f} | {row['sparse']:.1f} "
-            f"| {shown(row['density'], '.1%', 'dense')} | {shown(row['share'], '.1%')} "
-            f"| {row['speed_up']:.2f} x | {shown(row['ceiling'], '.2f')} |"
+            f"| {_shown(row['density'], '.1%', 'dense')} | {_shown(row['share'], '.1%')} "
+            f"| {row['speed_up']:.2f} x | {_shown(row['ceiling'], '.2f')} |"
         )
     lines += [
         "",

@@ -47,6 +47,7 @@ def attention() -> dict[str, Any]:
                 **timing(50),
                 "attend_microseconds": 50.0,
                 "plan_microseconds": 30.0,
+                "apart_microseconds": 53.0,
                 "error": None,
                 "density": 0.05,
                 "loaded": 0.05,

@@ -30,6 +30,7 @@ CASES = (
         (
             "quest 4, kv_head",
             "double sparsity 4, query_head",
+            "double sparsity 4, kv_head",
             "hash silu, query_head",
             "quest, adaptive sampling, kv_head",
             "oracle, adaptive sampling, kv_head",

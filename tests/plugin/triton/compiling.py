@@ -21,6 +21,8 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from vllm_sparse_plugin.paged.triton_kernels import grids
+
 TARGET = GPUTarget("cuda", 90, 32)
 _TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -55,6 +57,8 @@ class Compiled:
         fused: Products and sums in one instruction.
         wide_loads: Loads of 16 bytes.
         wide_stores: Likewise.
+        waits_first: Whether it waits for earlier launches before it touches any memory but its
+            arguments.
     """
 
     name: str
@@ -68,6 +72,7 @@ class Compiled:
     fused: int
     wide_loads: int
     wide_stores: int
+    waits_first: bool
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,13 @@ class Launch:
             fused=len(re.findall(r"\bfma\.rn\.f32\b", ptx)),
             wide_loads=len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
             wide_stores=len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
+            waits_first=_waits_first(ptx),
         )
+
+
+def _waits_first(ptx: str) -> bool:
+    begin, wait, _ = ptx.partition("griddepcontrol.wait")
+    return bool(wait) and not re.search(r"\b(ld|st|atom|red|cp\.async)\S*\.global", begin)
 
 
 @contextmanager
@@ -150,6 +161,7 @@ def recording() -> Iterator[dict[Any, Launch]]:
     with (
         mock.patch.object(JITFunction, "run", without_device),
         mock.patch.object(JITFunction, "_do_compile", record),
+        mock.patch.object(grids, "can_overlap", return_value=True),
     ):
         yield found
 

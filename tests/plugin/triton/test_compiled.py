@@ -13,7 +13,7 @@ SHARED_BYTES = 227 << 10
 """That a program of an H100 may have."""
 STACK_BYTES = 32
 """Of a thread: all but a few numbers fits its registers."""
-KERNELS = 49
+KERNELS = 50
 """In the package: steps launch all of them."""
 
 
@@ -83,6 +83,27 @@ def test_instructions(report) -> None:
         if name == "page_scores._score_pages":
             assert kernel["async_copies"] >= 2, kernel
             assert (kernel["matrix_products"] > 0) == ("IN_FLOAT32=False" in variant), kernel
+
+
+def test_launches_that_begin_early_wait_for_those_before(report) -> None:
+    """First of all; and so those of a decode step of Quest and of Double Sparsity."""
+    overlapped = {kernel["name"] for kernel in report["compiled"] if kernel["waits_first"]}
+    for kernel in report["compiled"]:
+        assert kernel["waits_first"] == ("IS_OVERLAPPED=True" in kernel["variant"]), kernel
+    assert overlapped >= {
+        "page_bounds._update_pages",
+        "page_scores._score_pages",
+        "page_lists._list_pages_kernel",
+        "writing._write_rows",
+        "channel_labels._write_labels",
+        "channel_labels._label_queries",
+        "label_scores._score_labels",
+        "label_numbers._number_labels",
+        "key_lists._list_kernel",
+        "key_lists._choose_kernel",
+        "attention._attend_kernel",
+        "attention._join_kernel",
+    }
 
 
 def test_no_number_of_queries_is_compiled_for(report) -> None:

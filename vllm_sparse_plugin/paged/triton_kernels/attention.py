@@ -25,7 +25,7 @@ from vllm_sparse_plugin.paged.triton_kernels.cache_rows import (
     score_keys,
     share_of,
 )
-from vllm_sparse_plugin.paged.triton_kernels.grids import launched
+from vllm_sparse_plugin.paged.triton_kernels.grids import await_launches, launched, overlapped
 
 _WARPS, _STAGES = 2, 2
 """Of programs. Many small ones: while some wait for their first keys, others are loading theirs.
@@ -71,8 +71,10 @@ def _attend_kernel(
     WEIGHTS: tl.constexpr,
     PARTS: tl.constexpr,
     LEAST: tl.constexpr,
+    IS_OVERLAPPED: tl.constexpr,
 ):
     """One part of a list: the sum of its values, and the weights' sum and maximum (base 2)."""
+    await_launches(IS_OVERLAPPED)
     item, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     count, seen = _count_of(item, counts, whole, KV_HEADS)
     share = share_of(count, PARTS, LEAST)
@@ -142,8 +144,10 @@ def _join_kernel(
     CHANNELS: tl.constexpr,
     PARTS: tl.constexpr,
     LEAST: tl.constexpr,
+    IS_OVERLAPPED: tl.constexpr,
 ):
     """The parts of one query head."""
+    await_launches(IS_OVERLAPPED)
     row = tl.program_id(0).to(tl.int64)
     item, head = row // HEADS, row % HEADS
     count, _ = _count_of(item, counts, whole, KV_HEADS)
@@ -288,6 +292,7 @@ def attend_lists(
         LEAST=LEAST_PART,
         num_warps=warps,
         num_stages=_STAGES,
+        **overlapped(kv_cache.device),
     )
     _join_kernel[(num_queries * num_heads,)](
         workspace.top,
@@ -302,4 +307,5 @@ def attend_lists(
         CHANNELS=sizes["CHANNELS"],
         PARTS=parts,
         LEAST=LEAST_PART,
+        **overlapped(kv_cache.device),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 import triton.language as tl
 
-from vllm_sparse_plugin.paged.triton_kernels.grids import launched
+from vllm_sparse_plugin.paged.triton_kernels.grids import await_launches, launched, overlapped
 from vllm_sparse_plugin.paged.triton_kernels.quantization import (
     codes_of,
     extremes_of,
@@ -36,7 +36,9 @@ def _write_labels(
     PART: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
+    IS_OVERLAPPED: tl.constexpr,
 ):
+    await_launches(IS_OVERLAPPED)
     row = tl.program_id(1)
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     slot = tl.load(slots + tokens, mask=tokens < num_tokens, other=-1)[:, None, None]
@@ -87,7 +89,9 @@ def _label_queries(
     WORDS: tl.constexpr,
     HEADS_TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
+    IS_OVERLAPPED: tl.constexpr,
 ):
+    await_launches(IS_OVERLAPPED)
     index = tl.program_id(0).to(tl.int64)
     heads = tl.arange(0, HEADS_TILE)[:, None, None]
     columns = tl.arange(0, COLUMNS)[None, None, :]
@@ -221,6 +225,7 @@ def write_labels(
         COLUMNS=columns,
         TOKENS=tokens,
         enable_fp_fusion=False,
+        **overlapped(kv_cache.device),
     )
 
 
@@ -264,4 +269,5 @@ def label_queries(
         HEADS_TILE=padded(num_heads),
         COLUMNS=max(4, padded(part)),
         enable_fp_fusion=False,
+        **overlapped(query.device),
     )

@@ -5,7 +5,14 @@ Both from shapes alone, never from lengths.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
 import triton
+import triton.language as tl
 
 _PROGRAMS = 2048
 """About as many as a large GPU runs at once: of four warps with few registers, 16 per processor."""
@@ -40,6 +47,59 @@ multiple of 16 bytes, and another one was not. What these names stand for differ
 with the number of queries or tokens; and that is nothing to wait seconds for in the middle of
 serving. All that is lost are wide loads of what kernels only load single numbers of.
 """
+
+
+@triton.jit
+def await_launches(IS_OVERLAPPED: tl.constexpr):
+    """Waits until all launches before this one have ended, if it began before that.
+
+    The first thing that such a kernel does, in every program: what a later launch needs may have
+    been written by any earlier one. From then on, the next launch may begin, to wait in its turn.
+
+    Args:
+        IS_OVERLAPPED: See `overlapped`.
+    """
+    if IS_OVERLAPPED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def overlapped(device: torch.device) -> dict[str, bool]:
+    """Options of a launch that may begin while the one before it ends; see `await_launches`.
+
+    A decode step's kernels take some microseconds each, and to start one takes one more, which it
+    can spend while the last programs of the one before are at work ("programmatic dependent
+    launch" of GPUs from Hopper on).
+
+    Args:
+        device: Of the launch.
+    """
+    if _OVERLAPS.get() and can_overlap(device):
+        return {"IS_OVERLAPPED": True, "launch_pdl": True}
+    return {"IS_OVERLAPPED": False}
+
+
+_OVERLAPS: ContextVar[bool] = ContextVar("_OVERLAPS", default=True)
+
+
+@contextmanager
+def launches_apart() -> Iterator[None]:
+    """Inside, no launch begins before the one before it has ended: to see what each one takes."""
+    before = _OVERLAPS.set(False)
+    try:
+        yield
+    finally:
+        _OVERLAPS.reset(before)
+
+
+@functools.cache
+def can_overlap(device: torch.device) -> bool:
+    """Whether a device knows such launches.
+
+    Args:
+        device: Any.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def programs_per_row(rows: int, capacity: int, tile: int) -> int:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from vllm_sparse_plugin.paged.triton_kernels.grids import launched
+from vllm_sparse_plugin.paged.triton_kernels.grids import await_launches, launched, overlapped
 from vllm_sparse_plugin.paged.triton_kernels.key_numbers import PART_WARPS, PARTS, KeyRows
 from vllm_sparse_plugin.paged.triton_kernels.key_ranges import count_covered
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists
@@ -51,8 +51,10 @@ def _list_kernel(
     PARTS: tl.constexpr,
     STEP: tl.constexpr,
     WORDS: tl.constexpr,
+    IS_OVERLAPPED: tl.constexpr,
 ):
     """Grid: lists, parts. Lists what is listed for sure, and behind it what is chosen from."""
+    await_launches(IS_OVERLAPPED)
     item, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     index = item // LISTS
     length = tl.load(lengths + index)
@@ -113,8 +115,10 @@ def _choose_kernel(
     HAS_EVERY: tl.constexpr,
     CHUNK: tl.constexpr,
     WORDS: tl.constexpr,
+    IS_OVERLAPPED: tl.constexpr,
 ):
     """Grid: lists. Moves up what is chosen, of what stands behind a list."""
+    await_launches(IS_OVERLAPPED)
     item = tl.program_id(0).to(tl.int64)
     index = item // LISTS
     length = tl.load(lengths + index)
@@ -193,6 +197,7 @@ def list_numbered(
         PARTS=PARTS,
         STEP=rows.step,
         num_warps=PART_WARPS,
+        **overlapped(scores.device),
     )
     _choose_kernel[(num_lists,)](
         scores,
@@ -210,4 +215,5 @@ def list_numbered(
         **sizes,
         CHUNK=CHUNK,
         num_warps=WARPS,
+        **overlapped(scores.device),
     )

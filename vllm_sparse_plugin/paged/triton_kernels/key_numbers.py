@@ -14,7 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2
+from vllm_sparse_plugin.paged.triton_kernels.grids import (
+    await_launches,
+    launched,
+    overlapped,
+    power_of_2,
+)
 from vllm_sparse_plugin.paged.triton_kernels.key_ranges import MOST_RANGES, count_covered, in_ranges
 from vllm_sparse_plugin.paged.triton_kernels.pooling import (
     POOLING_TILE,
@@ -158,8 +163,10 @@ def _number_scores(
     BINS: tl.constexpr,
     STEP: tl.constexpr,
     WORDS: tl.constexpr,
+    IS_OVERLAPPED: tl.constexpr,
 ):
     """Grid: lists, parts. A part's numbers take the place of its first head's scores."""
+    await_launches(IS_OVERLAPPED)
     item, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     index = item // LISTS
     length = tl.load(lengths + index)
@@ -347,4 +354,5 @@ def number_scores(
         POOLING_TILE=POOLING_TILE,
         BINS=BINS,
         num_warps=PART_WARPS,
+        **overlapped(scores.device),
     )

@@ -13,7 +13,12 @@ import triton
 import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.channel_labels import QueryLabels
-from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2
+from vllm_sparse_plugin.paged.triton_kernels.grids import (
+    await_launches,
+    launched,
+    overlapped,
+    power_of_2,
+)
 from vllm_sparse_plugin.paged.triton_kernels.key_numbers import (
     PART_WARPS,
     PARTS,
@@ -79,8 +84,10 @@ def _number_labels(
     BINS: tl.constexpr,
     STEP: tl.constexpr,
     WORDS: tl.constexpr,
+    IS_OVERLAPPED: tl.constexpr,
 ):
     """Grid: lists, parts."""
+    await_launches(IS_OVERLAPPED)
     item, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     index = item // LISTS
     length = tl.load(lengths + index)
@@ -231,4 +238,5 @@ def number_labels(
         BINS=BINS,
         enable_fp_fusion=False,
         num_warps=PART_WARPS,
+        **overlapped(numbers.device),
     )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.channel_labels import QueryLabels
-from vllm_sparse_plugin.paged.triton_kernels.grids import launched
+from vllm_sparse_plugin.paged.triton_kernels.grids import await_launches, launched, overlapped
 from vllm_sparse_plugin.paged.triton_kernels.label_products import (
     KeyLabels,
     first_label,
@@ -58,11 +58,13 @@ def _score_labels(
     HEADS: tl.constexpr,
     TILE: tl.constexpr,
     IS_WEIGHED: tl.constexpr,
+    IS_OVERLAPPED: tl.constexpr,
 ):
     """Grid: queries, groups of `HEADS` query heads that have a row of labels in common, splits.
 
     Scores are stored, or peaks and masses of each tile of them, see `weight_of`.
     """
+    await_launches(IS_OVERLAPPED)
     index, group, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     head = group * HEADS
     row = head // (ALL_HEADS // ROWS_PER_HEAD) % ROWS_PER_HEAD
@@ -196,4 +198,5 @@ def _launch(
         IS_WEIGHED=weights is not None,
         enable_fp_fusion=False,
         num_warps=_WARPS if weights is None else _WEIGHING_WARPS,
+        **overlapped(labels.kv_cache.device),
     )

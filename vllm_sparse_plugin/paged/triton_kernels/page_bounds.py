@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse_plugin.paged.triton_kernels.grids import launched
+from vllm_sparse_plugin.paged.triton_kernels.grids import await_launches, launched, overlapped
 from vllm_sparse_plugin.paged.triton_kernels.quantization import codes_of, smallest_and_step
 from vllm_sparse_plugin.paged.triton_kernels.tiles import block_bytes, padded
 from vllm_sparse_plugin.paged.triton_kernels.writing import check_rows
@@ -161,7 +161,9 @@ def _update_pages(
     KEYS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    IS_OVERLAPPED: tl.constexpr,
 ):
+    await_launches(IS_OVERLAPPED)
     i, head = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + i)
     token = (slot % BLOCK_SIZE).to(tl.int32)
@@ -263,4 +265,5 @@ def update_pages(
         CHANNELS=padded(head_size),
         enable_fp_fusion=False,
         num_warps=_WARPS,
+        **overlapped(kv_cache.device),
     )

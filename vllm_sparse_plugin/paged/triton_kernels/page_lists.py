@@ -12,7 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2
+from vllm_sparse_plugin.paged.triton_kernels.grids import (
+    await_launches,
+    launched,
+    overlapped,
+    power_of_2,
+)
 from vllm_sparse_plugin.paged.triton_kernels.key_ranges import MOST_RANGES, count_covered
 from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists
 from vllm_sparse_plugin.paged.triton_kernels.radix import load_numbers, order_of
@@ -78,8 +83,10 @@ def _list_pages_kernel(
     WRITTEN: tl.constexpr,
     AT_ONCE: tl.constexpr,
     CHUNK: tl.constexpr,
+    IS_OVERLAPPED: tl.constexpr,
 ):
     """Grid: lists. `WRITTEN` pages' tokens are written at once."""
+    await_launches(IS_OVERLAPPED)
     item = tl.program_id(0).to(tl.int64)
     index = item // LISTS
     length, wanted = tl.load(lengths + index), tl.load(counts + index).to(tl.int32)
@@ -214,4 +221,5 @@ def list_pages(
         WIDTH=power_of_2(page_size),
         WRITTEN=max(1, _TOKENS_AT_ONCE // power_of_2(page_size)),
         **sizes_of_chunks(capacity, num_heads // kv_heads),
+        **overlapped(scores.device),
     )

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse_plugin.paged.triton_kernels.grids import launched
+from vllm_sparse_plugin.paged.triton_kernels.grids import await_launches, launched, overlapped
 from vllm_sparse_plugin.paged.triton_kernels.page_bounds import (
     KEYS_AT_ONCE,
     bounds_of_keys,
@@ -127,7 +127,9 @@ def _score_pages(
     PIECES: tl.constexpr,
     ENOUGH: tl.constexpr,
     MOST_TILES: tl.constexpr,
+    IS_OVERLAPPED: tl.constexpr,
 ):
+    await_launches(IS_OVERLAPPED)
     per_block: tl.constexpr = BLOCK_SIZE // PAGE_SIZE
     # Heads first: their records of a block are neighbours.
     kv_head, index, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -315,4 +317,5 @@ def score_pages(
         enable_fp_fusion=False,
         num_warps=_WARPS,
         num_stages=_STAGES,
+        **overlapped(kv_cache.device),
     )

@@ -9,7 +9,13 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2, programs_per_row
+from vllm_sparse_plugin.paged.triton_kernels.grids import (
+    await_launches,
+    launched,
+    overlapped,
+    power_of_2,
+    programs_per_row,
+)
 
 POOLING_TILE = 512
 """Scores whose sum is taken at once. Fixed: sums in other parts would differ in their last bits."""
@@ -45,8 +51,10 @@ def _weigh_kernel(
     PAGE_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     TILE: tl.constexpr,
+    IS_OVERLAPPED: tl.constexpr,
 ):
     """Of each tile of a query head's scores, see `weight_of`."""
+    await_launches(IS_OVERLAPPED)
     row = tl.program_id(0).to(tl.int64)
     pages = tl.cdiv(tl.load(lengths + row // HEADS), PAGE_SIZE)
     for tile in range(tl.program_id(1), tl.cdiv(pages, TILE), tl.num_programs(1)):
@@ -269,6 +277,7 @@ def weigh_scores(
         PAGE_SIZE=page_size,
         HEADS=num_heads,
         TILE=POOLING_TILE,
+        **overlapped(scores.device),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from vllm_sparse_plugin.paged.triton_kernels.grids import launched
+from vllm_sparse_plugin.paged.triton_kernels.grids import await_launches, launched, overlapped
 from vllm_sparse_plugin.paged.triton_kernels.tiles import block_bytes, padded, rows_at_once
 
 
@@ -27,7 +27,9 @@ def _write_rows(
     HEADS_TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
     TOKENS: tl.constexpr,
+    IS_OVERLAPPED: tl.constexpr,
 ):
+    await_launches(IS_OVERLAPPED)
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     slot = tl.load(slots + tokens, mask=tokens < count, other=-1)
     heads = tl.arange(0, HEADS_TILE)[None, :, None]
@@ -83,6 +85,7 @@ def write_rows(
         CHANNELS=channels,
         TOKENS=at_once,
         enable_fp_fusion=False,
+        **overlapped(kv_cache.device),
     )
 
 
