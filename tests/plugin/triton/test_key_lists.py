@@ -28,8 +28,9 @@ from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace, we
 STEP = 64
 
 
-@pytest.fixture(autouse=True)
-def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=[1024, 1], ids=["most parts", "fewest parts"])
+def _small_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_numbers, "_PROGRAMS", request.param)
     monkeypatch.setattr(key_numbers, "_SCORES_AT_ONCE", 2 * STEP)
     monkeypatch.setattr(key_lists, "CHUNK", STEP)
 
@@ -129,7 +130,7 @@ def test_whatever_a_model_computes_lists_are_of_the_row(value: float, keys: slic
     assert all(0 <= key < length for key in found)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(
     length=st.integers(0, 70),
     begins=st.tuples(st.integers(-3, 75), st.integers(-3, 75)),

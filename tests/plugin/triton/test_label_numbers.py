@@ -41,8 +41,9 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=[1024, 1], ids=["most parts", "fewest parts"])
+def _small_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(key_numbers, "_PROGRAMS", request.param)
     monkeypatch.setattr(key_numbers, "_SCORES_AT_ONCE", 2 * STEP)
 
 
@@ -104,7 +105,7 @@ def test_numbers_and_lists(sizes: tuple, index: Labels) -> None:
     check(rows, index, np.array([3, 0, 9, 100]), ranges)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=15)
 @given(
     length=st.integers(0, 150),
     begins=st.tuples(st.integers(-3, 150), st.integers(-3, 150)),

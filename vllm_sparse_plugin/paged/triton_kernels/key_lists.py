@@ -58,7 +58,7 @@ def _list_kernel(
     item, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     index = item // LISTS
     length = tl.load(lengths + index)
-    begin, end = part_of(length, part, PARTS, STEP)
+    begin, end = part_of(length, part, tl.num_programs(1), STEP)
     if begin < end:
         is_every = tl.load(every + index) > 0 if HAS_EVERY else length < 0
         ranges += index
@@ -182,7 +182,7 @@ def list_numbered(
         )
     sizes = rows.constants()
     workspace, (lengths, every, ranges, ranges_stride) = rows.workspace, rows.keys
-    _list_kernel[(num_lists, PARTS)](
+    _list_kernel[rows.grid](
         scores,
         lengths,
         every,

@@ -38,11 +38,13 @@ from vllm_sparse_plugin.paged.triton_kernels.share_bins import (
 )
 
 _SCORES_AT_ONCE = 2048
-"""Of all heads of a group together. (With groups of four, a program has 64 to 72 registers in each
-thread then, depending on Triton: all parts of some 60 rows run at once on a large GPU.)"""
-PART_WARPS = 4
-PARTS = 16
-"""Of a row."""
+"""Of all heads of a group together."""
+PART_WARPS, _REGISTERS = 4, 64
+"""Of a program, and of its threads, at most: all programs run at once on a large GPU then."""
+PARTS = 32
+"""Of a row, at most."""
+_LEAST_PARTS, _PROGRAMS = 4, 1024
+"""Parts that many rows have, and programs that keep a large GPU busy: of few rows, more parts."""
 
 
 @triton.jit
@@ -122,14 +124,14 @@ def end_part(
         histograms: See `KeyListsWorkspace`; so the next two.
         states: As there.
         places: As there.
-        PARTS: Of a row.
+        PARTS: Of a row, at most; as many as there are programs for it.
         STEP: Keys that programs work on at once.
         BINS: See `share_bins`.
         WORDS: As there.
     """
     of_row, bins = histograms + item * PARTS * BINS, tl.arange(0, BINS)
     tl.store(of_row + part * BINS + bins, histogram)
-    live = live_parts(length, PARTS, STEP)
+    live = live_parts(length, tl.num_programs(1), STEP)
     state = states + item * WORDS
     if is_last(state, live):
         count = tl.load(wanted).to(tl.int32)
@@ -170,7 +172,7 @@ def _number_scores(
     item, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     index = item // LISTS
     length = tl.load(lengths + index)
-    begin, end = part_of(length, part, PARTS, STEP)
+    begin, end = part_of(length, part, tl.num_programs(1), STEP)
     if begin < end:
         is_every = tl.load(every + index) > 0 if HAS_EVERY else length < 0
         ranges += index
@@ -234,7 +236,7 @@ class KeyListsWorkspace:
 
     @classmethod
     def of(cls, max_rows: int, device: torch.device | str) -> KeyListsWorkspace:
-        """Asks for the memory: 16 KiB for each row.
+        """Asks for the memory: 8.5 KiB for each row.
 
         Args:
             max_rows: Of a launch: queries * KV heads.
@@ -308,6 +310,12 @@ class KeyRows:
         }
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows, and their parts. (They decide nothing but who works on which keys.)"""
+        parts = power_of_2(_PROGRAMS // max(1, len(self)))
+        return len(self), max(_LEAST_PARTS, min(PARTS, parts))
+
+    @property
     def step(self) -> int:
         """Keys that programs work on at once."""
         return max(16 * PART_WARPS, _SCORES_AT_ONCE // power_of_2(self.heads))
@@ -331,7 +339,7 @@ def number_scores(
     weights.check(scores)
     capacity, tiles = scores.shape[2], weights.peaks.shape[1]
     workspace, (lengths, every, ranges, ranges_stride) = rows.workspace, rows.keys
-    _number_scores[(len(rows), PARTS)](
+    _number_scores[rows.grid](
         scores,
         lengths,
         rows.counts,
@@ -354,5 +362,6 @@ def number_scores(
         POOLING_TILE=POOLING_TILE,
         BINS=BINS,
         num_warps=PART_WARPS,
+        maxnreg=_REGISTERS,
         **overlapped(scores.device),
     )

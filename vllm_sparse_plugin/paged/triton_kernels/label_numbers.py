@@ -91,7 +91,7 @@ def _number_labels(
     item, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     index = item // LISTS
     length = tl.load(lengths + index)
-    begin, end = part_of(length, part, PARTS, STEP)
+    begin, end = part_of(length, part, tl.num_programs(1), STEP)
     if begin < end:
         labels = first_label(cache, item % LISTS, 0, OFFSET, STRIDE, ROW_BYTES)
         table = block_table + tl.load(rows + index).to(tl.int64) * table_stride
@@ -206,7 +206,7 @@ def number_labels(
     weights.check(numbers)
     capacity, tiles = numbers.shape[2], weights.peaks.shape[1]
     workspace, (lengths, every, ranges, ranges_stride) = rows.workspace, rows.keys
-    _number_labels[(len(rows), PARTS)](
+    _number_labels[rows.grid](
         query.values,
         query.scales,
         labels.kv_cache,
