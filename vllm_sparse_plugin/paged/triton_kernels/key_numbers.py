@@ -34,7 +34,8 @@ from vllm_sparse_plugin.paged.triton_kernels.share_bins import (
     WORDS,
     digit_of,
     divide,
-    first_fine_of,
+    number_of,
+    usual_number,
 )
 
 _SCORES_AT_ONCE = 2048
@@ -57,7 +58,7 @@ def number_keys(
     ranges,
     ranges_stride,
     numbers,
-    first_fine,
+    usual,
     RANGES: tl.constexpr,
     STEP: tl.constexpr,
     BINS: tl.constexpr,
@@ -73,7 +74,7 @@ def number_keys(
         ranges: As there.
         ranges_stride: As there.
         numbers: Pointer to the row's, int32.
-        first_fine: See `first_fine_of`.
+        usual: See `usual_number`.
         RANGES: See `in_ranges`.
         STEP: Keys.
         BINS: See `share_bins`.
@@ -82,17 +83,16 @@ def number_keys(
         `[BINS]`, int32: how many there are in each bin, without those that are 0.
     """
     keys = first // 16 * 16 + tl.arange(0, STEP)  # so that Triton knows of the 16
-    # As `order_of` makes them; shares are not negative.
-    number = share.to(tl.uint32, bitcast=True) | 0x80000000
+    number = number_of(share)
     # Most steps need no mask, which would make each a store of its own, and counting longer.
     if is_touched | (first + STEP > end):
         mask = keys < end
         number = tl.where(in_ranges(keys, is_every, ranges, ranges_stride, RANGES), 0, number)
         tl.store(numbers + keys, number.to(tl.int32, bitcast=True), mask=mask)
-        found = tl.histogram(digit_of(number, first_fine), BINS, mask=mask & (number > 0))
+        found = tl.histogram(digit_of(number, usual), BINS, mask=mask & (number > 0))
     else:
         tl.store(numbers + keys, number.to(tl.int32, bitcast=True))
-        found = tl.histogram(digit_of(number, first_fine), BINS)
+        found = tl.histogram(digit_of(number, usual), BINS)
     return found
 
 
@@ -103,7 +103,7 @@ def end_part(
     part,
     length,
     wanted,
-    first_fine,
+    usual,
     histograms,
     states,
     places,
@@ -120,7 +120,7 @@ def end_part(
         part: Of the row.
         length: Keys of the row.
         wanted: Pointer to how many are to be chosen.
-        first_fine: See `first_fine_of`.
+        usual: See `usual_number`.
         histograms: See `KeyListsWorkspace`; so the next two.
         states: As there.
         places: As there.
@@ -135,7 +135,7 @@ def end_part(
     state = states + item * WORDS
     if is_last(state, live):
         count = tl.load(wanted).to(tl.int32)
-        divide(of_row, state, places + item * 2 * PARTS, live, count, first_fine, PARTS, BINS)
+        divide(of_row, state, places + item * 2 * PARTS, live, count, usual, PARTS, BINS)
 
 
 @launched
@@ -180,9 +180,11 @@ def _number_scores(
         scores += item * HEADS * row_stride
         live_tiles = tl.cdiv(length, POOLING_TILE)
         own_peaks, own_masses = peaks + item * HEADS * tiles, masses + item * HEADS * tiles
-        shifts = shifts_of(own_peaks, own_masses, tiles, live_tiles, HEADS, HEADS_TILE, AT_ONCE)
-        first_fine = first_fine_of(length)
+        shifts, usual_share = shifts_of(
+            own_peaks, own_masses, tiles, live_tiles, HEADS, HEADS_TILE, AT_ONCE, POOLING_TILE
+        )
         numbers = scores.to(tl.pointer_type(tl.int32))
+        usual = usual_number(usual_share)
         histogram = tl.zeros([BINS], tl.int32)
         for first in range(begin, end, STEP):
             share = load_shares(
@@ -198,7 +200,7 @@ def _number_scores(
                 ranges,
                 ranges_stride,
                 numbers,
-                first_fine,
+                usual,
                 RANGES,
                 STEP,
                 BINS,
@@ -209,7 +211,7 @@ def _number_scores(
             part,
             length,
             counts + index,
-            first_fine,
+            usual,
             histograms,
             states,
             places,
@@ -311,7 +313,7 @@ class KeyRows:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows, and their parts. (They decide nothing but who works on which keys.)"""
+        """Rows, and their parts, which decide nothing but who works on which keys."""
         parts = power_of_2(_PROGRAMS // max(1, len(self)))
         return len(self), max(_LEAST_PARTS, min(PARTS, parts))
 

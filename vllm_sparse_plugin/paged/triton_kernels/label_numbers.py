@@ -39,7 +39,7 @@ from vllm_sparse_plugin.paged.triton_kernels.pooling import (
     tiles_at_once,
 )
 from vllm_sparse_plugin.paged.triton_kernels.radix import part_of
-from vllm_sparse_plugin.paged.triton_kernels.share_bins import BINS, first_fine_of
+from vllm_sparse_plugin.paged.triton_kernels.share_bins import BINS, usual_number
 
 
 @launched
@@ -103,12 +103,14 @@ def _number_labels(
         numbers += item * HEADS * row_stride
         live_tiles = tl.cdiv(length, POOLING_TILE)
         own_peaks, own_masses = peaks + item * HEADS * tiles, masses + item * HEADS * tiles
-        shifts = shifts_of(own_peaks, own_masses, tiles, live_tiles, HEADS, HEADS_TILE, AT_ONCE)
+        shifts, usual_share = shifts_of(
+            own_peaks, own_masses, tiles, live_tiles, HEADS, HEADS_TILE, AT_ONCE, POOLING_TILE
+        )
         of_heads = ()
         for head in tl.static_range(HEADS):
             shift = tl.sum(tl.where(tl.arange(0, HEADS_TILE) == head, shifts, 0.0), 0)
             of_heads = of_heads + (shift,)  # type: ignore[assignment]  # noqa: RUF005
-        first_fine = first_fine_of(length)
+        usual = usual_number(usual_share)
         histogram = tl.zeros([BINS], tl.int32)
         for first in range(begin, end, STEP):
             found = multiply_labels(
@@ -140,7 +142,7 @@ def _number_labels(
                 ranges,
                 ranges_stride,
                 numbers,
-                first_fine,
+                usual,
                 RANGES,
                 STEP,
                 BINS,
@@ -151,7 +153,7 @@ def _number_labels(
             part,
             length,
             counts + index,
-            first_fine,
+            usual,
             histograms,
             states,
             places,

@@ -19,7 +19,7 @@ from vllm_sparse_plugin.paged.triton_kernels.grids import (
 
 POOLING_TILE = 512
 """Scores whose sum is taken at once. Fixed: sums in other parts would differ in their last bits."""
-_WEIGHTS_AT_ONCE = 1024
+_WEIGHTS_AT_ONCE = 512
 """Of all heads of a group together."""
 _SCORES_AT_ONCE = 4096
 """Of all heads of a group together; more would take all registers."""
@@ -78,8 +78,11 @@ def shifts_of(
     HEADS: tl.constexpr,
     HEADS_TILE: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """What exponents (base 2) are less by, so that powers of all heads add up to a mean of shares.
+
+    And a share that is usual: the mean one of the tile where that is least, for each head.
 
     Args:
         peaks: Pointer to those of the group's first head, see `PoolingWorkspace`.
@@ -89,9 +92,11 @@ def shifts_of(
         HEADS: Of the group.
         HEADS_TILE: The same as an axis.
         AT_ONCE: Tiles that are loaded together.
+        TILE: Scores of a tile.
 
     Returns:
         `[HEADS_TILE]`, float32: inf where there is no such head, or none of its scores is finite.
+        And one float32.
     """
     heads, every = tl.arange(0, HEADS_TILE)[:, None], tl.arange(0, AT_ONCE)[None, :]
     peak_of_tiles = tl.full([HEADS_TILE, AT_ONCE], float("-inf"), tl.float32)
@@ -102,14 +107,20 @@ def shifts_of(
     peak = tl.max(peak_of_tiles, 1)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     powers = tl.zeros([HEADS_TILE, AT_ONCE], tl.float32)
+    leasts = tl.full([HEADS_TILE, AT_ONCE], float("inf"), tl.float32)
     for first in range(0, live, AT_ONCE):
         mask = (heads < HEADS) & (first + every < live)
         found = tl.load(peaks + heads * tiles + first + every, mask=mask, other=float("-inf"))
         mass_of_tiles = tl.load(masses + heads * tiles + first + every, mask=mask, other=0.0)
-        powers += mass_of_tiles * tl.exp2(found - peak[:, None])
+        power = mass_of_tiles * tl.exp2(found - peak[:, None])
+        powers += power
+        # Not the last tile, if there is another: it may have few keys.
+        is_usual = mask & (first + every < tl.maximum(live - 1, 1))
+        leasts = tl.minimum(leasts, tl.where(is_usual, power, float("inf")))
     mass = tl.sum(powers, 1)
-    shift = peak + tl.log2(tl.where(mass > 0, mass, 1.0) * HEADS)
-    return tl.where(mass > 0, shift, float("inf"))
+    whole = tl.where(mass > 0, mass, 1.0) * HEADS
+    usual = tl.sum(tl.where(mass > 0, tl.min(leasts, 1) / whole, 0.0), 0) / TILE
+    return tl.where(mass > 0, peak + tl.log2(whole), float("inf")), usual
 
 
 @triton.jit
@@ -174,7 +185,7 @@ def _share_kernel(
         peaks += item * HEADS * tiles
         masses += item * HEADS * tiles
         live = tl.cdiv(pages, TILE)
-        shifts = shifts_of(peaks, masses, tiles, live, HEADS, HEADS_TILE, AT_ONCE)
+        shifts, _ = shifts_of(peaks, masses, tiles, live, HEADS, HEADS_TILE, AT_ONCE, TILE)
         for step in range(tl.program_id(1), steps, tl.num_programs(1)):
             first = step * STEP
             shares = load_shares(

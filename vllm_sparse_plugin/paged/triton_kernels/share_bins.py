@@ -1,48 +1,62 @@
 """Bins of numbers that stand for shares of attention: few keys in each, one with the last place.
 
-4 bins per octave from four times what each key of a row would have if all had the same down to a
-thousandth of it, and 4 octaves in a bin elsewhere. So few keys are in any bin, whether scores are
-flat or steep, and if sinks have almost everything: some percent. (More bins would take longer:
-Triton 3.6 counts with so many instructions for each bit of a bin's number.)
+How wide bins must be, nobody knows beforehand: shares differ by a few percent in one row, and by
+powers of ten in another. So they are the wider the farther they are from a share that is usual in
+the row: above it by a quarter to an eighth of their distance (in octaves, from 1/64 of one on), and
+below it by half of it to a third. Some percent of a row's keys are in a bin then, whether scores
+are flat or steep, few keys have almost everything, or the last ones more than others; in the worst
+of many rows that were tried, 15 %.
+
+There are no more bins than 64, because in Triton 3.6 counting takes so many instructions for each
+bit of a bin's number.
 """
 
 import triton
 import triton.language as tl
 
-from vllm_sparse_plugin.paged.triton_kernels.radix import order_of
-
 BINS = 64
-"""The first one is empty: keys that cannot be chosen are in none."""
+"""The first and the last one are empty: keys that cannot be chosen are in none."""
 WORDS = 8
 """Of what is known of a row: the least rank of keys that are listed for sure, and of those that
 are chosen from, how many keys of the first kind have a number, the places left for the second kind,
 and how many there are; 5: see `radix.is_last`."""
-_OCTAVES, _BIN = tl.constexpr(25), tl.constexpr(21)
-"""Bits of a float32 behind what makes 4 octaves, and behind what makes 4 bins of an octave."""
-_FINE, _COARSE, _FINE_NUMBERS = tl.constexpr(12), tl.constexpr(60), tl.constexpr(12 << 23)
-"""The first fine bin, and the first coarse one behind the twelve fine octaves, which have so many
-numbers. The bins before are of 44 octaves."""
-_LAST = tl.constexpr(BINS - 1)
+_USUAL, _ABOVE, _BELOW = tl.constexpr(22), tl.constexpr(40), tl.constexpr(21)
+"""The bin of usual shares, and how many there are on both sides."""
+_DROPPED = tl.constexpr(8)
+"""Bits of a distance that are of no consequence; float32s are exact without them."""
+_NEAREST = tl.constexpr(136 << 23)
+"""What is left of the distance where bins begin on both sides, 2**9, as float32 in int32: 1/64 of
+an octave, which is 2**23 numbers."""
 
 
 @triton.jit
-def first_fine_of(length):
-    """The number of the share that the fine bins begin with: 2**-10 of an equal one, uint32."""
-    return order_of(0.0009765625 / length.to(tl.float32))
+def number_of(share):
+    """The number that stands for shares, uint32, see `radix.order_of`: none of them is negative."""
+    return share.to(tl.uint32, bitcast=True) | 0x80000000
 
 
 @triton.jit
-def digit_of(number, first_fine):
+def usual_number(share):
+    """That of a share that is usual; of whatever is computed from no numbers, one in its range."""
+    return tl.minimum(number_of(share), 0xC0000000).to(tl.uint32)
+
+
+@triton.jit
+def digit_of(number, usual):
     """The bin, from 1 on, of a number that stands for a share; see the module.
 
     Numbers of shares are those of float32s that are not negative: their order is that of exponents,
-    and then of what is behind.
+    and then of what is behind. A distance's own float32 has bins of its own in its first bits.
+
+    Args:
+        number: uint32, see `number_of`.
+        usual: See `usual_number`.
     """
-    above = (number - first_fine).to(tl.int32, bitcast=True)
-    below, fine = tl.minimum(above, 0), tl.minimum(tl.maximum(above, 0), _FINE_NUMBERS)
-    behind = tl.maximum(above, _FINE_NUMBERS) - _FINE_NUMBERS
-    digit = _FINE + (below >> _OCTAVES) + (fine >> _BIN) + (behind >> _OCTAVES)
-    return tl.minimum(tl.maximum(digit, 1), _LAST)
+    away = (number - usual).to(tl.int32, bitcast=True)
+    distance = (tl.abs(away) >> _DROPPED).to(tl.float32).to(tl.int32, bitcast=True) - _NEAREST
+    above = tl.minimum(tl.maximum((distance >> 21) + 1, 0), _ABOVE)
+    below = tl.minimum(tl.maximum((distance >> 22) + 1, 0), _BELOW)
+    return tl.where(away >= 0, above, -below) + _USUAL
 
 
 @triton.jit
@@ -52,13 +66,25 @@ def rank_of(number):
 
 
 @triton.jit
-def _least_rank(digit, first_fine):
-    """Of the numbers in a bin from 1 on, uint32; of `BINS`, that of keys without a number."""
-    above = tl.where(digit < _FINE, (digit - _FINE) << _OCTAVES, (digit - _FINE) << _BIN)
-    behind = _FINE_NUMBERS + ((digit - _COARSE) << _OCTAVES)
-    above = tl.where(digit < _COARSE, above, behind)
-    least = first_fine + above.to(tl.uint32, bitcast=True) - 1
-    return tl.where(digit > _LAST, 0xFFFFFFFF, tl.where(digit > 1, least, 0)).to(tl.uint32)
+def _distance_of(bins, SHIFT: tl.constexpr):
+    """Where the bin begins that is so many from the usual one, 1 or more, in numbers."""
+    begin = ((bins - 1) << SHIFT) + _NEAREST
+    return begin.to(tl.float32, bitcast=True).to(tl.int32) << _DROPPED
+
+
+@triton.jit
+def least_rank(digit, usual):
+    """Of the numbers in a bin from 1 on, uint32; behind the last bin, that of keys without one.
+
+    Args:
+        digit: int32.
+        usual: See `usual_number`.
+    """
+    above, below = tl.maximum(digit - _USUAL, 1), tl.maximum(1 - (digit - _USUAL), 1)
+    least = tl.where(digit > _USUAL, _distance_of(above, 21), 1 - _distance_of(below, 22))
+    rank = usual + least.to(tl.uint32, bitcast=True) - 1
+    rank = tl.where(digit > 1, rank, 0)
+    return tl.where(digit > _USUAL + _ABOVE, 0xFFFFFFFF, rank).to(tl.uint32)
 
 
 @triton.jit
@@ -68,7 +94,7 @@ def divide(
     places,
     live,
     wanted,
-    first_fine,
+    usual,
     PARTS: tl.constexpr,
     BINS: tl.constexpr,
 ):
@@ -81,7 +107,7 @@ def divide(
             bin that has the last place, and in it.
         live: Parts.
         wanted: How many keys are to be chosen.
-        first_fine: See `first_fine_of`.
+        usual: See `usual_of`.
         PARTS: Of a row.
         BINS: See above.
     """
@@ -101,8 +127,8 @@ def divide(
     rest = tl.where(room > 0, tl.sum(tl.where(bins[None, :] == first - 1, counts, 0), 1), 0)
     tl.store(places + 2 * parts, tl.cumsum(above, 0) - above)
     tl.store(places + 2 * parts + 1, tl.cumsum(rest, 0) - rest)
-    tl.store(state, _least_rank(first, first_fine).to(tl.int32, bitcast=True))
-    least_open = _least_rank(tl.where(room > 0, first - 1, first), first_fine)
+    tl.store(state, least_rank(first, usual).to(tl.int32, bitcast=True))
+    least_open = least_rank(tl.where(room > 0, first - 1, first), usual)
     tl.store(state + 1, least_open.to(tl.int32, bitcast=True))
     tl.store(state + 2, tl.sum(above, 0))
     tl.store(state + 3, room)
