@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.gpu.command import run_stage
 from benchmarks.gpu.device_step import DeviceStep, relative_error
-from benchmarks.gpu.sparse_configs import Maskers, sink_and_window, sparse_cases
+from benchmarks.gpu.sparse_configs import TOKENS_10, Maskers, sink_and_window, sparse_cases
 from vllm_sparse_plugin.paged.layout import BlockShape
 from vllm_sparse_plugin.paged.triton_kernels import row_selection
 
@@ -47,6 +47,9 @@ def small_cases(folder: Path, kv_heads: int, head_size: int) -> dict[str, tuple[
     cases["oracle top-k of many, and a sample"] = ([*fixed, oracle, sample], _MANY_KEYS)
     of_groups = {**oracle, "head_granularity": "kv_head"}
     cases["oracle top-k of many, per KV head"] = ([*fixed, of_groups], _MANY_KEYS)
+    of_many = sparse_cases(_MANY_KEYS, folder, kv_heads, head_size)
+    labels = next(case.maskers for case in of_many if case.name == TOKENS_10)
+    cases["Double Sparsity of many"] = (labels, _MANY_KEYS)
     return cases
 
 
