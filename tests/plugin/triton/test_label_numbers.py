@@ -41,9 +41,8 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True, params=[1024, 1], ids=["most parts", "fewest parts"])
-def _small_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(key_numbers, "_PROGRAMS", request.param)
+@pytest.fixture(autouse=True)
+def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(key_numbers, "_SCORES_AT_ONCE", 2 * STEP)
 
 

@@ -76,20 +76,28 @@ def _list_kernel(
             tokens + tl.load(state + 2) + tl.where(is_every, length, covered) + tl.load(before + 1)
         )
         for first in range(begin, end, STEP):
-            keys = first + tl.arange(0, STEP)
-            mask = keys < end
-            number = tl.load(numbers + keys, mask=mask, other=0).to(tl.uint32, bitcast=True)
-            rank = rank_of(number)
-            is_listed = mask & (rank >= least_listed)
-            is_open = mask & (rank >= least_open) & (rank < least_listed)
-            # Two counts of 16 bits: one sum over all threads takes no longer for that.
-            one = is_listed.to(tl.int32) + (is_open.to(tl.int32) << 16)
-            sums = tl.cumsum(one, 0) - one
-            of_listed, of_open = sums & 0xFFFF, sums >> 16
-            tl.store(listed + of_listed, keys, mask=is_listed)
-            tl.store(behind + of_open, keys, mask=is_open)
-            tl.store(chosen_from + of_open, number.to(tl.int32, bitcast=True), mask=is_open)
-            total = tl.sum(one, 0)
+            # Four neighbours in a thread: to sum over threads takes a quarter as long.
+            quads = first + 4 * tl.arange(0, STEP // 4)
+            ones = tl.zeros([STEP // 4], tl.int32)
+            known = ()
+            for own in tl.static_range(4):
+                mask = quads + own < end
+                number = tl.load(numbers + quads + own, mask=mask, other=0)
+                rank = rank_of(number.to(tl.uint32, bitcast=True))
+                is_listed = mask & (rank >= least_listed)
+                is_open = mask & (rank >= least_open) & (rank < least_listed)
+                # Two counts of 16 bits: one sum over all threads takes no longer for that.
+                one = is_listed.to(tl.int32) + (is_open.to(tl.int32) << 16)
+                known = known + (number, one, ones)  # type: ignore[assignment]  # noqa: RUF005
+                ones += one
+            sums = tl.cumsum(ones, 0) - ones
+            for own in tl.static_range(4):
+                one, place = known[3 * own + 1], sums + known[3 * own + 2]
+                of_listed, of_open = place & 0xFFFF, place >> 16
+                tl.store(listed + of_listed, quads + own, mask=one % 2 > 0)
+                tl.store(behind + of_open, quads + own, mask=one > 1)
+                tl.store(chosen_from + of_open, known[3 * own], mask=one > 1)
+            total = tl.sum(ones, 0)
             listed += total & 0xFFFF
             behind += total >> 16
             chosen_from += total >> 16
