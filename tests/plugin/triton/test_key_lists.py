@@ -28,9 +28,8 @@ from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace, we
 STEP = 64
 
 
-@pytest.fixture(autouse=True, params=[1024, 1], ids=["most parts", "fewest parts"])
-def _small_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(key_numbers, "_PROGRAMS", request.param)
+@pytest.fixture(autouse=True)
+def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(key_numbers, "_SCORES_AT_ONCE", 2 * STEP)
     monkeypatch.setattr(key_lists, "CHUNK", STEP)
 
@@ -75,18 +74,26 @@ def check(scores, kv_heads: int, wanted, lengths, ranges, every=None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "spread", "peak"),
+    ("heads", "kv_heads", "spread", "peak", "programs"),
     [
-        (4, 2, 1.0, 0.0),
-        (4, 2, 1.0, 55.0),
-        (4, 2, 12.0, 0.0),
-        (4, 2, 0.2, 0.0),
-        (3, 1, 1.0, 55.0),
-        (7, 1, 1.0, 0.0),
+        (4, 2, 1.0, 0.0, 1024),
+        (4, 2, 1.0, 55.0, 1),
+        (4, 2, 12.0, 0.0, 1024),
+        (2, 1, 0.2, 0.0, 1),
+        (3, 1, 1.0, 55.0, 1024),
+        (7, 1, 1.0, 0.0, 1024),
     ],
 )
-def test_the_same_keys_as_by_flags(heads: int, kv_heads: int, spread: float, peak: float) -> None:
-    """Edges of steps and parts; ties; steep and flat scores, and all below the bins but one."""
+def test_the_same_keys_as_by_flags(
+    heads: int,
+    kv_heads: int,
+    spread: float,
+    peak: float,
+    programs: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With many parts of a row, and with few. Edges of steps and parts; ties; steep and flat scores, and all below the bins but one."""
+    monkeypatch.setattr(key_numbers, "_PROGRAMS", programs)
     random = np.random.default_rng(heads)
     keys = 24 * STEP
     lengths = [0, 1, STEP, STEP + 1, 16 * STEP, 16 * STEP + 1, 23 * STEP - 5, keys]
