@@ -92,7 +92,7 @@ def test_the_same_keys_as_by_flags(
     programs: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With many parts of a row, and with few. Edges of steps and parts; ties; steep and flat scores, and all below the bins but one."""
+    """Edges of steps and of parts, many or few; ties; steep scores, flat ones, and one of all."""
     monkeypatch.setattr(key_numbers, "_PROGRAMS", programs)
     random = np.random.default_rng(heads)
     keys = 24 * STEP
