@@ -9,12 +9,14 @@ import importlib
 import os
 import pkgutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from types import ModuleType
+from typing import Any
 from unittest import mock
 
 import torch
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
@@ -35,6 +37,12 @@ def import_interpreted(package: str) -> None:
     with mock.patch.dict(os.environ, _SWITCH):
         for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
             importlib.import_module(f"{package}.{module.name}")
+
+
+def kernel_of(function: Callable[..., None]) -> Any:
+    """A test's own kernel: interpreted where the package's are."""
+    with mock.patch.dict(os.environ, _SWITCH if DEVICE == "cpu" else {}):
+        return triton.jit(function)
 
 
 @contextmanager

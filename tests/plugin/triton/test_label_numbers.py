@@ -97,7 +97,7 @@ def check(rows: Rows, index: Labels, wanted: np.ndarray, ranges: np.ndarray) -> 
 def test_numbers_and_lists(sizes: tuple, index: Labels) -> None:
     """Edges of blocks, steps and parts; padding; ranges that cover all and nothing."""
     layout = BlockLayout(shape_of(*sizes), (index,))
-    rows = make_rows(layout, (0, 1, 65, STEP * 16 + 1), exact=False, spare_keys=2)
+    rows = make_rows(layout, (0, 1, 4 * STEP - 1, STEP * 16 + 1), exact=False, spare_keys=2)
     lengths = rows.batch.lengths
     check(rows, index, np.array([3, 2, 9, 200]), np.zeros((0, len(lengths)), np.int64))
     ranges = np.stack([lengths * 0, lengths * 0 + 20, lengths - 33, lengths])

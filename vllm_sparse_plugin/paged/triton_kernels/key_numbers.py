@@ -227,7 +227,7 @@ class KeyListsWorkspace:
     """What programs of a row tell each other.
 
     Attributes:
-        histograms: `[max_rows, parts, BINS]`, int32, of the first digits of each part.
+        histograms: `[max_rows, parts, BINS]`, int32: how many numbers of a part are in each bin.
         states: `[max_rows, WORDS]`, int32; the count of programs is 0 between launches.
         places: `[max_rows, parts, 2]`, int32: see `share_bins.divide`.
     """
@@ -238,7 +238,7 @@ class KeyListsWorkspace:
 
     @classmethod
     def of(cls, max_rows: int, device: torch.device | str) -> KeyListsWorkspace:
-        """Asks for the memory: 8.5 KiB for each row.
+        """Asks for the memory: 8 KiB for each row, and some bytes.
 
         Args:
             max_rows: Of a launch: queries * KV heads.

@@ -21,6 +21,8 @@ POOLING_TILE = 512
 """Scores whose sum is taken at once. Fixed: sums in other parts would differ in their last bits."""
 _WEIGHTS_AT_ONCE = 512
 """Of all heads of a group together."""
+_CUT_OFF = tl.constexpr(2.0)
+"""In octaves; see `shifts_of`."""
 _SCORES_AT_ONCE = 4096
 """Of all heads of a group together; more would take all registers."""
 
@@ -82,7 +84,9 @@ def shifts_of(
 ):
     """What exponents (base 2) are less by, so that powers of all heads add up to a mean of shares.
 
-    And a share that is usual: the mean one of the tile where that is least, for each head.
+    And a share that is usual: the mean of tiles' logarithms, then moved by the mean of what is left
+    of their distances to it when those are cut off. So a few tiles do not count, be they ever so
+    high or low.
 
     Args:
         peaks: Pointer to those of the group's first head, see `PoolingWorkspace`.
@@ -100,26 +104,30 @@ def shifts_of(
     """
     heads, every = tl.arange(0, HEADS_TILE)[:, None], tl.arange(0, AT_ONCE)[None, :]
     peak_of_tiles = tl.full([HEADS_TILE, AT_ONCE], float("-inf"), tl.float32)
+    levels = tl.zeros([HEADS_TILE, AT_ONCE], tl.float32)
     for first in range(0, live, AT_ONCE):
         mask = (heads < HEADS) & (first + every < live)
         found = tl.load(peaks + heads * tiles + first + every, mask=mask, other=float("-inf"))
         peak_of_tiles = tl.maximum(peak_of_tiles, found)
+        mass_of_tiles = tl.load(masses + heads * tiles + first + every, mask=mask, other=1.0)
+        levels += tl.where(found > float("-inf"), found + tl.log2(mass_of_tiles), 0.0)
     peak = tl.max(peak_of_tiles, 1)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
+    level = tl.sum(levels, 1) / live
     powers = tl.zeros([HEADS_TILE, AT_ONCE], tl.float32)
-    leasts = tl.full([HEADS_TILE, AT_ONCE], float("inf"), tl.float32)
+    moved = tl.zeros([HEADS_TILE, AT_ONCE], tl.float32)
     for first in range(0, live, AT_ONCE):
         mask = (heads < HEADS) & (first + every < live)
         found = tl.load(peaks + heads * tiles + first + every, mask=mask, other=float("-inf"))
         mass_of_tiles = tl.load(masses + heads * tiles + first + every, mask=mask, other=0.0)
-        power = mass_of_tiles * tl.exp2(found - peak[:, None])
-        powers += power
-        # Not the last tile, if there is another: it may have few keys.
-        is_usual = mask & (first + every < tl.maximum(live - 1, 1))
-        leasts = tl.minimum(leasts, tl.where(is_usual, power, float("inf")))
+        powers += mass_of_tiles * tl.exp2(found - peak[:, None])
+        distance = found + tl.log2(mass_of_tiles) - level[:, None]
+        distance = tl.minimum(tl.maximum(distance, -_CUT_OFF), _CUT_OFF)
+        moved += tl.where(mask, distance, 0.0)
     mass = tl.sum(powers, 1)
     whole = tl.where(mass > 0, mass, 1.0) * HEADS
-    usual = tl.sum(tl.where(mass > 0, tl.min(leasts, 1) / whole, 0.0), 0) / TILE
+    level += tl.sum(moved, 1) / live - peak
+    usual = tl.sum(tl.where(mass > 0, tl.exp2(level) / whole, 0.0), 0) / TILE
     return tl.where(mass > 0, peak + tl.log2(whole), float("inf")), usual
 
 

@@ -2,10 +2,10 @@
 
 How wide bins must be, nobody knows beforehand: shares differ by a few percent in one row, and by
 powers of ten in another. So they are the wider the farther they are from a share that is usual in
-the row: above it by a quarter to an eighth of their distance (in octaves, from 1/64 of one on), and
+the row: above it by a quarter to a seventh of their distance (in octaves, from 1/64 of one on), and
 below it by half of it to a third. Some percent of a row's keys are in a bin then, whether scores
-are flat or steep, few keys have almost everything, or the last ones more than others; in the worst
-of many rows that were tried, 15 %.
+are flat or steep, few keys have almost everything or nothing, or the last ones more than others.
+(More are where most keys are the same but for some percent, and others are not.)
 
 There are no more bins than 64, because in Triton 3.6 counting takes so many instructions for each
 bit of a bin's number.
@@ -107,7 +107,7 @@ def divide(
             bin that has the last place, and in it.
         live: Parts.
         wanted: How many keys are to be chosen.
-        usual: See `usual_of`.
+        usual: See `usual_number`.
         PARTS: Of a row.
         BINS: See above.
     """
