@@ -94,12 +94,14 @@ def launches_apart() -> Iterator[None]:
 
 @functools.cache
 def can_overlap(device: torch.device) -> bool:
-    """Whether a device knows such launches.
+    """Whether a device knows such launches; Triton's interpreter does not.
 
     Args:
         device: Any.
     """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    is_compiled = isinstance(await_launches, triton.JITFunction)
+    is_cuda = device.type == "cuda" and is_compiled
+    return is_cuda and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def programs_per_row(rows: int, capacity: int, tile: int) -> int:
