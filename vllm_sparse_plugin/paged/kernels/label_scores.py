@@ -13,6 +13,7 @@ from vllm_sparse_plugin.paged.kernels.vectors import (
     fetch_bytes,
     load,
     load_codes_part,
+    load_part,
     multiply_add,
     multiply_then_add,
     splat,
@@ -20,48 +21,29 @@ from vllm_sparse_plugin.paged.kernels.vectors import (
 )
 
 
-@njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _load_scales(
-    flat: np.ndarray, first: int, kind: int, bits: int, block_size: int, scales: np.ndarray
-) -> None:
-    """What codes of 0 stand for, and the steps between codes.
-
-    Args:
-        flat: The cache's elements.
-        first: Of the row of labels.
-        kind: Of the elements.
-        bits: Of a code.
-        block_size: Tokens of a block.
-        scales: `[2, padded(block_size)]`, float32; written.
-    """
-    for side in range(2):
-        target = scales[side, :block_size]
-        target[:] = load_row(flat, first + side * block_size, target, kind)
-    levels = np.float32((1 << bits) - 1)
-    for t in range(block_size):
-        # Where all values are the same, all codes are 0.
-        scales[1, t] = (scales[1, t] - scales[0, t]) / levels
-
-
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _decode(
+    flat: np.ndarray,
+    first: int,
+    kind: int,
     records: np.ndarray,
     codes: int,
     bits: int,
-    scales: np.ndarray,
     block_size: int,
     count: int,
     labels: np.ndarray,
 ) -> None:
     """Values of one row of labels: at least the first `count` columns of `labels`.
 
-    Multiplied and added in two steps, as `pseudo_quantize` does.
+    As `pseudo_quantize` makes them, but for the last bit of the step between codes.
 
     Args:
+        flat: The cache's elements.
+        first: Of the row of labels.
+        kind: Of the elements.
         records: See `write_labels`.
         codes: Their first byte, from the cache's start.
         bits: Of a code.
-        scales: See `_load_scales`.
         block_size: Tokens of a block.
         count: Tokens that are wanted.
         labels: `[C, padded(block_size)]`, float32; written.
@@ -69,9 +51,14 @@ def _decode(
     channels, columns = labels.shape
     per_byte = 8 // bits
     width, mask = (channels + per_byte - 1) // per_byte, (1 << bits) - 1
+    zero, minus = splat(np.float32(0.0)), splat(np.float32(-1.0))
+    share = splat(np.float32(1.0 / mask))
     for t in range(0, count, LANES):
         left = block_size - t
-        low, step = load(scales, t, 0), load(scales, columns + t, 0)
+        low = load_part(flat, first + t, kind, left)
+        high = load_part(flat, first + block_size + t, kind, left)
+        # Where all values are the same, all codes are 0.
+        step = multiply_add(multiply_add(low, minus, high), share, zero)
         for byte in range(width):
             row = codes + byte * block_size + t
             for part in range(per_byte):
@@ -168,7 +155,6 @@ def score_labels(
         width = padded(block_size)
         labels = np.zeros((channels, width), np.float32)
         products = np.empty((by_row, width), np.float32)
-        scales = np.zeros((2, width), np.float32)
         for row in range(rows_per_head):
             start = first_byte(records, place, blocks[chunk], kv_head) + row * row_bytes
             first_element = start // elements.itemsize
@@ -178,8 +164,7 @@ def score_labels(
                     target[:] = load_row(flat, first_element + c * block_size, target, kind)
             else:
                 codes = start + 2 * elements.itemsize * block_size
-                _load_scales(flat, first_element, kind, bits, block_size, scales)
-                _decode(records, codes, bits, scales, block_size, count, labels)
+                _decode(flat, first_element, kind, records, codes, bits, block_size, count, labels)
             head = kv_head * heads + row * by_row
             _multiply(query[index, head : head + by_row], labels, count, products)
             for h in range(by_row):
