@@ -302,13 +302,28 @@ class KeyRows:
         return self.lengths, every, ranges, self.ranges.stride(0)
 
     def constants(self) -> dict[str, int]:
-        """What kernels are compiled for."""
+        """What all kernels are compiled for."""
         return {
             "LISTS": self.kv_heads,
             "HEADS": self.heads,
             "RANGES": len(self.ranges) // 2,
             "HAS_EVERY": self.every is not None,
             "WORDS": WORDS,
+        }
+
+    def constants_of_numbers(self, tiles: int) -> dict[str, int]:
+        """What kernels are compiled for that make numbers.
+
+        Args:
+            tiles: Of a row, see `PoolingWorkspace`.
+        """
+        return self.constants() | {
+            "STEP": self.step,
+            "PARTS": PARTS,
+            "HEADS_TILE": power_of_2(self.heads),
+            "AT_ONCE": tiles_at_once(tiles, self.heads),
+            "POOLING_TILE": POOLING_TILE,
+            "BINS": BINS,
         }
 
     @property
@@ -356,13 +371,7 @@ def number_scores(
         capacity,
         ranges_stride,
         tiles,
-        **rows.constants(),
-        STEP=rows.step,
-        PARTS=PARTS,
-        HEADS_TILE=power_of_2(rows.heads),
-        AT_ONCE=tiles_at_once(tiles, rows.heads),
-        POOLING_TILE=POOLING_TILE,
-        BINS=BINS,
+        **rows.constants_of_numbers(tiles),
         num_warps=PART_WARPS,
         maxnreg=_REGISTERS,
         **overlapped(scores.device),

@@ -17,11 +17,9 @@ from vllm_sparse_plugin.paged.triton_kernels.grids import (
     await_launches,
     launched,
     overlapped,
-    power_of_2,
 )
 from vllm_sparse_plugin.paged.triton_kernels.key_numbers import (
     PART_WARPS,
-    PARTS,
     KeyRows,
     end_part,
     number_keys,
@@ -32,14 +30,12 @@ from vllm_sparse_plugin.paged.triton_kernels.label_products import (
     first_label,
     multiply_labels,
 )
-from vllm_sparse_plugin.paged.triton_kernels.pooling import (
-    POOLING_TILE,
-    PoolingWorkspace,
-    shifts_of,
-    tiles_at_once,
-)
+from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace, shifts_of
 from vllm_sparse_plugin.paged.triton_kernels.radix import part_of
-from vllm_sparse_plugin.paged.triton_kernels.share_bins import BINS, usual_number
+from vllm_sparse_plugin.paged.triton_kernels.share_bins import usual_number
+
+_MOST_HEADS = 16
+"""Of a KV head: of more, the sums would take too many registers."""
 
 
 @launched
@@ -175,10 +171,6 @@ def can_number(labels: KeyLabels, heads: int) -> bool:
     return labels.rows_per_head == 1 and heads <= _MOST_HEADS and bytes_of_key < 8 * heads
 
 
-_MOST_HEADS = 16
-"""Of more, the sums would take too many registers."""
-
-
 def number_labels(
     query: QueryLabels,
     labels: KeyLabels,
@@ -231,13 +223,7 @@ def number_labels(
         tiles,
         **labels.constants(),
         IS_INTERPRETED=not isinstance(_number_labels, triton.JITFunction),
-        **rows.constants(),
-        STEP=rows.step,
-        PARTS=PARTS,
-        HEADS_TILE=power_of_2(rows.heads),
-        AT_ONCE=tiles_at_once(tiles, rows.heads),
-        POOLING_TILE=POOLING_TILE,
-        BINS=BINS,
+        **rows.constants_of_numbers(tiles),
         enable_fp_fusion=False,
         num_warps=PART_WARPS,
         **overlapped(numbers.device),

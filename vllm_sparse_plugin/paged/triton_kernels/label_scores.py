@@ -173,10 +173,11 @@ def _launch(
     groups = num_heads // heads
     if weights is None:
         assert scores is not None
-        tiles, strides, memory = -(-scores.shape[2] // POOLING_TILE), scores.stride(), [scores] * 3
+        tiles, memory = -(-scores.shape[2] // POOLING_TILE), [scores] * 3
+        strides = scores.stride()[:2]
     else:
-        tiles, strides = weights.peaks.shape[1], (0, 0, 1)
-        memory = [weights.peaks, weights.peaks, weights.masses]
+        tiles, memory = weights.peaks.shape[1], [weights.peaks, weights.peaks, weights.masses]
+        strides = (0, 0)
     _score_labels[(num_queries, groups, splits_of(num_queries * groups, tiles))](
         query.values,
         query.scales,
@@ -187,7 +188,7 @@ def _launch(
         *memory,
         scaling * math.log2(math.e),
         block_table.stride(0),
-        *strides[:2],
+        *strides,
         tiles,
         **labels.constants(),
         IS_INTERPRETED=not isinstance(_score_labels, triton.JITFunction),
