@@ -48,7 +48,8 @@ def _planner(engine: VllmConfig, shape: BlockShape) -> DevicePlanner:
     config = compat.serving_config(engine)
     assert config is not None  # else the backend would not have been chosen
     # With speculation every request attends densely: neither index nor memory is of use.
-    has_fast_path = config.fast_path and engine.speculative_config is None
+    is_dense = engine.speculative_config is not None
+    has_fast_path = config.fast_path and not is_dense
     indices = indices_of(config.indexed(), shape, device_maskers) if has_fast_path else []
     layout = BlockLayout(shape, tuple(indices))
     logger.info(
@@ -65,6 +66,8 @@ def _planner(engine: VllmConfig, shape: BlockShape) -> DevicePlanner:
         capacity=-(-engine.model_config.max_model_len // 16) * 16,
         max_tokens=scheduler.max_num_batched_tokens,
         max_sequences=sequences_within(STATES_BYTES, most, layout, num_layers),
+        brings_maskers=config.allow_request_config and has_fast_path,
+        has_general_rows=not is_dense and (config.allow_request_config or not config.fast_path),
     )
     device = torch.device(compat.device_type())
     return DevicePlanner(layout, limits, device, config.attention if has_fast_path else None)

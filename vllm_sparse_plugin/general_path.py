@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 
 import torch
 
-from vllm_sparse_plugin.masked_attention import attend_row, attention_of
+from vllm_sparse_plugin.masked_attention import attend_row, attention_of, queries_at_once
 from vllm_sparse_plugin.paged.group_counts import GroupCounts
 from vllm_sparse_plugin.paged.layout import BlockShape
 from vllm_sparse_plugin.step_plan import DenseRow, SparseRow
 
 AnyRow = DenseRow | SparseRow
+
+_COSTLY = json.dumps(
+    {
+        "maskers": [
+            {"type": "oracle_top_k", "heavy_size": 0.1},
+            {
+                "type": "adaptive_sampling",
+                "base_rate_sampling": 0.1,
+                "epsilon": 0.1,
+                "delta": 0.1,
+                "init_offset": 0,
+                "local_offset": 0,
+            },
+        ]
+    }
+)
+"""Maskers that take more memory than most: 20 times that of the scores."""
 
 
 def attend_generally(
@@ -46,3 +64,19 @@ def attend_generally(
         target = output[part]
         target.copy_(result.output.view_as(target))
         counts.add_general(place, result.read_keys, result.visible_keys, shape)
+
+
+def take_memory(shape: BlockShape, num_keys: int, max_queries: int, device: torch.device) -> None:
+    """Attends once, over the longest row, for vLLM to see how much memory that takes.
+
+    Args:
+        shape: Of the cache.
+        num_keys: Of the row.
+        max_queries: Of a step.
+        device: Of the memory.
+    """
+    size = (1, shape.num_kv_heads, num_keys, shape.head_size)
+    key, value = torch.zeros((2, *size), dtype=shape.dtype, device=device)
+    queries = min(max_queries, num_keys, queries_at_once(shape.num_heads, num_keys))
+    query = torch.zeros(queries, shape.num_heads, shape.head_size, dtype=shape.dtype, device=device)
+    attend_row(attention_of(_COSTLY), query, key, value, shape.head_size**-0.5, 0)

@@ -17,8 +17,8 @@ from sparse_attention_hub.sparse_attention.utils.mask_attention_utils import (
     get_masked_attention_output,
 )
 
-MAX_SCORES = 1 << 24
-"""Scores held at once (64 MiB in float32); more queries are worked off in slices."""
+MAX_SCORES = 1 << 22
+"""Scores held at once (16 MiB in float32); more queries are worked off in slices."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ def causal_mask(num_queries: int, num_keys: int, like: torch.Tensor) -> torch.Te
     return mask.masked_fill(future, torch.finfo(like.dtype).min)[None, None]
 
 
+def queries_at_once(num_heads: int, num_keys: int) -> int:
+    """How many queries are worked off together, at least 1."""
+    return max(1, MAX_SCORES // (num_heads * num_keys))
+
+
 def attend_row(
     attention: ResearchAttention,
     query: torch.Tensor,
@@ -83,7 +88,7 @@ def attend_row(
     """
     num_queries, num_heads, _ = query.shape
     num_keys = key.shape[2]
-    slice_size = max(1, MAX_SCORES // (num_heads * num_keys))
+    slice_size = queries_at_once(num_heads, num_keys)
     outputs, read, visible = [], 0, 0
     for start in range(0, num_queries, slice_size):
         end = min(start + slice_size, num_queries)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +52,11 @@ class Networks:
     def num_bits(self) -> int:
         """What they give."""
         return int(self.matrices[-1].shape[2])
+
+    @property
+    def hidden_sizes(self) -> tuple[int, ...]:
+        """What each linear layer but the last gives."""
+        return tuple(int(matrix.shape[2]) for matrix in self.matrices[:-1])
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,11 @@ class HashSignatures(BlockIndex):
     def bytes_per_block(self, shape: BlockShape) -> int:
         """See `BlockIndex.bytes_per_block`."""
         return self.rows_per_head(shape) * self.words * _WORD_BYTES * shape.block_size
+
+    def hidden_sizes(self, side: str) -> tuple[int, ...]:
+        """The most that each linear layer but the last gives, in any attention layer."""
+        sizes = [sides[side].hidden_sizes for sides in _weights(self.weight_file).values()]
+        return tuple(max(places) for places in itertools.zip_longest(*sizes, fillvalue=0))
 
     def networks(self, layer_index: int) -> dict[str, Networks] | None:
         """The networks of "key" and "query" of a layer; None: the file has nothing for it."""

@@ -14,7 +14,6 @@ from tests.plugin.triton.device_rows import DeviceRows, on_device
 from tests.plugin.triton.interpreter import DEVICE
 from tests.tolerances import ATTENTION_ATOL
 from vllm_sparse_plugin.paged.attention import ReadCounts
-from vllm_sparse_plugin.paged.device import space as spaces
 from vllm_sparse_plugin.paged.device.attention import (
     KEYS_READ,
     ROWS_READ,
@@ -200,24 +199,9 @@ def test_layers_with_the_same_maskers_share_their_memory() -> None:
     space = space_of(shape)
     configs = config_from_dict({"maskers": [*SINK_LOCAL, QUEST]}).masker_configs
     DeviceAttention(configs, space)
-    held = space.num_bytes
+    held = space.scratch_bytes
     DeviceAttention(configs, space)
-    assert space.num_bytes == held > 0
-
-
-def test_memory_stays_within_its_budget() -> None:
-    shape = shape_of()
-    configs = config_from_dict({"maskers": [*SINK_LOCAL, QUEST]}).masker_configs
-
-    def bytes_of(queries: int) -> int:
-        space = DeviceSpace(shape, queries, CAPACITY, 64, torch.device("meta"))
-        DeviceAttention(configs, space)
-        return space.num_bytes
-
-    for budget in (bytes_of(3), bytes_of(9) - 1, bytes_of(200)):
-        queries = spaces.queries_within(budget, 64, bytes_of)
-        assert queries == 64 or bytes_of(queries) <= budget < bytes_of(queries + 1)
-    assert spaces.queries_within(0, 64, bytes_of) == 1
+    assert space.scratch_bytes == held > 0
 
 
 def test_what_has_no_counterpart(monkeypatch: pytest.MonkeyPatch) -> None:

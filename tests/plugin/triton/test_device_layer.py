@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 
 from vllm.platforms.interface import DeviceCapability
 
-from sparse_attention_hub.sparse_attention.serialization import config_from_dict, config_to_json
+from sparse_attention_hub.sparse_attention.serialization import config_from_dict
 from tests.plugin.paged.paged_rows import SINK_LOCAL, shape_of
 from tests.plugin.triton.interpreter import DEVICE
 from vllm_sparse_plugin import device_backend
@@ -80,9 +80,10 @@ def test_a_layer_lets_vllm_free_its_cache(layer: Any) -> None:
 
 
 def test_a_profiling_run_asks_for_all_memory(layer: Any) -> None:
+    memory = layer.planner._memory
+    assert "scratch" not in vars(memory)
     layer._reserve(LAYER)
-    held = layer.planner._spaces
-    assert [space.num_bytes > 0 for space in held.values()] == [True]
+    assert vars(memory)["scratch"].nbytes > 0
     _, indices = layer._indices
     assert list(indices) == list(LAYOUT.indices)
     assert layer._cache(LAYER, cache_of(2)).indices is indices
@@ -97,17 +98,3 @@ def test_an_index_is_kept_where_somebody_reads_it(layer: Any, change: dict[str, 
     for name, value in change.items():
         setattr(layer, name, value)
     assert layer._cache(LAYER, cache_of(2)).indices == {}
-
-
-def test_maskers_of_clients_take_the_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many lists they bring: a new space is only for fewer queries than any other."""
-    held = planner()
-    at_once = iter([4, 9, 3, 3, 2, 9])
-    monkeypatch.setattr(held, "_queries_at_once", lambda configs: next(at_once))
-    held.reserve()
-    spaces = [list(held._spaces)]
-    for size in range(1, 6):
-        own = config_from_dict({"maskers": [{"type": "sink", "sink_size": size}]})
-        assert held.attention(config_to_json(own), 0) is not None
-        spaces.append(list(held._spaces))
-    assert spaces == [[4], [4], [4, 3], [4, 3], [4, 3, 2], [4, 3, 2]]

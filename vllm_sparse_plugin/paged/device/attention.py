@@ -46,17 +46,23 @@ class _Memory:
 
     @classmethod
     def of(
-        cls, space: DeviceSpace, num_units: int, is_sampled: bool, has_key_probabilities: bool
+        cls,
+        space: DeviceSpace,
+        num_units: int,
+        is_flagged: bool,
+        is_sampled: bool,
+        has_key_probabilities: bool,
     ) -> _Memory:
         shape = space.shape
         rows = space.max_queries * num_units
+        flagged = rows if is_flagged else 0
         return cls(
-            space.buffer("flags", rows, space.capacity, dtype=torch.uint8),
-            space.buffer("probability", rows, dtype=torch.float32),
+            space.buffer("flags", flagged, space.capacity, dtype=torch.uint8),
+            space.buffer("probability", flagged, dtype=torch.float32),
             space.buffer("key_probability", rows, space.capacity, dtype=torch.float32)
             if has_key_probabilities
             else None,
-            space.workspace(
+            space.scratch(
                 DeviceLists.of,
                 space.max_queries,
                 shape.num_kv_heads,
@@ -64,7 +70,7 @@ class _Memory:
                 space.capacity,
                 is_sampled,
             ),
-            space.workspace(
+            space.scratch(
                 AttentionWorkspace.of,
                 space.max_queries,
                 shape.num_heads,
@@ -81,7 +87,7 @@ class DeviceAttention:
     Attributes:
         maskers: In the order they are applied.
         paged: The same on CPUs.
-        space: Memory of their launches.
+        space: Memory of their launches, for no other list.
     """
 
     def __init__(self, configs: Sequence[MaskerConfig], space: DeviceSpace) -> None:
@@ -89,7 +95,7 @@ class DeviceAttention:
 
         Args:
             configs: At least one masker.
-            space: For the engine's layers.
+            space: Of the list.
 
         Raises:
             Unsupported: One of them has no counterpart; says which.
@@ -111,8 +117,9 @@ class DeviceAttention:
         self._lister = self._only_lister()
         if self._lister is not None:
             self._lister.reserve_lists(space)
-        # Flags in any case: other lists of maskers, which come later, find the memory there.
-        self._memory = _Memory.of(space, self._num_units, self._is_sampled, by_key)
+        self._memory = _Memory.of(
+            space, self._num_units, self._lister is None, self._is_sampled, by_key
+        )
         nothing = np.zeros(0, np.int64)
         counts = [len(masker.sizes(nothing)) for masker in self.maskers]
         ends = itertools.accumulate(counts, initial=0)

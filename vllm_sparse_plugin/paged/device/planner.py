@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import MaskerConfig
 from sparse_attention_hub.sparse_attention.serialization import config_to_json
+from vllm_sparse_plugin.general_path import take_memory
 from vllm_sparse_plugin.masked_attention import attention_of
 from vllm_sparse_plugin.paged.attention import scanned_bytes_per_block
 from vllm_sparse_plugin.paged.device.attention import DeviceAttention
-from vllm_sparse_plugin.paged.device.space import DeviceSpace, queries_within
+from vllm_sparse_plugin.paged.device.space import DeviceMemory, DeviceSpace, queries_within
 from vllm_sparse_plugin.paged.layout import BlockLayout
 from vllm_sparse_plugin.paged.learned_index import LearnedIndex
 from vllm_sparse_plugin.paged.maskers.base import Unsupported
@@ -23,9 +25,13 @@ from vllm_sparse_plugin.paged.served import require_indices, say_once
 logger = logging.getLogger(__name__)
 
 BUDGET_BYTES = 1 << 30
-"""Memory for the launches of one list of maskers; more queries go in slices."""
+"""Scratch memory of the engine's own maskers, at most; more queries go in slices."""
+CLIENTS_BYTES = 1 << 28
+"""Scratch memory that there is in any case for maskers that requests bring."""
 STATES_BYTES = 1 << 30
 """Memory for what one index has learned; of more sequences than fit, it is learned again."""
+_MOST_CONFIGURATIONS = 256
+"""Of requests, for which layers remember what they do."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,17 @@ class Limits:
         capacity: Keys that a query may see, a multiple of 16.
         max_tokens: New keys of a step.
         max_sequences: Sequences of which something learned is held, see `sequences_within`.
+        brings_maskers: Whether requests may.
+        has_general_rows: Whether rows may take the general path, whatever the engine's own maskers
+            do.
     """
 
     max_queries: int
     capacity: int
     max_tokens: int
     max_sequences: int = 1
+    brings_maskers: bool = False
+    has_general_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,10 @@ class LayerUse:
 
 
 class DevicePlanner:
-    """Finds, for a configuration and layer, the attention that serves it; and keeps them.
+    """Finds, for a configuration and layer, the attention that serves it; and keeps it.
+
+    All lists of maskers share one piece of scratch memory, as they run one after the other. The
+    engine's own say how much it is; those that requests bring take as many queries at once as fit.
 
     Attributes:
         layout: Of the engine's blocks.
@@ -94,21 +108,27 @@ class DevicePlanner:
         self.layout = layout
         self.limits = limits
         self.device = device
-        self._own = own
-        self._own_json = None if own is None else config_to_json(own)
         self.space = self._space(1, device)
-        self._spaces: dict[int, DeviceSpace] = {}
-        self._attentions: dict[tuple[MaskerConfig, ...], DeviceAttention | None] = {}
-        self._of_layers: dict[tuple[str, int], DeviceAttention | None] = {}
-        self._uses: dict[tuple[str, tuple[int, ...]], LayerUse] = {}
+        self._own_json = None if own is None else config_to_json(own)
+        self._lists = [] if own is None else _lists_of(own)
+        self._memory = DeviceMemory(self._scratch_bytes(), device)
+        self._configurations: dict[str, _Configuration] = {}
+        self._is_reserved = False
 
     def reserve(self) -> None:
-        """Asks for the memory of the engine's own configuration."""
-        if self._own is None or self._own_json is None:
+        """Asks for all memory: to keep, or, for the general path, for a moment."""
+        if self._is_reserved:
             return
-        for configs in (self._own.masker_configs, *self._own.layer_masker_configs.values()):
-            if configs:
-                self._attention(tuple(configs), self._own_json)
+        self._is_reserved = True
+        is_general = self.limits.has_general_rows
+        if self._own_json is not None:
+            own = [self._attention(self._own_json, configs) for configs in self._lists]
+            is_general |= None in own
+            size = self._memory.scratch.nbytes
+            logger.info("sparse attention: %.0f MiB of memory to select in", size / (1 << 20))
+        if is_general:
+            limits = self.limits
+            take_memory(self.layout.shape, limits.capacity, limits.max_tokens, self.device)
 
     def attention(self, config_json: str, layer_index: int) -> DeviceAttention | None:
         """The fast path of a configuration in a layer that has maskers; None: the general path.
@@ -117,22 +137,28 @@ class DevicePlanner:
             config_json: Of a request.
             layer_index: Of the attention layer.
         """
-        key = (config_json, layer_index)
-        if key not in self._of_layers:
-            self._of_layers[key] = self._attention(_configs(config_json, layer_index), config_json)
-        return self._of_layers[key]
+        return self._attention(config_json, _configs(config_json, layer_index))
 
     def use(self, config_json: str, layers: Sequence[int]) -> LayerUse:
         """What some layers do with a configuration.
+
+        Asked in each step for each of its configurations: what was not asked for long is forgotten.
 
         Args:
             config_json: Of a request.
             layers: Their indices.
         """
-        key = (config_json, tuple(layers))
-        if key not in self._uses:
-            self._uses[key] = self._use(config_json, layers)
-        return self._uses[key]
+        configuration = self._configuration(config_json)
+        key = tuple(layers)
+        if key not in configuration.uses:
+            configuration.uses[key] = self._use(config_json, layers)
+        # Last place: used last. A step has no more of them than queries.
+        self._configurations[config_json] = self._configurations.pop(config_json)
+        most = max(_MOST_CONFIGURATIONS, 2 * self.limits.max_queries)
+        while len(self._configurations) > most:
+            oldest = next(name for name in self._configurations if name != self._own_json)
+            del self._configurations[oldest]
+        return configuration.uses[key]
 
     def _use(self, config_json: str, layers: Sequence[int]) -> LayerUse:
         masked = [layer for layer in layers if _configs(config_json, layer)]
@@ -149,45 +175,56 @@ class DevicePlanner:
             learns=any(attention.learns for attention in fast),
         )
 
-    def _attention(
-        self, configs: tuple[MaskerConfig, ...], config_json: str
-    ) -> DeviceAttention | None:
-        if self._own is None:
-            return None
-        if configs not in self._attentions:
-            self._attentions[configs] = self._make(configs, config_json)
-        return self._attentions[configs]
+    def _configuration(self, config_json: str) -> _Configuration:
+        return self._configurations.setdefault(config_json, _Configuration())
 
-    def _make(self, configs: tuple[MaskerConfig, ...], config_json: str) -> DeviceAttention | None:
-        try:
-            queries = self._queries_at_once(configs)
-            if config_json != self._own_json:
-                # Other lists take the memory there is: clients bring as many as they like.
-                queries = max((held for held in self._spaces if held <= queries), default=queries)
-            if queries not in self._spaces:
-                self._spaces[queries] = self._space(queries, self.device)
-            attention = DeviceAttention(configs, self._spaces[queries])
-            require_indices(attention.paged, self.layout)
-        except Unsupported as reason:
-            say_once(config_json, str(reason))
+    def _attention(
+        self, config_json: str, configs: tuple[MaskerConfig, ...]
+    ) -> DeviceAttention | None:
+        if self._own_json is None:
             return None
-        held = sum(space.num_bytes for space in self._spaces.values())
-        logger.info(
-            "sparse attention: %d queries at a time, %.0f MiB of memory for them",
-            queries,
-            held / (1 << 20),
-        )
+        attentions = self._configuration(config_json).attentions
+        if configs not in attentions:
+            try:
+                attentions[configs] = self._make(configs)
+            except Unsupported as reason:
+                say_once(config_json, str(reason))
+                attentions[configs] = None
+        return attentions[configs]
+
+    def _make(self, configs: tuple[MaskerConfig, ...]) -> DeviceAttention:
+        queries = self._queries_within(self._memory.num_bytes, configs)
+        if queries == 0:
+            needed, there = self._bytes_of(configs, 1) >> 20, self._memory.num_bytes >> 20
+            raise Unsupported(
+                f"to select for one query takes {needed} MiB of memory, and there are {there}"
+            )
+        attention = DeviceAttention(configs, self._space(queries, self.device, self._memory))
+        require_indices(attention.paged, self.layout)
         return attention
 
-    def _queries_at_once(self, configs: Sequence[MaskerConfig]) -> int:
-        def bytes_of(queries: int) -> int:
-            space = self._space(queries, torch.device("meta"))
-            DeviceAttention(configs, space)
-            return space.num_bytes
+    def _scratch_bytes(self) -> int:
+        """What the engine's own lists take; those on the general path take nothing."""
+        sizes = [CLIENTS_BYTES] if self._own_json and self.limits.brings_maskers else []
+        for configs in self._lists:
+            with contextlib.suppress(Unsupported):
+                queries = max(1, self._queries_within(BUDGET_BYTES, configs))
+                sizes.append(self._bytes_of(configs, queries))
+        return max(sizes, default=0)
 
-        return queries_within(BUDGET_BYTES, self.limits.max_queries, bytes_of)
+    def _queries_within(self, budget: int, configs: Sequence[MaskerConfig]) -> int:
+        return queries_within(
+            budget, self.limits.max_queries, lambda queries: self._bytes_of(configs, queries)
+        )
 
-    def _space(self, max_queries: int, device: torch.device) -> DeviceSpace:
+    def _bytes_of(self, configs: Sequence[MaskerConfig], queries: int) -> int:
+        space = self._space(queries, torch.device("meta"))
+        DeviceAttention(configs, space)
+        return space.scratch_bytes
+
+    def _space(
+        self, max_queries: int, device: torch.device, memory: DeviceMemory | None = None
+    ) -> DeviceSpace:
         limits = self.limits
         return DeviceSpace(
             self.layout.shape,
@@ -196,7 +233,16 @@ class DevicePlanner:
             limits.max_tokens,
             device,
             limits.max_sequences,
+            memory,
         )
+
+
+@dataclass
+class _Configuration:
+    """What is remembered of one: its lists of maskers (None: the general path), and their use."""
+
+    attentions: dict[tuple[MaskerConfig, ...], DeviceAttention | None] = field(default_factory=dict)
+    uses: dict[tuple[int, ...], LayerUse] = field(default_factory=dict)
 
 
 def sequences_within(budget: int, most: int, layout: BlockLayout, num_layers: int) -> int:
@@ -211,6 +257,11 @@ def sequences_within(budget: int, most: int, layout: BlockLayout, num_layers: in
     learned = [index for index in layout.indices if isinstance(index, LearnedIndex)]
     sizes = [4 * num_layers * index.state_width(layout.shape) for index in learned]
     return max(1, min([most, *[budget // size for size in sizes]]))
+
+
+def _lists_of(own: ResearchAttentionConfig) -> list[tuple[MaskerConfig, ...]]:
+    lists = (own.masker_configs, *own.layer_masker_configs.values())
+    return [tuple(maskers) for maskers in lists if maskers]
 
 
 def _configs(config_json: str, layer_index: int) -> tuple[MaskerConfig, ...]:

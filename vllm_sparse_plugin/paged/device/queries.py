@@ -26,7 +26,8 @@ class DeviceQueries:
         cache: Of the layer.
         batch: What they see.
         scaling: Of the scores.
-        flags: `[num_queries * num_units, capacity]`, uint8. Maskers write it.
+        flags: `[num_queries * num_units, capacity]`, uint8. Maskers write it; empty where keys are
+            listed at once, see `DeviceTopKMasker.can_list`.
         probability: `[num_queries * num_units]`, float32. Samplers write it.
         key_probability: `[>= num_queries * num_units, capacity]`, float32, of keys that are sampled
             with a probability of their own, or None; see `PagedMasker.has_key_probabilities`.
@@ -115,7 +116,7 @@ def radix_workspace(space: DeviceSpace) -> RadixWorkspace:
 
 def pooling_workspace(space: DeviceSpace, page_size: int) -> PoolingWorkspace:
     """For scores that are pooled over a group."""
-    return space.workspace(
+    return space.scratch(
         PoolingWorkspace.of,
         space.max_queries,
         space.shape.num_heads,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,12 +37,32 @@ class DeviceNetworks:
             tuple(torch.from_numpy(bias).to(device) for bias in networks.biases),
         )
 
-    def hidden(self, name: str, rows: int, tokens: int, space: DeviceSpace) -> list[torch.Tensor]:
-        """Scratch of each layer but the last, `[rows, tokens, out]`, float32."""
-        return [
-            space.buffer(f"{name} {place}", rows, tokens, matrix.shape[2], dtype=torch.float32)
-            for place, matrix in enumerate(self.matrices[:-1])
-        ]
+    def hidden(self, scratch: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The part of `scratch_of` that these networks need: `[rows, tokens, out]` per layer."""
+        found = []
+        for memory, matrix in zip(scratch, self.matrices[:-1], strict=False):
+            rows, tokens, _ = memory.shape
+            out = matrix.shape[2]
+            found.append(memory.view(-1)[: rows * tokens * out].view(rows, tokens, out))
+        return found
+
+
+def scratch_of(
+    sizes: Sequence[int], name: str, rows: int, tokens: int, space: DeviceSpace
+) -> list[torch.Tensor]:
+    """Scratch of each linear layer but the last, `[rows, tokens, size]`, float32.
+
+    Args:
+        sizes: Of what they give, see `HashSignatures.hidden_sizes`.
+        name: In the space.
+        rows: Heads.
+        tokens: Of each.
+        space: Where it is.
+    """
+    return [
+        space.buffer(f"{name} {place}", rows, tokens, size, dtype=torch.float32)
+        for place, size in enumerate(sizes)
+    ]
 
 
 @device_index_of(HashSignatures)
@@ -65,7 +86,8 @@ class DeviceHashSignatures(DeviceIndex):
         self.query_networks = DeviceNetworks.of(sides["query"], space.device)
         self._networks = DeviceNetworks.of(sides["key"], space.device)
         tokens = min(_TOKENS_AT_ONCE, space.max_tokens)
-        self._hidden = self._networks.hidden("hidden keys", sides["key"].count, tokens, space)
+        rows, sizes = sides["key"].count, sides["key"].hidden_sizes
+        self._hidden = scratch_of(sizes, "hidden keys", rows, tokens, space)
 
     def update(
         self,

@@ -33,7 +33,7 @@ class DeviceAdaptiveSamplingMasker(DeviceMasker):
         if by_group:
             pooled_units(space)
         shape = self.shape
-        self._workspace = space.workspace(
+        self._workspace = space.scratch(
             AdaptiveWorkspace.of,
             space.max_queries,
             shape.num_heads,

@@ -30,7 +30,7 @@ class DeviceMasker(ABC):
 
         Args:
             paged: See the class.
-            space: Of the engine.
+            space: Of the list of maskers.
         """
         self.paged = paged
         self.config: Any = paged.config

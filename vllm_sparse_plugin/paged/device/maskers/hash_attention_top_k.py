@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparse_plugin.paged.device.indices.hash_signatures import DeviceHashSignatures
+from vllm_sparse_plugin.paged.device.indices.hash_signatures import (
+    DeviceHashSignatures,
+    scratch_of,
+)
 from vllm_sparse_plugin.paged.device.maskers.base import device_masker_of
 from vllm_sparse_plugin.paged.device.maskers.top_k import DeviceTopKMasker
 from vllm_sparse_plugin.paged.device.queries import DeviceQueries
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
+from vllm_sparse_plugin.paged.hash_signatures import HashSignatures
 from vllm_sparse_plugin.paged.maskers.base import PagedMasker
 from vllm_sparse_plugin.paged.maskers.hash_attention_top_k import PagedHashAttentionTopKMasker
 from vllm_sparse_plugin.paged.triton_kernels.signature_networks import sign_queries
@@ -23,9 +27,11 @@ class DeviceHashAttentionTopKMasker(DeviceTopKMasker):
         """See `DeviceMasker`."""
         super().__init__(paged, space)
         (index,) = paged.indices
-        words = index.words  # type: ignore[attr-defined]
-        size = (space.max_queries, self.shape.num_heads, words)
-        self._own = space.buffer("query signatures", *size, dtype=torch.int32)
+        assert isinstance(index, HashSignatures)
+        queries, heads = space.max_queries, self.shape.num_heads
+        self._own = space.buffer("query signatures", queries, heads, index.words, dtype=torch.int32)
+        sizes = index.hidden_sizes("query")
+        self._hidden = scratch_of(sizes, "hidden queries", heads, queries, space)
 
     def score(self, queries: DeviceQueries, scores: torch.Tensor) -> None:
         """See `DeviceTopKMasker.score`.
@@ -34,19 +40,18 @@ class DeviceHashAttentionTopKMasker(DeviceTopKMasker):
             ValueError: The weights have nothing for the layer.
         """
         (key,) = self.paged.indices
-        held, space = queries.cache.indices[key], queries.space
+        held = queries.cache.indices[key]
         assert isinstance(held, DeviceHashSignatures)
         networks = held.query_networks
         if networks is None:
             raise ValueError(f"the weights have no layer {queries.cache.layer_index}")
         own, batch = self._own[: len(queries.query)], queries.batch
-        hidden = networks.hidden("hidden queries", self.shape.num_heads, space.max_queries, space)
         sign_queries(
             queries.query,
             networks.matrices,
             networks.biases,
             self.config.hat_mlp_activation,
-            hidden,
+            networks.hidden(self._hidden),
             own,
         )
         score_signatures(

@@ -21,7 +21,7 @@ class DeviceOracleTopPMasker(DeviceMasker):
         """See `DeviceMasker`."""
         super().__init__(paged, space)
         scores_buffer(space, 1)
-        self._workspace = space.workspace(
+        self._workspace = space.scratch(
             MassWorkspace.of, space.max_queries, self.shape.num_heads, space.capacity
         )
 

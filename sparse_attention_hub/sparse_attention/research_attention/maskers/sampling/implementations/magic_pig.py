@@ -55,6 +55,8 @@ from sparse_attention_hub.sparse_attention.utils.mask import Mask
 PACKINGS = ("int64", "float32")
 _SMALLEST = 1e-12
 """Of probabilities: what is rarer is not sampled in practice, and 1 / p stays finite."""
+_KEYS_AT_ONCE = 1024
+"""That are hashed together; it bounds the memory of their projections."""
 
 
 def _search_space() -> dict[str, Any]:
@@ -178,7 +180,9 @@ class MagicPig(SamplingMasker):
         projections = projections.to(keys.device)
 
         def signatures(part: torch.Tensor) -> torch.Tensor:
-            return bucket_codes((part.float() - mean) @ projections, self.lsh_k)
+            pieces = part.chunk(max(1, -(-part.shape[2] // _KEYS_AT_ONCE)), dim=2)
+            projected = ((piece.float() - mean) @ projections for piece in pieces)
+            return torch.cat([bucket_codes(piece, self.lsh_k) for piece in projected], dim=2)
 
         name = ("magic_pig", self.lsh_l, self.lsh_k, self.seed)
         version = size if self.center else None

@@ -1,0 +1,194 @@
+"""All lists of maskers of an engine select in the same memory, one after the other."""
+
+import itertools
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_attention_hub.sparse_attention.serialization import config_from_dict, config_to_json
+from tests.plugin.paged.paged_rows import SINK_LOCAL, make_rows, paged_attention, shape_of
+from tests.plugin.triton.device_rows import on_device
+from tests.plugin.triton.interpreter import DEVICE
+from vllm_sparse_plugin.paged.device import planner as planners
+from vllm_sparse_plugin.paged.device.attention import DeviceAttention
+from vllm_sparse_plugin.paged.device.cache import DeviceCache
+from vllm_sparse_plugin.paged.device.maskers import top_k
+from vllm_sparse_plugin.paged.device.planner import DevicePlanner, Limits
+from vllm_sparse_plugin.paged.device.space import DeviceMemory, DeviceSpace, queries_within
+from vllm_sparse_plugin.paged.layout import BlockLayout
+from vllm_sparse_plugin.paged.triton_kernels.lists import DeviceLists
+
+CAPACITY = 320
+QUEST = {
+    "type": "quest_top_k",
+    "heavy_size": 0.2,
+    "page_size": 16,
+    "label_bits": 8,
+    "head_granularity": "kv_head",
+}
+ORACLE = {"type": "oracle_top_k", "heavy_size": 0.2}
+GROUPED = {**ORACLE, "head_granularity": "kv_head"}
+SAMPLE = {
+    "type": "adaptive_sampling",
+    "base_rate_sampling": 0.1,
+    "epsilon": 0.5,
+    "delta": 0.1,
+    "init_offset": 0,
+    "local_offset": 0,
+}
+LISTS = (
+    [*SINK_LOCAL, QUEST],
+    [*SINK_LOCAL, GROUPED],
+    [ORACLE, SAMPLE],
+    [{"type": "oracle_top_p", "top_p": 0.7}],
+    [*SINK_LOCAL, {**ORACLE, "heavy_size": 0.3}],
+    [{"type": "random_sampling", "sampling_rate": 0.2, "head_granularity": "kv_head"}],
+)
+
+
+def space_of(queries: int, memory: DeviceMemory | None = None) -> DeviceSpace:
+    return DeviceSpace(shape_of(), queries, CAPACITY, 64, torch.device(DEVICE), 1, memory)
+
+
+def planner(
+    own: list[dict], layout: BlockLayout | None = None, **limits: bool
+) -> tuple[DevicePlanner, str]:
+    config = config_from_dict({"maskers": own})
+    held = DevicePlanner(
+        layout or paged_attention(own, shape_of())[1],
+        Limits(max_queries=8, capacity=CAPACITY, max_tokens=64, **limits),
+        torch.device(DEVICE),
+        config,
+    )
+    return held, config_to_json(config)
+
+
+def json_of(maskers: list[dict]) -> str:
+    return config_to_json(config_from_dict({"maskers": maskers}))
+
+
+def test_scratch_of_two_lists_is_the_same_and_what_is_kept_as_well() -> None:
+    memory = DeviceMemory(1 << 20, torch.device(DEVICE))
+    one, other = space_of(2, memory), space_of(3, memory)
+    scores = one.buffer("scores", 10, 7, dtype=torch.float32)
+    lists = one.scratch(DeviceLists.of, 2, 2, 1, CAPACITY, False)
+    flags = other.buffer("flags", 5, dtype=torch.uint8)
+    assert scores.data_ptr() == flags.data_ptr() == memory.scratch.data_ptr()
+    # Nothing of one list lies on anything else of it, or off the alignment that kernels expect.
+    parts = [scores, lists.tokens, lists.counts, lists.tile_counts, lists.unit_weights]
+    places = sorted((part.data_ptr(), part.data_ptr() + part.nbytes) for part in parts)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(places))
+    assert all(begin % 16 == 0 for begin, _ in places)
+    assert places[-1][1] <= memory.scratch.data_ptr() + one.scratch_bytes
+    assert one.buffer("scores", 10, 7, dtype=torch.float32) is scores
+    assert one.scratch(DeviceLists.of, 2, 2, 1, CAPACITY, False) is lists
+    kept = one.workspace(torch.zeros, 4)
+    assert other.workspace(torch.zeros, 4) is kept
+    assert not memory.scratch.data_ptr() <= kept.data_ptr() < places[-1][1]
+
+
+def test_scratch_that_is_not_there() -> None:
+    memory = DeviceMemory(1024, torch.device(DEVICE))
+    space = space_of(1, memory)
+    space.buffer("first", 512, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="1024 bytes of scratch memory are not enough for 1025"):
+        space.buffer("second", 513, dtype=torch.uint8)
+
+
+def test_queries_within_a_budget() -> None:
+    """All of them, or a power of 2; none where one is too much."""
+    found = [queries_within(budget, 12, lambda n: 10 * n + 5) for budget in (14, 15, 44, 45, 124)]
+    assert found == [0, 1, 2, 4, 8]
+    assert queries_within(125, 12, lambda n: 10 * n + 5) == 12
+
+
+def test_lists_that_take_turns_do_not_disturb_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in its own number of slices, the first one twice; single keys are listed at once."""
+    monkeypatch.setattr(top_k, "MOST_NUMBERS", 64)
+    _, layout = paged_attention(LISTS[0], shape_of())
+    rows = on_device(make_rows(layout, (1, 33, 200), exact=False))
+    scaling = layout.shape.head_size**-0.5
+
+    def attend(attention: DeviceAttention) -> tuple[torch.Tensor, torch.Tensor]:
+        cache = DeviceCache.of(rows.kv_cache, layout, 0, space_of(1))
+        sizes = torch.from_numpy(attention.sizes(np.array(rows.lengths))).to(DEVICE)
+        output = torch.empty(rows.query.shape, device=DEVICE)
+        counts = torch.zeros(len(rows.lengths), 3, dtype=torch.int64, device=DEVICE)
+        attention.attend(rows.query.float(), cache, rows.batch, sizes, scaling, output, counts)
+        return output, counts
+
+    def configs_of(maskers: list[dict]):
+        return config_from_dict({"maskers": maskers}).masker_configs
+
+    expected = [attend(DeviceAttention(configs_of(maskers), space_of(8))) for maskers in LISTS]
+    monkeypatch.setattr(planners, "CLIENTS_BYTES", 90_000)
+    held, own = planner(LISTS[0], layout, brings_maskers=True)
+    held.reserve()
+    size = held._memory.scratch.nbytes
+    at_once = []
+    for turn in range(len(LISTS) + 1):
+        maskers, (output, counts) = LISTS[turn % len(LISTS)], expected[turn % len(LISTS)]
+        attention = held.attention(own if maskers is LISTS[0] else json_of(maskers), 0)
+        assert attention is not None
+        at_once.append(attention.space.max_queries)
+        held._memory.scratch.random_(0, 255)  # nobody expects anything of it
+        found = attend(attention)
+        assert torch.equal(found[0], output)
+        assert torch.equal(found[1], counts)
+    assert held._memory.scratch.nbytes == size
+    assert at_once[0] == 8
+    assert 0 < min(at_once) < 8
+
+
+def test_a_list_that_does_not_fit_takes_the_general_path(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(planners, "CLIENTS_BYTES", 1)
+    monkeypatch.setattr(planners, "BUDGET_BYTES", 1)
+    held, own = planner(SINK_LOCAL[:1], brings_maskers=True)
+    assert held.attention(own, 0) is not None
+    brought = json_of([{**ORACLE, "heavy_size": 0.77}])
+    with caplog.at_level(logging.WARNING):
+        assert held.attention(brought, 0) is None
+    assert "to select for one query takes" in caplog.text
+
+
+def test_own_maskers_have_a_query_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planners, "BUDGET_BYTES", 1)
+    held, own = planner([ORACLE])
+    attention = held.attention(own, 0)
+    assert attention is not None
+    assert attention.space.max_queries == 1
+
+
+def test_what_was_not_asked_for_long_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But nothing of the last step, and never the engine's own."""
+    monkeypatch.setattr(planners, "_MOST_CONFIGURATIONS", 4)
+    held, own = planner(SINK_LOCAL, brings_maskers=True)
+    use = held.use(own, (0, 1))
+    names = [json_of([{"type": "sink", "sink_size": size}]) for size in range(1, 41)]
+    for name in names:
+        held.use(name, (0, 1))
+        assert held.use(names[0], (0,)).fast_layers == 1
+    assert held.use(own, (0, 1)) is use
+    most = 2 * held.limits.max_queries
+    assert len(held._configurations) == most
+    assert set(held._configurations) == {own, names[0], *names[-most + 2 :]}
+
+
+@pytest.mark.parametrize("is_general", [False, True])
+def test_the_general_path_takes_its_memory_once(
+    is_general: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple] = []
+    monkeypatch.setattr(planners, "take_memory", lambda *arguments: taken.append(arguments))
+    held, _ = planner(SINK_LOCAL, has_general_rows=is_general)
+    held.reserve()
+    held.reserve()
+    limits = (held.layout.shape, CAPACITY, 64, held.device)
+    assert taken == ([limits] if is_general else [])
+    # Blocks that do not hold what the engine's own maskers need.
+    planner([QUEST], BlockLayout(shape_of(), ()))[0].reserve()
+    assert taken[-1] == limits
