@@ -68,7 +68,9 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         ]
         self._layers = tuple(extract_layer_index(name) for name in own_cache)
         self._is_speculative = vllm_config.speculative_config is not None
-        self._has_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        compilation = vllm_config.compilation_config
+        self._has_graphs = compilation.cudagraph_mode.has_full_cudagraphs()
+        self._most_replayed = compilation.max_cudagraph_capture_size or 0
         limits, own = self._planner.limits, config_to_json(self._config.attention)
         use = self._planner.use(own, self._layers)
         # What graphs hold: the engine's own maskers, if all layers take the fast path.
@@ -233,6 +235,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         if costs is None:
             return dense, sparse
         is_replayed = self._has_graphs and common.max_query_len <= 1
+        is_replayed &= common.num_reqs <= self._most_replayed
         is_replayed &= all(row.parameters.config_json == graphs.config_json for row in sparse)
         # With one set of graphs, the launches of maskers are in each.
         is_paid = is_replayed and not graphs.has_dense_graphs

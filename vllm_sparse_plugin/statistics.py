@@ -78,8 +78,11 @@ class Statistics:
                 steps may be running.
         """
         for key in list(self.pending) if owner is None else [owner]:
-            for counts in self.pending.pop(key, []):
-                counts.settle(self)
+            waiting = self.pending.get(key, [])
+            while waiting:
+                waiting[0].settle(self)
+                waiting.pop(0)  # not before: they may not be there to be had
+            self.pending.pop(key, None)
 
     def _counts(self, tag: str | None) -> list[ReadCount]:
         if tag is None:

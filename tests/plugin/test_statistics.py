@@ -1,5 +1,7 @@
 """Counting what was read."""
 
+import pytest
+
 from vllm_sparse_plugin import statistics
 from vllm_sparse_plugin.endpoint import merge_reports
 from vllm_sparse_plugin.statistics import ReadCount, Statistics
@@ -84,3 +86,23 @@ def test_groups_settle_their_own_steps() -> None:
     assert counts.totals.read_keys == 3
     assert counts.report()["read_keys"] == 7
     assert counts.report()["read_keys"] == 7
+
+
+def test_counts_that_cannot_be_had_now_are_had_later() -> None:
+    class Step:
+        is_there = False
+
+        def settle(self, statistics: Statistics) -> None:
+            if not self.is_there:
+                raise RuntimeError("asleep")
+            statistics.add_keys(None, 1, 10)
+
+    counts, steps = Statistics(), [Step(), Step()]
+    counts.pending[1] = list(steps)
+    steps[0].is_there = True
+    with pytest.raises(RuntimeError, match="asleep"):
+        counts.report()
+    assert counts.totals.read_keys == 1
+    steps[1].is_there = True
+    assert counts.report()["read_keys"] == 2
+    assert not counts.pending

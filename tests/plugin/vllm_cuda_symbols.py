@@ -56,6 +56,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "vllm.platforms.interface": ("DeviceCapability",),
     "vllm.v1.kv_cache_interface": ("AttentionSpec", "KVCacheLayout"),
     "vllm.v1.worker.gpu.model_runner": ("GPUModelRunner",),
+    "vllm.v1.worker.gpu_worker": ("Worker",),
 }
 
 MEMBERS: dict[str, tuple[str, ...]] = {
@@ -163,6 +164,7 @@ REPLACED: dict[str, str] = {
         "progress_bar_desc"
     ),
     f"{_GRAPHS}:ModelCudaGraphManager.run_fullgraph": "self, desc",
+    "vllm.v1.worker.gpu_worker:Worker.sleep": "self, level",
 }
 
 BASES: dict[str, str] = {
@@ -173,6 +175,7 @@ BASES: dict[str, str] = {
     f"{_FLASH}:FlashAttentionMetadataBuilder": "AttentionMetadataBuilder",
     f"{_FLASH}:FlashAttentionImpl": "AttentionImpl",
     f"{_GRAPHS}:ModelCudaGraphManager": "CudaGraphManager",
+    "vllm.v1.worker.gpu_worker:Worker": "WorkerBase",
 }
 
 PASSAGES: dict[str, tuple[str, ...]] = {

@@ -69,7 +69,11 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "kv_sharing_fast_prefill",
         "user_specified_block_size",
     ),
-    "vllm.config:CompilationConfig": ("static_forward_context", "cudagraph_mode"),
+    "vllm.config:CompilationConfig": (
+        "static_forward_context",
+        "cudagraph_mode",
+        "max_cudagraph_capture_size",
+    ),
     "vllm.config:ModelConfig": (
         "attention_chunk_size",
         "dtype",

@@ -13,6 +13,7 @@ from vllm_sparse_plugin.compat.engine import (
     attention_shape,
     check_engine,
     current_vllm_config,
+    is_selected,
     served_block_size,
     serving_config,
 )
@@ -57,6 +58,7 @@ def install() -> None:
     _hook_cache_allocation()
     if is_cuda:
         install_graph_hooks()
+        _hook_sleep()
 
 
 def _hook_request_admission() -> None:
@@ -204,6 +206,27 @@ def _hook_worker_statistics() -> None:
         return row_table(self.vllm_config).statistics.report(tag)
 
     setattr(WorkerBase, STATS_METHOD, sparse_attention_stats)
+
+
+def _hook_sleep() -> None:
+    """Takes in what the last step has counted before a worker's memory is taken from it.
+
+    The counts lie in memory that sleep unmaps; who asks a sleeping server must not look there.
+    """
+    from vllm.v1.worker.gpu_worker import Worker
+
+    def wrap(original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def sleep(self: Any, *args: Any, **kwargs: Any) -> None:
+            from vllm_sparse_plugin.row_parameters import row_table
+
+            if is_selected(self.vllm_config):
+                row_table(self.vllm_config).statistics.settle()
+            original(self, *args, **kwargs)
+
+        return sleep
+
+    replace_once(Worker, "sleep", wrap)
 
 
 def _measure_steps(vllm_config: VllmConfig) -> None:

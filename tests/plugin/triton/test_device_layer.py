@@ -15,9 +15,15 @@ from sparse_attention_hub.sparse_attention.serialization import config_from_dict
 from tests.plugin.paged.paged_rows import SINK_LOCAL, shape_of
 from tests.plugin.triton.interpreter import DEVICE
 from vllm_sparse_plugin import device_backend
+from vllm_sparse_plugin.compat import hooks
+from vllm_sparse_plugin.device_metadata import DeviceMetadataBuilder
+from vllm_sparse_plugin.paged.device.cost_model import AttentionCosts, CostModel, StepCosts
 from vllm_sparse_plugin.paged.device.planner import DevicePlanner, Limits
 from vllm_sparse_plugin.paged.layout import BlockLayout
 from vllm_sparse_plugin.paged.page_bounds import PageBounds
+from vllm_sparse_plugin.request_parameters import RequestParameters
+from vllm_sparse_plugin.row_parameters import RowTable
+from vllm_sparse_plugin.step_plan import SparseRow
 
 
 def test_gpus_before_ampere_are_refused() -> None:
@@ -98,3 +104,38 @@ def test_an_index_is_kept_where_somebody_reads_it(layer: Any, change: dict[str, 
     for name, value in change.items():
         setattr(layer, name, value)
     assert layer._cache(LAYER, cache_of(2)).indices == {}
+
+
+def test_counts_are_taken_in_before_a_worker_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.gpu_worker import Worker
+
+    happened: list[Any] = []
+    table = SimpleNamespace(
+        statistics=SimpleNamespace(settle=lambda: happened.append("counts are taken in"))
+    )
+    monkeypatch.setattr("vllm_sparse_plugin.row_parameters.row_table", lambda config: table)
+    monkeypatch.setattr(hooks, "is_selected", lambda config: config == "sparse")
+    monkeypatch.setattr(Worker, "sleep", lambda self, level=1: happened.append(level))
+    hooks._hook_sleep()
+    hooks._hook_sleep()  # once is enough
+    Worker.sleep(SimpleNamespace(vllm_config="sparse"), level=2)
+    Worker.sleep(SimpleNamespace(vllm_config="dense"))
+    assert happened == ["counts are taken in", 2, 1]
+
+
+@pytest.mark.parametrize(("rows", "in_graph"), [(4, True), (5, False)])
+def test_batches_that_no_graph_holds_cost_what_launches_do(rows: int, in_graph: bool) -> None:
+    """Sparse pays in graphs alone."""
+    cheap, costly = CostModel(1.0, 0, 0), CostModel(2.0, 0, 0)
+    costs = StepCosts(
+        launched=AttentionCosts(cheap, costly), replayed=AttentionCosts(costly, cheap)
+    )
+    table = RowTable(costs=costs)
+    table.graphs.captured["layer"] = "{}"
+    table.graphs.has_dense_graphs = True
+    builder = SimpleNamespace(_table=table, _has_graphs=True, _most_replayed=4)
+    parameters = RequestParameters("{}", "f", None, None, is_automatic=True)
+    found = [SparseRow(row, row, row + 1, 2000, parameters) for row in range(rows)]
+    step = SimpleNamespace(max_query_len=1, num_reqs=rows)
+    _, sparse = DeviceMetadataBuilder._settle(builder, step, [], found)
+    assert bool(sparse) is in_graph

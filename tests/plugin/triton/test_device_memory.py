@@ -192,3 +192,16 @@ def test_the_general_path_takes_its_memory_once(
     # Blocks that do not hold what the engine's own maskers need.
     planner([QUEST], BlockLayout(shape_of(), ()))[0].reserve()
     assert taken[-1] == limits
+
+
+def test_one_key_is_not_all_keys() -> None:
+    """Though 1 == 1.0."""
+    one = {"type": "oracle_top_k", "heavy_size": 1}
+    held, _ = planner(SINK_LOCAL, brings_maskers=True)
+    config = config_from_dict({"maskers": [one], "layers": {"1": [{**one, "heavy_size": 1.0}]}})
+    first, second = (held.attention(config_to_json(config), layer) for layer in (0, 1))
+    lengths = np.array([7], np.int32)
+    assert first is not None
+    assert second is not None
+    assert first.sizes(lengths)[0] == 1
+    assert second.sizes(lengths)[0] == 7

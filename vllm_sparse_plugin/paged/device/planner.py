@@ -184,13 +184,14 @@ class DevicePlanner:
         if self._own_json is None:
             return None
         attentions = self._configuration(config_json).attentions
-        if configs not in attentions:
+        name = repr(configs)  # 1 is another size than 1.0, though equal
+        if name not in attentions:
             try:
-                attentions[configs] = self._make(configs)
+                attentions[name] = self._make(configs)
             except Unsupported as reason:
                 say_once(config_json, str(reason))
-                attentions[configs] = None
-        return attentions[configs]
+                attentions[name] = None
+        return attentions[name]
 
     def _make(self, configs: tuple[MaskerConfig, ...]) -> DeviceAttention:
         queries = self._queries_within(self._memory.num_bytes, configs)
@@ -241,7 +242,7 @@ class DevicePlanner:
 class _Configuration:
     """What is remembered of one: its lists of maskers (None: the general path), and their use."""
 
-    attentions: dict[tuple[MaskerConfig, ...], DeviceAttention | None] = field(default_factory=dict)
+    attentions: dict[str, DeviceAttention | None] = field(default_factory=dict)
     uses: dict[tuple[int, ...], LayerUse] = field(default_factory=dict)
 
 
