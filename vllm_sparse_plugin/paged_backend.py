@@ -93,8 +93,9 @@ class PagedMetadataBuilder(SparseAttentionMetadataBuilder):
         threads.start(torch.get_num_threads())
         config = self._config
         assert config is not None  # else this backend would not have been chosen
+        layout = block_layout(config, compat.block_shape(kv_cache_spec, vllm_config))
+        compat.check_blocks(kv_cache_spec, layout)
         if self._has_sparse_layers:
-            layout = block_layout(config, compat.block_shape(kv_cache_spec, vllm_config))
             warm_up(config.indexed(), layout)
 
     def build(

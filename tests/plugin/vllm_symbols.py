@@ -135,6 +135,8 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "dtype",
         "head_size",
         "num_kv_heads",
+        "page_size_bytes",
+        "page_size_padded",
         "state_content_bytes",
     ),
     f"{_PROCESSOR_V1}:BatchUpdate": ("added", "moved", "removed"),

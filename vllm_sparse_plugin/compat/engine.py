@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder
     from vllm.v1.kv_cache_interface import AttentionSpec
 
-    from vllm_sparse_plugin.paged.layout import BlockShape
+    from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape
 
 SUPPORTED_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 _CPU_BLOCK_SIZE = 128
@@ -60,12 +60,33 @@ def block_shape(spec: AttentionSpec, vllm_config: VllmConfig) -> BlockShape:
     from vllm_sparse_plugin.paged.layout import BlockShape  # which imports this package
 
     return BlockShape(
-        block_size=vllm_config.cache_config.block_size,
+        block_size=spec.block_size,
         num_heads=attention_shape(vllm_config).num_heads,
         num_kv_heads=spec.num_kv_heads,
         head_size=spec.head_size,
         dtype=spec.dtype,
     )
+
+
+def check_blocks(spec: AttentionSpec, layout: BlockLayout) -> None:
+    """Looks whether a group's blocks are still those that the index was laid out for.
+
+    vLLM makes blocks of all layers equally large where layers have caches of different sizes, by
+    more tokens or by padding.
+
+    Args:
+        spec: Of the layers, as their caches are made.
+        layout: Of blocks of so many tokens.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if spec.page_size_padded is not None or spec.state_content_bytes != layout.bytes_per_token:
+        raise ValueError(
+            "--attention-backend CUSTOM (sparse attention): layers of this model have KV caches of "
+            f"different sizes, so that vLLM pads or enlarges blocks (to {spec.page_size_bytes} "
+            f"bytes for {spec.block_size} tokens), which is not supported"
+        )
 
 
 def served_block_size(vllm_config: VllmConfig) -> int:

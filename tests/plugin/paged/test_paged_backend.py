@@ -1,6 +1,7 @@
 """One layer of the backend on mixed batches: each row gets what it gets alone."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -205,9 +206,9 @@ def test_one_masker_without_an_index_takes_none_from_the_others(caplog) -> None:
 def test_room_is_made_in_vllms_own_accounting(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    from vllm_sparse_plugin.paged_backend import PagedAttentionBackend
+    from vllm_sparse_plugin.paged_backend import PagedAttentionBackend, block_layout
 
-    engine = SimpleNamespace(cache_config=SimpleNamespace(block_size=128))
+    engine = SimpleNamespace()
     config = ServingConfig.parse({"maskers": QUEST, "index": OTHER_PAGES})
     monkeypatch.setattr(compat, "engine_being_built", lambda: engine)
     monkeypatch.setattr(compat, "serving_config", lambda engine: config)
@@ -221,3 +222,11 @@ def test_room_is_made_in_vllms_own_accounting(monkeypatch: pytest.MonkeyPatch) -
     assert made.state_content_size_bytes == 2 * 64 * 4 + index
     assert made.page_size_bytes == 128 * 3 * (2 * 64 * 4 + index)
     assert PagedAttentionBackend.customize_spec(made) == made
+    # Blocks that vLLM has enlarged or padded afterwards, for layers with larger caches.
+    layout = block_layout(config, compat.block_shape(made, engine))
+    compat.check_blocks(made, layout)
+    enlarged = replace(made, block_size=256)
+    compat.check_blocks(enlarged, block_layout(config, compat.block_shape(enlarged, engine)))
+    for changed in (replace(made, page_size_padded=1 << 20), replace(made, state_content_bytes=99)):
+        with pytest.raises(ValueError, match="layers of this model have KV caches of different"):
+            compat.check_blocks(changed, layout)
