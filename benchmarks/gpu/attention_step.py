@@ -5,7 +5,8 @@
 Sparse: everything from the query to the output, for as many layers as fit (at most four), one
 after the other; what the host plans once per step is measured by itself, and counted as a model of
 32 layers shares it. Dense: the fastest of what vLLM has, see `dense_baselines`. Neither writes the
-cache. Each sparse list is compared with the reference's own masker objects before it is measured.
+cache. Each sparse list is compared with the reference's own masker objects before it is measured,
+and launches that overlap with launches that do not.
 Queries and keys are random: query heads of a group select different pages then, unlike those of a
 trained model, so that lists of single query heads are longer here.
 """
@@ -27,6 +28,7 @@ from benchmarks.gpu.command import run_stage
 from benchmarks.gpu.dense_baselines import PLAIN, DenseCase, measure_dense
 from benchmarks.gpu.device_step import DeviceStep, relative_error
 from benchmarks.gpu.kernel_times import kernel_microseconds
+from benchmarks.gpu.overlapped_launches import REPLAYS, differing_replays
 from benchmarks.gpu.sparse_configs import MOST_LAYERS, SparseCase, quest, sparse_cases
 from benchmarks.gpu.timing import Stopwatch, host_microseconds, stopwatch
 from vllm_sparse_plugin.paged.layout import BlockShape
@@ -48,6 +50,7 @@ class Plan:
         keys: Of each, by turns.
         checked_keys: Of each, where results are compared with the reference's.
         tolerance: Of the comparison, see `relative_error`.
+        replays: In which overlapping launches are compared with others.
         grid: Keys and sequences at which a dense and a sparse step are measured: for the ceilings
             of engines, and to see from how many keys on maskers pay.
     """
@@ -57,6 +60,7 @@ class Plan:
     keys: tuple[int, ...]
     checked_keys: int
     tolerance: float
+    replays: int
     grid: tuple[tuple[int, int], ...]
 
 
@@ -66,9 +70,10 @@ FULL = Plan(
     (32768, 131072),
     17000,  # selected from by the kernels that are measured: shorter rows have others
     0.03,  # a page or key whose scores tie may be another
+    REPLAYS,
     tuple((cell.keys, cell.requests) for cell in EVERY),
 )
-TINY = Plan(BlockShape(16, 4, 2, 16, torch.float32), 2, (128,), 100, 0.01, ((64, 1),))
+TINY = Plan(BlockShape(16, 4, 2, 16, torch.float32), 2, (128,), 100, 0.01, 2, ((64, 1),))
 """For dry runs."""
 
 
@@ -186,6 +191,11 @@ def _of_list(
     timing = watch.time(launches)
     with launches_apart():
         apart = watch.time(launches)
+    differing = differing_replays(launches, step.output, plan.replays)
+    if differing:
+        raise AssertionError(
+            f"{differing} of {plan.replays} replays differed from launches one after the other"
+        )
     planned = host_microseconds(step.plan)
     total = timing.microseconds + planned / LAYERS
     (density, loaded), index = step.densities(), step.index_share

@@ -6,6 +6,7 @@ Both from shapes alone, never from lengths.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,8 @@ import triton.language as tl
 
 _PROGRAMS = 2048
 """About as many as a large GPU runs at once: of four warps with few registers, 16 per processor."""
+
+_SWITCH = "SPARSE_ATTENTION_OVERLAP_LAUNCHES"
 
 launched = triton.jit(
     do_not_specialize=[
@@ -94,13 +97,15 @@ def launches_apart() -> Iterator[None]:
 
 @functools.cache
 def can_overlap(device: torch.device) -> bool:
-    """Whether a device knows such launches; Triton's interpreter does not.
+    """Whether a device knows such launches, and they are wanted; Triton's interpreter does not.
+
+    The environment variable `SPARSE_ATTENTION_OVERLAP_LAUNCHES` is 0 where they are not.
 
     Args:
         device: Any.
     """
     is_compiled = isinstance(await_launches, triton.JITFunction)
-    is_cuda = device.type == "cuda" and is_compiled
+    is_cuda = device.type == "cuda" and is_compiled and os.environ.get(_SWITCH) != "0"
     return is_cuda and torch.cuda.get_device_capability(device) >= (9, 0)
 
 

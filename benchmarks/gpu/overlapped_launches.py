@@ -1,0 +1,48 @@
+"""Whether launches that overlap give what launches give that do not, bit for bit, each time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.gpu.timing import Launch
+from vllm_sparse_plugin.paged.triton_kernels.grids import launches_apart
+
+REPLAYS = 200
+
+
+def differing_replays(
+    launches: Sequence[Launch], output: torch.Tensor, replays: int = REPLAYS
+) -> int:
+    """How often the last output was another than that of launches one after the other.
+
+    A launch that begins before what it reads is there would be seen here, if it happens at all: a
+    graph of all launches is replayed, between them nothing that would hold the next one up.
+
+    Args:
+        launches: Of a step, compiled already, as they are overlapped.
+        output: What the last of them writes.
+        replays: Of all of them.
+    """
+    with launches_apart():
+        for launch in launches:
+            launch()
+    expected = output.clone()
+    differing = torch.zeros((), dtype=torch.int64, device=output.device)
+
+    def run() -> None:
+        for launch in launches:
+            launch()
+
+    replay = run
+    if output.device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        replay = graph.replay
+    for _ in range(replays):
+        output.fill_(torch.nan)
+        replay()
+        differing += (output != expected).any()
+    return int(differing)
