@@ -36,11 +36,6 @@ class Heads:
         return self.query_heads * self.head_size * self.element_bytes
 
 
-def dense_bytes(heads: Heads, batch: int, keys: int) -> int:
-    """Of a decode step over every key: keys, values, queries and outputs."""
-    return batch * (keys * heads.kv_heads * heads.key_value_bytes + 2 * heads.query_bytes)
-
-
 def gather_bytes(heads: Heads, batch: int, listed: int) -> int:
     """Of attention over lists: the listed keys and values, the lists, queries and outputs.
 

@@ -6,7 +6,6 @@ import torch
 from benchmarks.gpu.byte_counts import (
     Heads,
     ceiling,
-    dense_bytes,
     gather_bytes,
     index_share,
     page_scan_bytes,
@@ -21,10 +20,6 @@ HEADS = Heads(query_heads=32, kv_heads=8, head_size=128, element_bytes=2)
 def test_of_a_token() -> None:
     assert HEADS.key_value_bytes == 512
     assert HEADS.query_bytes == 8192
-
-
-def test_a_dense_step_of_a_gigabyte() -> None:
-    assert dense_bytes(HEADS, 8, 32768) == 8 * (32768 * 8 * 512 + 16384)
 
 
 def test_a_gather_counts_lists_and_what_they_name() -> None:

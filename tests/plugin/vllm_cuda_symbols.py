@@ -124,6 +124,7 @@ CALLED: dict[str, str] = {
 
 REPLACED: dict[str, str] = {
     f"{BACKEND}:AttentionBackend.supported_kv_cache_layouts": "cls",
+    f"{BACKEND}:AttentionBackend.supports_batch_invariance": "cls",
     f"{BACKEND}:AttentionBackend.supports_compute_capability": "cls, capability",
     f"{BACKEND}:AttentionImpl.fused_output_quant_supported": "self, quant_key",
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.gather_batch_req_state": (

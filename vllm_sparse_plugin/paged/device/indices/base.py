@@ -75,11 +75,6 @@ def device_index_of(index_type: type[BlockIndex]) -> Callable[[Index], Index]:
     return decorate
 
 
-def has_device_index(index: BlockIndex) -> bool:
-    """Whether the device can keep it up to date."""
-    return type(index) in _INDICES
-
-
 def device_index(
     index: BlockIndex, layout: BlockLayout, layer_index: int, space: DeviceSpace
 ) -> DeviceIndex:
