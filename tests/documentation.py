@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "sparse_attention_hub/adapters/README.md")
+DOCUMENTS = (
+    "README.md",
+    "sparse_attention_hub/adapters/README.md",
+    "vllm_sparse_plugin/README.md",
+)
 
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _NEEDS_A_SERVER = re.compile(r"\bModelAdapterVLLM\(|\bModelServerVLLM\(|\bopenai\.")
