@@ -1,5 +1,7 @@
 """Maskers that do not fit the model are found before they run in a step."""
 
+import json
+
 import pytest
 
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict, config_to_json
@@ -31,3 +33,41 @@ def test_files_are_read_before_the_first_step(tmp_path) -> None:
     masker = {"type": "double_sparsity_top_k", "heavy_size": 2, "sorted_channel_file": str(path)}
     with pytest.raises(ValueError, match="no entry 'model.layers.0"):
         try_maskers(text(masker), SHAPE)
+
+
+BEHIND = [{"type": "sink", "sink_size": 16}, {"type": "local", "window_size": 64}]
+"""What selects all of the keys of a trial."""
+
+
+@pytest.mark.parametrize(
+    ("masker", "reason"),
+    [
+        (
+            {"type": "pq_cache", "heavy_size": 50, "pq_sub_dim": 5, "pq_bits": 2},
+            "layer 0, pq_cache: pq_sub_dim must divide the head size 16",
+        ),
+        (
+            {"type": "double_sparsity_top_k", "heavy_size": 50, "group_factor": 1000},
+            "layer 0, double_sparsity_top_k: group_factor must be at most the head size 16",
+        ),
+    ],
+)
+def test_a_misfit_behind_others_is_found(masker: dict, reason: str, tmp_path) -> None:
+    """On a few keys those would leave nothing for it to do, on many it would end the engine."""
+    if masker["type"] == "double_sparsity_top_k":
+        path = tmp_path / "channels.json"
+        order = [list(range(16))] * 4
+        layers = {f"model.layers.{layer}.self_attn.qk_proj": order for layer in range(3)}
+        path.write_text(json.dumps(layers))
+        masker = {**masker, "sorted_channel_file": str(path)}
+    with pytest.raises(ValueError, match=reason):
+        try_maskers(text(*BEHIND, masker), SHAPE)
+    with pytest.raises(ValueError, match=reason.replace("layer 0", "layer 1")):
+        try_maskers(text(*BEHIND, layers={"1": [*BEHIND, masker]}), SHAPE)
+    try_maskers(text(*BEHIND, masker, dense_layers=[0, 1, 2]), SHAPE)
+
+
+@pytest.mark.parametrize("rest", [{"dense_layers": [3]}, {"layers": {"3": []}}])
+def test_layers_that_the_model_has_not(rest: dict) -> None:
+    with pytest.raises(ValueError, match="there is no layer 3, the last one is 2"):
+        try_maskers(text(*BEHIND, **rest), SHAPE)
