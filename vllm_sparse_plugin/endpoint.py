@@ -42,6 +42,7 @@ class SparseAttentionEndpoint:
         """Starts without an engine; `init_state` brings it."""
         self._engine: EngineClient | None = None
         self._config: ServingConfig | None = None
+        self._least_keys: int | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Adds the route."""
@@ -54,9 +55,17 @@ class SparseAttentionEndpoint:
         self._engine = engine_client
         if engine_client is not None:
             self._config = compat.serving_config(engine_client.vllm_config)
+        if engine_client is not None and self._config is not None:
+            least = self._config.min_sparse_keys
+            processor = getattr(engine_client, "input_processor", None)  # of vLLM's own engine
+            measured: int | None = getattr(processor, compat.LEAST_KEYS, None)
+            self._least_keys = measured if least == "auto" else least
 
     async def stats(self, tag: str | None = None) -> dict[str, Any]:
         """The counts of one tagged request, or the configuration and all counts.
+
+        `min_sparse_keys` is the number that "auto" has come to: on CUDA, where steps decide, keys
+        below which a query is dense in any of them.
 
         Raises:
             HTTPException: 404 where the backend is not selected, or the tag was never seen.
@@ -69,6 +78,7 @@ class SparseAttentionEndpoint:
             return {
                 "config": self._config.to_dict(),
                 "fingerprint": config_fingerprint(self._config.attention),
+                "min_sparse_keys": self._least_keys,
                 "totals": report,
             }
         if report is None:

@@ -25,21 +25,8 @@ def register() -> None:
         return
     # Imported here: the entry point must be cheap in processes that never run attention.
     from vllm_sparse_plugin import compat
+    from vllm_sparse_plugin.plugin_log import log_as_vllm
 
     compat.check_vllm_version()
-    _log_as_vllm()
+    log_as_vllm()
     compat.install()
-
-
-def _log_as_vllm() -> None:
-    """Sends what the plugin logs where vLLM's own log goes, unless the process has a log itself.
-
-    vLLM gives handlers to its own loggers alone; without any, Python shows warnings only.
-    """
-    own, vllm = logging.getLogger(__package__), logging.getLogger("vllm")
-    if own.handlers or logging.getLogger().handlers:
-        return
-    for handler in vllm.handlers:
-        own.addHandler(handler)
-    if vllm.handlers and own.level == logging.NOTSET:
-        own.setLevel(vllm.level)

@@ -29,7 +29,14 @@ TAG = "sparse_attention_tag"
 MIN_KEYS = "sparse_attention_min_keys"
 RESOLVED = "sparse_attention_resolved"
 
+MOST_CHARACTERS = 1 << 16
+"""Of a request's maskers as JSON."""
+MOST_MASKERS = 16
+"""Of a request, in any one layer."""
+
 _ALLOWED = (MODE, DENSE_PREFIX, CONFIG, TAG, MIN_KEYS)
+_SHOWN_CHARACTERS = 600
+"""Of an error with what a client sent in it, and at its end what is allowed."""
 _TAG_PATTERN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MODES: Mapping[object, bool] = {"on": True, "off": False, True: True, False: False}
 
@@ -149,7 +156,7 @@ def _parameters(
 def _mode(value: object) -> bool:
     if isinstance(value, (str, int)) and value in _MODES:
         return _MODES[value]
-    raise ValueError(f'vllm_xargs.{MODE} must be "on" or "off", got {value!r}')
+    raise ValueError(f'vllm_xargs.{MODE} must be "on" or "off", got {_shown(repr(value))}')
 
 
 def _count(name: str, value: object, what: str) -> int:
@@ -160,7 +167,9 @@ def _count(name: str, value: object, what: str) -> int:
 
 def _tag(value: object) -> str:
     if not isinstance(value, str) or not _TAG_PATTERN.fullmatch(value):
-        raise ValueError(f"vllm_xargs.{TAG} must match {_TAG_PATTERN.pattern}, got {value!r}")
+        raise ValueError(
+            f"vllm_xargs.{TAG} must match {_TAG_PATTERN.pattern}, got {_shown(repr(value))}"
+        )
     return value
 
 
@@ -172,12 +181,23 @@ def _config(value: object, server: ServingConfig) -> ResearchAttentionConfig:
     if not isinstance(value, str):
         raise ValueError(
             f"vllm_xargs.{CONFIG} must be a preset ({', '.join(sorted(PRESETS))}) or maskers as "
-            f"one JSON string, got {value!r}"
+            f"one JSON string, got {_shown(repr(value))}"
+        )
+    if len(value) > MOST_CHARACTERS:
+        raise ValueError(
+            f"vllm_xargs.{CONFIG} must have at most {MOST_CHARACTERS} characters, got {len(value)}"
         )
     if not value.lstrip().startswith("{"):
         return _named(get_preset, value)
     _check_files(value, server)
-    return _named(_config_or_preset, value)
+    config = _named(_config_or_preset, value)
+    for maskers in (config.masker_configs, *config.layer_masker_configs.values()):
+        if len(maskers) > MOST_MASKERS:
+            raise ValueError(
+                f"vllm_xargs.{CONFIG} must have at most {MOST_MASKERS} maskers in a layer, got "
+                f"{len(maskers)}"
+            )
+    return config
 
 
 def _config_or_preset(text: str) -> ResearchAttentionConfig:
@@ -197,7 +217,12 @@ def _named(read: Callable[[str], ResearchAttentionConfig], value: str) -> Resear
     try:
         return read(value)
     except ValueError as error:
-        raise ValueError(f"vllm_xargs.{CONFIG}: {error}") from error
+        raise ValueError(f"vllm_xargs.{CONFIG}: {_shown(str(error))}") from error
+
+
+def _shown(text: str) -> str:
+    half = _SHOWN_CHARACTERS // 2
+    return text if len(text) <= 2 * half else f"{text[:half]} ... {text[-half:]}"
 
 
 def _check_files(text: str, server: ServingConfig) -> None:
@@ -222,7 +247,7 @@ def _check_files(text: str, server: ServingConfig) -> None:
             if is_file and not (isinstance(value, str) and value in allowed):
                 raise ValueError(
                     f"vllm_xargs.{CONFIG}: {name} must be a file that the server's own "
-                    f"configuration names, got {value!r}"
+                    f"configuration names, got {_shown(repr(value))}"
                 )
         return dict(members)
 
@@ -230,3 +255,5 @@ def _check_files(text: str, server: ServingConfig) -> None:
         json.loads(text, object_pairs_hook=check)
     except json.JSONDecodeError:
         return  # the reader's error is the better one
+    except RecursionError as error:
+        raise ValueError(f"vllm_xargs.{CONFIG} is nested too deeply") from error

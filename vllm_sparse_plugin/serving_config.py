@@ -115,15 +115,21 @@ class ServingConfig:
         for name in imports:
             try:
                 importlib.import_module(name)
-            except ImportError as error:
-                raise ValueError(f"{NAMESPACE}.imports: cannot import {name!r}: {error}") from error
+            except (ImportError, ValueError, TypeError) as error:  # "" and ".x" are the latter two
+                raise ValueError(
+                    f"{NAMESPACE}.imports: cannot import {name!r}: {error} (modules are looked for "
+                    "in PYTHONPATH and among installed packages, not in the current folder)"
+                ) from error
         if "preset" in value:
             attention = _named(preset_from_dict, value)
         else:
             attention = _named(
                 config_from_dict, {name: value[name] for name in CONFIG_FIELDS if name in value}
             )
-        index = _named(config_from_dict, {"maskers": value.get("index", [])})
+        for path in request_files:
+            if not Path(path).is_file():
+                raise ValueError(f"{NAMESPACE}.request_files: there is no file {path!r}")
+        index = _named(config_from_dict, {"maskers": value.get("index", [])}, "index")
         read: dict[str, Any] = {
             "imports": imports,
             "request_files": request_files,
@@ -164,19 +170,22 @@ def _names(value: Mapping[str, Any], field: str, what: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _named(read: Any, value: Any) -> ResearchAttentionConfig:
+def _named(read: Any, value: Any, field: str = "maskers") -> ResearchAttentionConfig:
     try:
         config: ResearchAttentionConfig = read(value)
     except ValueError as error:
-        raise ValueError(f"{NAMESPACE}: {error}") from error
+        # Whatever list it is, its reader calls it "maskers".
+        raise ValueError(f"{NAMESPACE}: {str(error).replace('maskers', field)}") from error
     return config
 
 
 def _read_file(path: Path) -> object:
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{NAMESPACE}: cannot read the configuration file: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{NAMESPACE}: cannot read the configuration file {path}: {error}"
+        ) from error
     try:
         if path.suffix == ".json":
             content: object = json.loads(text)

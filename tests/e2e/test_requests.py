@@ -44,6 +44,28 @@ def test_bad_values_are_400_and_disturb_nobody(sparse, model_path, parameters, m
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_maskers_that_would_fail_in_a_step_are_400(sparse, stream: bool) -> None:
+    """Behind others that select all of a few keys; also where the answer is streamed."""
+    maskers = [
+        {"type": "sink", "sink_size": 16},
+        {"type": "local", "window_size": 64},
+        {"type": "pq_cache", "heavy_size": 0.1, "pq_sub_dim": 7, "pq_bits": 2},
+    ]
+    config = {
+        "sparse_attention": "on",
+        "sparse_attention_config": json.dumps({"maskers": maskers}),
+    }
+    with pytest.raises(openai.BadRequestError, match="pq_sub_dim must divide the head size"):
+        sparse.openai.completions.create(
+            model=sparse.server.model_name,
+            prompt="word " * 300,
+            max_tokens=4,
+            stream=stream,
+            extra_body={"vllm_xargs": config},
+        )
+
+
 def test_chat_completions_take_the_same_parameters(sparse) -> None:
     def chat(**xargs):
         return sparse.openai.chat.completions.create(
@@ -87,6 +109,7 @@ def test_statistics_route(sparse) -> None:
     report = sparse.statistics().json()
     assert report["config"]["maskers"][0] == {"type": "sink", "sink_size": 4}
     assert report["config"]["sparse_by_default"] is False
+    assert report["min_sparse_keys"] == 0
     assert set(report["totals"]) == {
         "sparse_queries",
         "dense_queries",

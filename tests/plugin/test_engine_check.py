@@ -85,3 +85,18 @@ def test_refused_with_the_reason(changes: dict[str, Any], message: str) -> None:
 def test_all_reasons_at_once() -> None:
     with pytest.raises(ValueError, match="speculative decoding.*; pipeline parallelism"):
         compat.check_engine(engine(speculative_config=object(), pipeline_parallel_size=2))
+
+
+@pytest.mark.parametrize(("keys", "says"), [(2000, False), (2049, True), (hooks.NEVER, False)])
+def test_sequences_too_short_for_maskers_are_said(
+    keys: int, says: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """(That maskers never pay is said by who measures it.)"""
+    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cuda=lambda: False))
+    monkeypatch.setattr(hooks, "break_even_of", lambda *arguments: keys)
+    for name in ("attention_shape", "served_block_size"):
+        monkeypatch.setattr(hooks, name, lambda config: None)
+    config = ServingConfig.parse({"maskers": [{"type": "sink", "sink_size": 4}]})
+    model = SimpleNamespace(dtype=torch.float32, max_model_len=2048)
+    assert hooks._break_even(SimpleNamespace(model_config=model), config) == keys
+    assert ("no sequence here is long enough" in caplog.text) is says

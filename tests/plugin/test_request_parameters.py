@@ -155,3 +155,35 @@ def test_a_request_may_name_files_of_the_index(tmp_path) -> None:
     server = ServingConfig.parse({"maskers": [{"type": "sink", "sink_size": 4}], "index": [masker]})
     given = {"sparse_attention_config": json.dumps({"maskers": [masker]})}
     assert resolve_request(given, server) is not None
+
+
+def config_of(*maskers: dict, **rest: object) -> str:
+    return json.dumps({"maskers": list(maskers), **rest})
+
+
+SINK = {"type": "sink", "sink_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ('{"a":' + "[" * 60_000, "is nested too deeply"),
+        (config_of(SINK) + " " * (1 << 16), "at most 65536 characters, got"),
+        (config_of(*[SINK] * 17), "at most 16 maskers in a layer, got 17"),
+        (config_of(layers={"3": [SINK] * 17}), "at most 16 maskers in a layer, got 17"),
+        ("q" * 40_000, "preset"),
+        (config_of({**SINK, "sink_size": "9" * 40_000}), "sink_size"),
+    ],
+    ids=["nested", "long", "many", "many of a layer", "long name", "long value"],
+)
+def test_what_is_too_much_is_refused_in_few_words(value: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words) as refused:
+        resolved({"sparse_attention_config": value})
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["sparse_attention", "sparse_attention_tag"])
+def test_long_values_are_not_sent_back_whole(name: str) -> None:
+    with pytest.raises(ValueError, match=name) as refused:
+        resolved({name: "x" * 100_000})
+    assert len(str(refused.value)) < 1000

@@ -62,12 +62,19 @@ def test_no_maskers_is_a_dense_server() -> None:
             ["maskers[2].x is not a field", "heavy_size"],
         ),
         ({**SINK_LOCAL, "min_sparse_keys": -1}, ["min_sparse_keys", "-1", "auto"]),
-        ({**SINK_LOCAL, "index": [{"type": "snik"}]}, ["snik", "sink"]),
+        ({**SINK_LOCAL, "index": [{"type": "snik"}]}, ["index[0]", "snik", "sink"]),
+        ({**SINK_LOCAL, "index": "quest"}, ["index", "'quest'"]),
+        ({**SINK_LOCAL, "request_files": ["/nope"]}, ["request_files", "'/nope'"]),
+        ({**SINK_LOCAL, "imports": [""]}, ["imports: cannot import ''"]),
+        ({**SINK_LOCAL, "imports": [".x"]}, ["imports: cannot import '.x'"]),
         ({**SINK_LOCAL, "sparse_by_defualt": True}, ["sparse_by_defualt", "sparse_by_default"]),
         ({**SINK_LOCAL, "sparse_by_default": "yes"}, ["sparse_by_default", "'yes'", "true"]),
         ({**SINK_LOCAL, "allow_request_config": 1}, ["allow_request_config", "1"]),
         ({**SINK_LOCAL, "imports": "json"}, ["imports", "'json'"]),
-        ({**SINK_LOCAL, "imports": ["no_such_module_at_all"]}, ["no_such_module_at_all"]),
+        (
+            {**SINK_LOCAL, "imports": ["no_such_module_at_all"]},
+            ["no_such_module_at_all", "PYTHONPATH"],
+        ),
         ({"maskers": [{"type": "snik", "sink_size": 4}]}, ["snik", "sink"]),
         ({"maskers": [{"type": "sink", "size": 4}]}, ["size", "sink_size"]),
         ({"maskers": [{"type": "sink"}]}, ["sink_size"]),
@@ -98,4 +105,11 @@ def test_bad_yaml(tmp_path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text("maskers: [")
     with pytest.raises(ValueError, match=r"bad\.yaml is not valid YAML"):
+        ServingConfig.parse(str(path))
+
+
+def test_a_file_that_is_no_text(tmp_path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ValueError, match=r"cannot read the configuration file .*bad\.json"):
         ServingConfig.parse(str(path))

@@ -14,6 +14,7 @@ from tests.plugin import vllm_symbols
 from vllm_sparse_plugin import compat, plugin
 from vllm_sparse_plugin.compat.engine import served_block_size
 from vllm_sparse_plugin.endpoint import SparseAttentionEndpoint, create_endpoint_plugin
+from vllm_sparse_plugin.plugin_log import log_as_vllm
 from vllm_sparse_plugin.row_parameters import RowParametersProcessor
 
 
@@ -100,11 +101,11 @@ def test_the_plugin_s_log_goes_where_vllm_s_goes(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(vllm, "level", logging.INFO)
     monkeypatch.setattr(own, "handlers", [])
     monkeypatch.setattr(own, "level", logging.NOTSET)
-    plugin._log_as_vllm()
+    log_as_vllm()
     assert not own.handlers  # pytest has a log itself
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     for _ in range(2):
-        plugin._log_as_vllm()
+        log_as_vllm()
     assert own.handlers == [handler]
     assert own.level == logging.INFO
 

@@ -49,6 +49,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "vllm.v1.attention.backends": ("cpu_attn", "flash_attn", "triton_attn"),
     "vllm.v1.attention.backends.registry": ("AttentionBackendEnum", "register_backend"),
     "vllm.v1.core": ("block_pool", "kv_cache_utils"),
+    "vllm.v1.engine.async_llm": ("AsyncLLM",),
     "vllm.v1.core.block_pool": ("generate_block_hash_extra_keys",),
     "vllm.v1.core.kv_cache_utils": ("generate_block_hash_extra_keys", "get_request_block_hasher"),
     "vllm.v1.engine.input_processor": ("InputProcessor",),
@@ -97,6 +98,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
         "speculative_config",
     ),
     "vllm.engine.protocol:EngineClient": ("vllm_config",),
+    "vllm.v1.engine.async_llm:AsyncLLM": ("input_processor",),
     "vllm.model_executor.layers.attention:Attention": ("impl", "kv_cache", "layer_name"),
     "vllm.plugins.endpoint_plugins.interface:EndpointPlugin": ("name", "required_tasks"),
     "vllm.sampling_params:SamplingParams": ("extra_args",),
@@ -175,6 +177,7 @@ CALLED: dict[str, str] = {
     f"{BACKEND}:AttentionBackend.get_preferred_block_size": "default_block_size",
     "vllm.v1.attention.backends.registry:AttentionBackendEnum.get_class": "",
     "vllm.v1.attention.backends.registry:register_backend": "backend, class_path",
+    "vllm.v1.engine.async_llm:AsyncLLM.generate": "prompt, sampling_params, ...",
     "vllm.v1.engine.input_processor:InputProcessor.__init__": "vllm_config, ...",
     # That it has an effect: tests/e2e/test_long_workload.py.
     "vllm.v1.worker.worker_base:WorkerWrapperBase.initialize_from_config": "...",

@@ -32,6 +32,7 @@ from vllm_sparse_plugin.compat.engine import (
 )
 from vllm_sparse_plugin.compat.hooks import (
     BACKEND_PATH,
+    LEAST_KEYS,
     PAGED_BACKEND_PATH,
     STATS_METHOD,
     install,
@@ -44,6 +45,7 @@ from vllm_sparse_plugin.compat.versions import (
 
 __all__ = [
     "BACKEND_PATH",
+    "LEAST_KEYS",
     "PAGED_BACKEND_PATH",
     "STATS_METHOD",
     "SUPPORTED_CACHE_DTYPES",

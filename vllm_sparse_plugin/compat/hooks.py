@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,10 @@ from vllm_sparse_plugin.compat.engine import (
 )
 from vllm_sparse_plugin.compat.graph_hooks import install_graph_hooks
 from vllm_sparse_plugin.compat.replacing import MARK, replace_once
-from vllm_sparse_plugin.paged.break_even import break_even_of
+from vllm_sparse_plugin.paged.break_even import NEVER, break_even_of
+from vllm_sparse_plugin.plugin_log import log_as_vllm
 from vllm_sparse_plugin.prefix_cache import sparse_hash_keys
-from vllm_sparse_plugin.request_parameters import RequestParameters, resolve_request
+from vllm_sparse_plugin.request_parameters import MODE, RequestParameters, resolve_request
 from vllm_sparse_plugin.serving_config import ServingConfig
 from vllm_sparse_plugin.trial import try_maskers
 
@@ -40,6 +42,10 @@ this, short conversations share all of their blocks. What is lost is small: 64 r
 keys are 8.6 GB that a decode step of an 8B model reads besides 15 GB of weights.
 """
 STATS_METHOD = "sparse_attention_stats"
+LEAST_KEYS = "sparse_attention_least_keys"
+"""Attribute of an engine's input processor: keys that a query must see to be sparse, by "auto"."""
+
+logger = logging.getLogger(__name__)
 
 
 def install() -> None:
@@ -52,6 +58,7 @@ def install() -> None:
     # plugin has not been loaded yet, and registering it twice raises.
     register_backend(AttentionBackendEnum.CUSTOM, DEVICE_BACKEND_PATH if is_cuda else BACKEND_PATH)
     _hook_request_admission()
+    _hook_streamed_requests()
     _hook_block_hashes()
     _hook_cpu_backend_choice()
     _hook_worker_statistics()
@@ -76,6 +83,7 @@ def _hook_request_admission() -> None:
             config = serving_config(vllm_config)
             shape, break_even, steps_decide = None, 0, False
             if config is not None:
+                log_as_vllm()
                 check_engine(vllm_config)
                 shape = attention_shape(vllm_config)
                 if not config.attention.is_dense:
@@ -83,6 +91,7 @@ def _hook_request_admission() -> None:
                 break_even = _break_even(vllm_config, config)
                 steps_decide = decides_per_step(config)
             original(self, vllm_config, *args, **kwargs)
+            setattr(self, LEAST_KEYS, break_even)
             validate = self.validate_logits_processors_params
 
             def validate_and_resolve(params: Any) -> None:
@@ -104,19 +113,51 @@ def _hook_request_admission() -> None:
     replace_once(InputProcessor, "__init__", wrap)
 
 
+def _hook_streamed_requests() -> None:
+    """Refuses a request before its answer begins.
+
+    vLLM looks at a request when the first token is asked for. Where answers are streamed, HTTP's
+    status is 200 by then.
+    """
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def generate(
+            self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+        ) -> Any:
+            given = getattr(sampling_params, "extra_args", None) or {}
+            if any(name.startswith(MODE) for name in given):
+                self.input_processor.validate_logits_processors_params(sampling_params)
+            return original(self, prompt, sampling_params, *args, **kwargs)
+
+        return generate
+
+    replace_once(AsyncLLM, "generate", wrap)
+
+
 def _break_even(vllm_config: VllmConfig, config: ServingConfig) -> int:
     """Keys from which on the server's maskers are worth their cost; on CPUs measured, if asked."""
     if not config.is_automatic:
         return 0
     if decides_per_step(config):
         return CUDA_LEAST_KEYS
-    return break_even_of(
+    keys = break_even_of(
         config.attention,
         attention_shape(vllm_config),
         served_block_size(vllm_config),
         vllm_config.model_config.dtype,
         config.imports,
     )
+    longest = vllm_config.model_config.max_model_len
+    if longest < keys < NEVER:
+        logger.warning(
+            "sparse attention: no sequence here is long enough (max_model_len %d) for maskers to "
+            "cost less than dense attention: every query of requests without maskers of their own "
+            "is dense (see min_sparse_keys)",
+            longest,
+        )
+    return keys
 
 
 def decides_per_step(config: ServingConfig) -> bool:
