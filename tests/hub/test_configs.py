@@ -9,6 +9,7 @@ import pytest
 from sparse_attention_hub.sparse_attention import (
     LocalMaskerConfig,
     OracleTopKConfig,
+    QuestTopKMaskerConfig,
     ResearchAttention,
     ResearchAttentionConfig,
     SinkMaskerConfig,
@@ -61,6 +62,12 @@ def test_sizes_become_plain_numbers(field: str) -> None:
         value = getattr(FIELDS[field](given), field)
         assert value == kept
         assert type(value) is type(kept)
+
+
+def test_whole_numbers_become_plain_ones() -> None:
+    config = QuestTopKMaskerConfig(np.int32(64), np.int64(8), np.uint8(4))
+    assert config == QuestTopKMaskerConfig(64, 8, 4)
+    assert [type(value) for value in (config.page_size, config.label_bits)] == [int, int]
 
 
 @pytest.mark.parametrize("field", FIELDS)

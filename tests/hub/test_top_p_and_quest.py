@@ -199,8 +199,8 @@ def test_shares_that_mean_nothing(value: object) -> None:
         ({"page_size": 0}, "page_size must be an integer >= 1, got 0"),
         ({"page_size": 1.5}, "page_size must be an integer >= 1, got 1.5"),
         ({"page_size": True}, "page_size must be an integer >= 1, got True"),
-        ({"page_size": 8, "label_bits": 0}, "label_bits must be an integer >= 1, got 0"),
-        ({"page_size": 8, "label_bits": 17}, "label_bits must be at most 16, got 17"),
+        ({"page_size": 8, "label_bits": 0}, r"label_bits must be an integer in \[1, 16\], got 0"),
+        ({"page_size": 8, "label_bits": 17}, r"label_bits must be an integer in \[1, 16\], got 17"),
         ({"page_size": 8, "heavy_size": 0}, "heavy_size"),
     ],
 )

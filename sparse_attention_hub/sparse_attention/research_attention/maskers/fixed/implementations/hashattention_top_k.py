@@ -25,7 +25,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base
     TopKMaskerConfig,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.common_utils import (  # noqa: E501
-    checked_integer,
+    check_integer_field,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.key_labels import (
     labels_of_keys,
@@ -82,7 +82,7 @@ class HashAttentionTopKMaskerConfig(TopKMaskerConfig):
         """
         super().__post_init__()
         for name in ("hat_bits", "hat_mlp_layers", "hat_mlp_hidden_size"):
-            checked_integer(name, getattr(self, name), 1)
+            check_integer_field(self, name, 1)
         if self.hat_mlp_activation not in ACTIVATIONS:
             raise ValueError(
                 f"hat_mlp_activation must be one of {', '.join(ACTIVATIONS)}, "

@@ -51,11 +51,7 @@ class TopPMaskerConfig(FixedMaskerConfig):
             ValueError: `top_p` is not a number in [0, 1].
         """
         value: object = self.top_p
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, numbers.Real)
-            or not 0.0 <= float(value) <= 1.0
-        ):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
             raise ValueError(f"top_p must be a number in [0, 1], got {value!r}")
         object.__setattr__(self, "top_p", float(value))
 

@@ -25,6 +25,9 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base
     TopKMaskerConfig,
     largest,
 )
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.common_utils import (  # noqa: E501
+    check_integer_field,
+)
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.quest_utils import (  # noqa: E501
     add_top_pages,
     allowed_pages,
@@ -79,12 +82,8 @@ class QuestTopKMaskerConfig(TopKMaskerConfig):
             ValueError: Names the field, its value and what is allowed.
         """
         super().__post_init__()
-        for name, at_most in (("page_size", None), ("label_bits", 16)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-            if at_most is not None and value > at_most:
-                raise ValueError(f"{name} must be at most {at_most}, got {value!r}")
+        check_integer_field(self, "page_size", 1)
+        check_integer_field(self, "label_bits", 1, 16)
 
 
 @MaskerRegistry.register(QuestTopKMaskerConfig)

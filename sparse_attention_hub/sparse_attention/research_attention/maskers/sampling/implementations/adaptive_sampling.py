@@ -55,7 +55,10 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.single_row
     pooled_rows,
     rows_of,
 )
-from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import Size
+from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import (
+    Size,
+    check_not_too_large,
+)
 from sparse_attention_hub.sparse_attention.utils.kv_utils import grouped_scores
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
 from sparse_attention_hub.sparse_attention.utils.row_attention import row_scores
@@ -126,6 +129,8 @@ def _check(
     elif isinstance(value, numbers.Integral):
         value = int(value)
         is_valid = least_integer is not None and value >= least_integer
+        if is_valid:
+            check_not_too_large(name, value)
     elif isinstance(value, numbers.Real):
         value = float(value)
         low, high = open_interval or (0.0, 1.0)

@@ -30,7 +30,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     unselected_keys,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.common_utils import (  # noqa: E501
-    checked_integer,
+    check_integer_field,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.key_labels import (
     labels_of_keys,
@@ -92,8 +92,8 @@ class MagicPigConfig(SamplingMaskerConfig):
         Raises:
             ValueError: Names the field, its value and what is allowed.
         """
-        checked_integer("lsh_l", self.lsh_l, 2)
-        checked_integer("lsh_k", self.lsh_k, 1, 62)
+        check_integer_field(self, "lsh_l", 2)
+        check_integer_field(self, "lsh_k", 1, 62)
         if not isinstance(self.center, bool):
             raise ValueError(f"center must be true or false, got {self.center!r}")
         if self.packing not in PACKINGS:

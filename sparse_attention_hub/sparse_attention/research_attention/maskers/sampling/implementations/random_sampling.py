@@ -66,12 +66,8 @@ class RandomSamplingMaskerConfig(SamplingMaskerConfig):
         Raises:
             ValueError: Names the field, its value and what is allowed.
         """
-        rate: object = self.sampling_rate
-        if (
-            isinstance(rate, bool)
-            or not isinstance(rate, numbers.Real)
-            or not 0.0 < float(rate) <= 1.0
-        ):
+        rate: Any = self.sampling_rate
+        if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 < rate <= 1:
             raise ValueError(f"sampling_rate must be a number in (0, 1], got {rate!r}")
         object.__setattr__(self, "sampling_rate", float(rate))
         checked_seed(self.seed)
