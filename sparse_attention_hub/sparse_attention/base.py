@@ -48,7 +48,8 @@ class SparseAttention(ABC):
             attention_mask: Additive `(B, 1 or H, Q, >= K)`, or boolean with True = may attend.
             scaling: Of the scores.
             dropout: Of the weights, in training only.
-            sparse_meta_data: The maskers' cache.
+            sparse_meta_data: The maskers' cache, of one sequence or batch; a call with as many
+                queries as keys starts it anew for its layer.
             kwargs: Such as `layer_idx`.
 
         Returns:

@@ -98,7 +98,9 @@ def test_half_precision(dtype) -> None:
     attention = ResearchAttention.create_from_config(
         ResearchAttentionConfig([SinkMaskerConfig(2), MagicPigConfig(10, 2)])
     )
-    output, _ = attention.custom_attention(None, query, key, value, None, 0.25, 0.0, {})
+    output, _ = attention.custom_attention(
+        None, query, key, value, None, 0.25, 0.0, {}, layer_idx=0
+    )
     assert output.dtype == dtype
     assert output.isfinite().all()
 

@@ -15,6 +15,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     MaskerConfig,
     ResearchMasker,
 )
+from sparse_attention_hub.sparse_attention.research_attention.maskers.key_labels import start_anew
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.base import (
     SamplingMaskerConfig,
 )
@@ -145,14 +146,27 @@ class ResearchAttention(SparseAttention):
     ) -> Mask:
         """What the maskers select; arguments as in `custom_attention`.
 
+        Without `layer_idx`, or with None, nothing is kept in `sparse_meta_data`.
+
         Returns:
             A mask `(B, H, Q, K)`; full when there are no maskers.
+
+        Raises:
+            ValueError: `layer_idx` is missing, and a masker needs it or layers differ in maskers.
         """
         shape = (*queries.shape[:3], keys.shape[2])
         dtype = accumulation_dtype(queries.dtype)
-        maskers = self.maskers_of_layer(int(kwargs.get("layer_idx", 0)))
+        layer = kwargs.get("layer_idx")
+        if layer is None and self._of_layer:
+            raise ValueError(
+                "layer_idx must be given where dense_layers or layer_masker_configs tell layers "
+                "apart; it is missing or None"
+            )
+        maskers = self.maskers if layer is None else self.maskers_of_layer(int(layer))
         if not maskers:
             return Mask.create_full_mask(shape, dtype, queries.device)
+        if layer is not None and sparse_meta_data and queries.shape[2] == keys.shape[2]:
+            start_anew(sparse_meta_data, int(layer))
         mask = Mask.create_empty_mask(shape, dtype, queries.device)
         for masker in maskers:
             mask = masker.add_mask(

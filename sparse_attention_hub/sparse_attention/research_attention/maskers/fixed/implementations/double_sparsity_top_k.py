@@ -94,6 +94,7 @@ class DoubleSparsityTopKMasker(TopKMasker):
         index_bytes="head size / group_factor · label_bits / 8",
         is_paged=True,
     )
+    needs_layer_idx: ClassVar[bool] = True
 
     def __init__(self, config: DoubleSparsityTopKMaskerConfig) -> None:
         """Reads the channel file.

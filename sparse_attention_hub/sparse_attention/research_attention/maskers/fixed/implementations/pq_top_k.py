@@ -32,6 +32,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.impl
     lookup_scores,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.key_labels import (
+    LabelsByLayer,
     labels_of_keys,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.key_prefix import (
@@ -145,7 +146,7 @@ class PQCache(TopKMasker):
         layer_idx: int,
     ) -> torch.Tensor:
         """Centroids `(B, G, M, C, pq_sub_dim)` of the first `size` keys."""
-        state = sparse_meta_data.setdefault((*self._name, "codebook"), {})
+        state = sparse_meta_data.setdefault((*self._name, "codebook"), LabelsByLayer())
         known = state.get(layer_idx)
         place = (size, keys.shape[0], keys.shape[1], keys.device)
         if known is None or known[0] != place:

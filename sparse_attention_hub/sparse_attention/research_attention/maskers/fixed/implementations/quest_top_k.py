@@ -134,13 +134,8 @@ class QuestTopKMasker(FixedMasker):
             return Mask.create_full_mask(previous_mask.shape, previous_mask.dtype, queries.device)
         units = selecting_units(self.head_granularity, queries.shape[1], keys.shape[1])
         if is_single_row(previous_mask, attention_mask) and keys.dtype != torch.float64:
-            bounds = stored_page_bounds(
-                keys,
-                self.page_size,
-                self.label_bits,
-                sparse_meta_data,
-                int(kwargs.get("layer_idx", 0)),
-            )
+            place = self.cache_of_layer(sparse_meta_data, kwargs)
+            bounds = stored_page_bounds(keys, self.page_size, self.label_bits, *place)
             scores = pooled_scores(quest_page_scores(queries, *bounds), units, scaling)
             return add_top_pages(
                 previous_mask, scores, self._num_pages(num_keys, num_keys), self.page_size

@@ -89,6 +89,7 @@ class SocketMasker(TopKMasker):
         state="buckets and value norms",
         index_bytes="L · K / 8 + 4",
     )
+    needs_layer_idx: ClassVar[bool] = True
 
     def __init__(self, config: SocketMaskerConfig) -> None:
         """Keeps the configuration.

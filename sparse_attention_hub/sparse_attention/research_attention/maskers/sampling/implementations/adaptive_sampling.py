@@ -201,7 +201,7 @@ class AdaptiveSamplingMasker(SamplingMasker):
             return previous_mask
         num_keys, heads, device = keys.shape[2], queries.shape[1], queries.device
         units = selecting_units(self.head_granularity, heads, keys.shape[1])
-        layer = int(kwargs.get("layer_idx", 0))
+        layer = self.cache_of_layer(sparse_meta_data, kwargs)[1]
         # The number of sampled keys is measured; listing them needs it on the host, which is free
         # on a CPU alone.
         if device.type == "cpu" and is_single_row(previous_mask, attention_mask):

@@ -112,6 +112,7 @@ class MagicPig(SamplingMasker):
         is_by_index=False,
         is_paged=True,
     )
+    needs_layer_idx: ClassVar[bool] = True
 
     def __init__(self, config: MagicPigConfig) -> None:
         """Keeps the configuration.
@@ -137,16 +138,16 @@ class MagicPig(SamplingMasker):
         previous_mask: Mask,
         **kwargs: Any,
     ) -> Mask:
-        """See `ResearchMasker.add_mask`; `layer_idx` in `kwargs` keys the tables (default 0)."""
+        """See `ResearchMasker.add_mask`."""
+        cache, layer = self.cache_of_layer(sparse_meta_data, kwargs)
         if previous_mask.is_full_mask():
             return previous_mask
-        layer = int(kwargs.get("layer_idx", 0))
         candidates = unselected_keys(previous_mask, attention_mask)
         collides = torch.zeros_like(candidates)
         probability = torch.ones(candidates.shape, dtype=torch.float64, device=keys.device)
         for size, rows in prefix_sizes(attention_mask if self.center else None, keys.shape[2]):
             mean = self._mean(keys, attention_mask, size)
-            found = self._collisions(queries, keys, mean, size, sparse_meta_data, layer) >= 2
+            found = self._collisions(queries, keys, mean, size, cache, layer) >= 2
             chance = self.sampling_probability(queries, keys, mean)
             if rows is None:
                 collides, probability = found, chance

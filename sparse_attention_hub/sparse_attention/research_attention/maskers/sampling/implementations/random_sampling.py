@@ -120,7 +120,7 @@ class RandomSamplingMasker(SamplingMasker):
         num_keys, heads = keys.shape[2], queries.shape[1]
         if self.sampling_rate == 1.0 and previous_mask.is_empty_mask():
             return Mask.create_full_mask(previous_mask.shape, previous_mask.dtype, queries.device)
-        layer = int(kwargs.get("layer_idx", 0))
+        layer = self.cache_of_layer(sparse_meta_data, kwargs)[1]
         units = selecting_units(self.head_granularity, heads, keys.shape[1])
         if is_single_row(previous_mask, attention_mask):
             return self._add_to_row(pooled_rows(previous_mask, units), layer, units)
