@@ -17,6 +17,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.key_labels import start_anew
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.base import (
+    SamplingMasker,
     SamplingMaskerConfig,
 )
 from sparse_attention_hub.sparse_attention.utils.kv_utils import accumulation_dtype
@@ -109,8 +110,18 @@ class ResearchAttention(SparseAttention):
         Args:
             sparse_attention_config: They were made from.
             maskers: In the order they are applied.
+
+        Raises:
+            ValueError: More than one of them samples.
         """
         super().__init__(sparse_attention_config)
+        sampling = [
+            type(masker).__name__ for masker in maskers if isinstance(masker, SamplingMasker)
+        ]
+        if len(sampling) > 1:
+            raise ValueError(
+                f"at most one sampling masker is allowed in maskers, got {', '.join(sampling)}"
+            )
         self.maskers = list(maskers)
         self._of_layer: dict[int, list[ResearchMasker]] = {}
         if isinstance(sparse_attention_config, ResearchAttentionConfig):
