@@ -89,3 +89,13 @@ def visible_counts(attention_mask: torch.Tensor | None, num_keys: int) -> int | 
     """
     visible = visible_keys(attention_mask, num_keys)
     return num_keys if visible is None else visible.sum(dim=-1, keepdim=True)
+
+
+def first_visible(attention_mask: torch.Tensor | None, num_keys: int) -> torch.Tensor | None:
+    """Index of the first key that each query may see: how many padded keys are in front.
+
+    Returns:
+        int64 `(B, 1 or H, Q, 1)`, 0 for a query that sees nothing; None when there is no mask.
+    """
+    visible = visible_keys(attention_mask, num_keys)
+    return None if visible is None else visible.to(torch.uint8).argmax(dim=-1, keepdim=True)

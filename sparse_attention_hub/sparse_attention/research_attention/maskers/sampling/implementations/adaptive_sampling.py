@@ -58,6 +58,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.single_row
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import (
     Size,
     check_not_too_large,
+    first_visible,
 )
 from sparse_attention_hub.sparse_attention.utils.kv_utils import grouped_scores
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
@@ -217,8 +218,9 @@ class AdaptiveSamplingMasker(SamplingMasker):
         unselected = unselected_keys(mask, attention_mask)
         residual = any_of_groups(unselected, units)
         size = residual.sum(dim=-1, keepdim=True)
+        first = first_visible(attention_mask, num_keys)
         order = -uniform_per_key(
-            self.seed, layer, heads, counts - 1, num_keys, heads // units
+            self.seed, layer, heads, counts - 1, num_keys, heads // units, first
         ).expand_as(residual)
 
         base_size = self._base_size(size)

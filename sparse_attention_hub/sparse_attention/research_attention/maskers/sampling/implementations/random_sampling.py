@@ -38,7 +38,10 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.single_row
     is_single_row,
     pooled_rows,
 )
-from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import visible_counts
+from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import (
+    first_visible,
+    visible_counts,
+)
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
 
 
@@ -136,6 +139,7 @@ class RandomSamplingMasker(SamplingMasker):
             positions.view(1, 1, 1, 1) if positions.ndim == 0 else positions,
             num_keys,
             heads // units,
+            first_visible(attention_mask, num_keys),
         ).to(queries.device)
         remaining = candidates.sum(dim=-1, keepdim=True)
         count = self._count(remaining)
