@@ -70,7 +70,8 @@ class RandomSamplingMaskerConfig(SamplingMaskerConfig):
             ValueError: Names the field, its value and what is allowed.
         """
         rate: Any = self.sampling_rate
-        if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 < rate <= 1:
+        is_number = isinstance(rate, numbers.Real) and not isinstance(rate, bool)
+        if not is_number or not 0 < rate <= 1:
             raise ValueError(f"sampling_rate must be a number in (0, 1], got {rate!r}")
         object.__setattr__(self, "sampling_rate", float(rate))
         checked_seed(self.seed)
