@@ -26,8 +26,10 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     require_config,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed import (
+    CausalMasker,
     FixedMaskerConfig,
     SinkMasker,
+    SocketMaskerConfig,
 )
 from sparse_attention_hub.sparse_attention.serialization import (
     config_fingerprint,
@@ -262,6 +264,29 @@ def test_a_masker_of_ones_own_is_usable_at_once(registry) -> None:
     assert registry.get_all_registered_types()[EveryOtherKeyMaskerConfig] is EveryOtherKeyMasker
 
 
+@pytest.mark.parametrize("base", [FixedMaskerConfig, SocketMaskerConfig, SinkMaskerConfig])
+def test_a_json_name_is_not_inherited(registry, base) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class OwnMaskerConfig(base):
+        """Says nothing about its name."""
+
+    registry.register(OwnMaskerConfig)(EveryOtherKeyMasker)
+    assert json_name(OwnMaskerConfig) == "own"
+    assert json_name(base) in ("causal", "socket", "sink")
+    assert registry.config_types()["own"] is OwnMaskerConfig
+
+
+def test_an_attention_of_ones_own() -> None:
+    class Own(SparseAttention):
+        def custom_attention(self, *arguments, **kwargs):
+            return arguments
+
+    config = SparseAttentionConfig()
+    own = Own.create_from_config(config)
+    assert isinstance(own, Own)
+    assert own.sparse_attention_config is config
+
+
 def test_two_maskers_of_one_name(registry) -> None:
     @dataclasses.dataclass(frozen=True)
     class SinkConfig(MaskerConfig):
@@ -274,6 +299,8 @@ def test_two_maskers_of_one_name(registry) -> None:
 def test_wrong_types() -> None:
     with pytest.raises(ValueError, match="expected a SinkMaskerConfig, got LocalMaskerConfig"):
         SinkMasker.create_from_config(LocalMaskerConfig(3))
+    with pytest.raises(ValueError, match="expected a FixedMaskerConfig, got SinkMaskerConfig"):
+        CausalMasker.create_from_config(SinkMaskerConfig(3))
     with pytest.raises(ValueError, match="TopKMaskerConfig"):
         ResearchMasker.create_masker_from_config(TopKMaskerConfig(3))
     with pytest.raises(TypeError, match="SparseAttentionConfig"):

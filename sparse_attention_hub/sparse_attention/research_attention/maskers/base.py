@@ -19,8 +19,8 @@ class MaskerConfig:
     """Base of all maskers' configurations.
 
     Attributes:
-        json_name: The name in JSON; None = the class name without "MaskerConfig" or "Config", in
-            snake case.
+        json_name: The name in JSON, of the class that sets it: its subclasses do not inherit it.
+            Without one, the class name without "MaskerConfig" or "Config", in snake case.
     """
 
     json_name: ClassVar[str | None] = None
@@ -118,8 +118,9 @@ class MaskerRegistry:
 
 def json_name(config_type: type[MaskerConfig]) -> str:
     """The JSON name of a configuration class: `SinkMaskerConfig` is "sink"."""
-    if config_type.json_name is not None:
-        return config_type.json_name
+    own: str | None = vars(config_type).get("json_name")
+    if own is not None:
+        return own
     stem = re.sub(r"(Masker)?Config$", "", config_type.__name__)
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", stem).lower()
 

@@ -59,8 +59,6 @@ class TopKMaskerConfig(FixedMaskerConfig):
             loads for the group no more than for one of them.
     """
 
-    json_name: ClassVar[str | None] = None
-
     heavy_size: Size
     head_granularity: str = field(default="query_head", kw_only=True)
 

@@ -124,6 +124,7 @@ class MagicPig(SamplingMasker):
         self.lsh_l = config.lsh_l
         self.lsh_k = config.lsh_k
         self.center = config.center
+        self.packing = config.packing
         self.seed = config.seed
 
     def add_mask(
