@@ -96,7 +96,7 @@ BAD = {
         "head_granularity": HEADS,
     },
     "adaptive_sampling": {
-        "base_rate_sampling": [0, 1, 1.0, -2, True, *LARGE],
+        "base_rate_sampling": [-1, -0.1, 1.0, 1.5, True, *LARGE],
         "epsilon": [0, 1, 1.5, True],
         "delta": [0, 1, -0.5, True],
         "init_offset": [-1, 1.5, True, *LARGE],
