@@ -15,6 +15,9 @@ from typing import Any
 
 from sparse_attention_hub.sparse_attention.presets import PRESETS, get_preset, preset_from_dict
 from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
+from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import (
+    check_not_too_large,
+)
 from sparse_attention_hub.sparse_attention.serialization import (
     config_fingerprint,
     config_from_json,
@@ -162,6 +165,7 @@ def _mode(value: object) -> bool:
 def _count(name: str, value: object, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"vllm_xargs.{name} must be an integer >= 0 ({what}), got {value!r}")
+    check_not_too_large(f"vllm_xargs.{name}", value)
     return value
 
 

@@ -50,7 +50,8 @@ def observed_attention(
     """Calls `observe` for every attention layer that runs in the `with` block, densely.
 
     Raises:
-        ValueError: The model does not take its attention from transformers' registry.
+        ValueError: The model does not take its attention from transformers' registry, or its
+            attention modules have no `layer_idx`.
     """
 
     def attend(
@@ -63,7 +64,10 @@ def observed_attention(
         **kwargs: Any,
     ) -> Any:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        observe(LayerInputs(getattr(module, "layer_idx", 0), query, key, value, scale))
+        layer = getattr(module, "layer_idx", None)
+        if layer is None:
+            raise ValueError(f"{type(module).__name__} has no layer_idx to tell its layers apart")
+        observe(LayerInputs(layer, query, key, value, scale))
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )

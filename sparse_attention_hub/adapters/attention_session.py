@@ -75,11 +75,13 @@ class AttentionSession:
     ) -> torch.Tensor:
         """Output of one layer, `(B, Q, H, D)`; arguments as in `SparseAttention`."""
         inputs = (queries, keys, values, attention_mask, scaling, dropout)
-        kwargs["layer_idx"] = getattr(module, "layer_idx", 0)
+        layer = getattr(module, "layer_idx", None)
+        if layer is not None:
+            kwargs["layer_idx"] = layer
         mask = self.attention.select(*inputs, self.sparse_meta_data, **kwargs)
         self.add_counts(count_read_keys(mask, attention_mask))
         output = get_masked_attention_output(module, *inputs, mask)
-        self.attention.log_metrics(module, *inputs, mask, output, kwargs["layer_idx"])
+        self.attention.log_metrics(module, *inputs, mask, output, kwargs.get("layer_idx"))
         return output
 
 

@@ -135,7 +135,10 @@ class ModelAdapterHF(ModelAdapter):
 
     @contextmanager
     def enable_sparse_mode(self) -> Iterator[None]:
-        """See `ModelAdapter.enable_sparse_mode`; direct calls of `self.model` are sparse too."""
+        """See `ModelAdapter.enable_sparse_mode`; direct calls of `self.model` are sparse too.
+
+        They may follow each other, but only one sequence, or one batch, is continued at a time.
+        """
         with super().enable_sparse_mode(), attention_session.attention_session(self._session()):
             yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,8 @@ class SparseAttention(ABC):
             attention_mask: Additive `(B, 1 or H, Q, >= K)`, or boolean with True = may attend.
             scaling: Of the scores.
             dropout: Of the weights, in training only.
-            sparse_meta_data: The maskers' cache.
+            sparse_meta_data: The maskers' cache, of one sequence or batch; a call with as many
+                queries as keys starts it anew for its layer.
             kwargs: Such as `layer_idx`.
 
         Returns:
@@ -62,6 +64,9 @@ class SparseAttention(ABC):
     @classmethod
     def create_from_config(cls, config: SparseAttentionConfig) -> SparseAttention:
         """Builds the attention that a configuration describes.
+
+        Of a configuration that is not this package's, a class that can be instantiated is made
+        itself: `cls(config)`.
 
         Raises:
             TypeError: The configuration is of a type that no attention is made from.
@@ -80,6 +85,8 @@ class SparseAttention(ABC):
             return ResearchAttention.create_from_config(config)
         if isinstance(config, EfficientAttentionConfig):
             return EfficientAttention.create_from_config(config)
+        if not inspect.isabstract(cls):
+            return cls(config)
         raise TypeError(
             f"expected a ResearchAttentionConfig or an EfficientAttentionConfig, got "
             f"{type(config).__name__}"

@@ -80,7 +80,17 @@ def test_a_device_left_out_is_the_cpu_elsewhere(no_gpu, tiny_path: str) -> None:
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [(2, "device 2: .*2 CUDA"), ("cuda:7", "cuda:7"), (True, "True"), (-1, "-1")],
+    [
+        (2, "device 2: .*2 CUDA"),
+        ("cuda:7", "cuda:7"),
+        (True, "True"),
+        (-1, "-1"),
+        (10**30, "device 10000"),
+        ("gpu", "device 'gpu'"),
+        ("cuda:x", "device 'cuda:x'"),
+        (1.5, "device 1.5"),
+        ("xpu", "device 'xpu': this machine has none"),
+    ],
 )
 def test_no_such_device(two_gpus, tiny_path: str, device, message: str) -> None:
     references = ModelServerHF().get_model_stats()["total_references"]

@@ -79,6 +79,25 @@ def test_a_mode_ends_with_an_error(make_tiny, expected) -> None:
     assert tokens_of(adapter.process_request(REQUEST, GENERATION)) == expected["dense"]
 
 
+def test_direct_calls_of_one_block_are_prompts_of_their_own(make_tiny) -> None:
+    """The second prompt is the longer one: nothing but its first call says that it is new."""
+    adapter = make_tiny(
+        ResearchAttentionConfig([SinkMaskerConfig(2), QuestTopKMaskerConfig(12, 4)])
+    )
+    generator = torch.Generator().manual_seed(3)
+    first, second = (torch.randint(3, 200, (1, n), generator=generator) for n in (60, 80))
+
+    def generated(ids: torch.Tensor) -> list[int]:
+        return adapter.model.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist()
+
+    with torch.inference_mode():
+        with adapter.enable_sparse_mode():
+            alone = generated(second)
+        with adapter.enable_sparse_mode():
+            generated(first)
+            assert generated(second) == alone
+
+
 def test_modes_nest(make_tiny, expected) -> None:
     window, heavy = make_tiny(WINDOW), make_tiny(HEAVY)
     with window.enable_sparse_mode():

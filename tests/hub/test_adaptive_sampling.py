@@ -208,6 +208,20 @@ def test_equal_keys_are_read_no_more_than_the_base_twice() -> None:
     assert weights.sum() == pytest.approx(10 + 10 * 10 / 490)
 
 
+def test_a_base_sample_of_nothing_and_of_one() -> None:
+    query, key = from_scores(torch.randn(3, 60, generator=torch.Generator().manual_seed(0)))
+    before = select(HEAVY, query, key)
+    for nothing in (0, 0.0):
+        off = config(base_rate_sampling=nothing, init_offset=3)
+        assert torch.equal(select([*HEAVY, off], query, key), before)
+    one, two = (select([config(base_rate_sampling=base)], query, key) for base in (1, 2))
+    assert torch.equal(one, two)
+    queries = query.expand(-1, -1, 2, -1)
+    mask = torch.zeros(1, 1, 2, 60)
+    one, two = (select([config(base_rate_sampling=n)], queries, key, mask) for n in (1, 2))
+    assert torch.equal(one, two)
+
+
 def test_quantile_is_of_both_sides() -> None:
     masker = AdaptiveSamplingMasker.create_from_config(config(delta=0.05))
     assert masker.delta_ppf == pytest.approx(1.959964, abs=1e-5)
@@ -216,7 +230,7 @@ def test_quantile_is_of_both_sides() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *(("base_rate_sampling", value) for value in (0, 1, -1, 0.0, 1.0, True, "2", None)),
+        *(("base_rate_sampling", value) for value in (-1, -0.1, 1.0, True, "2", None)),
         *(("epsilon", value) for value in (0.0, 1.0, -0.1, 1, float("nan"), True, None)),
         *(("delta", value) for value in (0.0, 1.0, 2, float("nan"), False, "0.1")),
         *(("init_offset", value) for value in (-1, -0.1, 1.5, True, None, float("nan"))),

@@ -42,15 +42,16 @@ GOOD = {
     },
     "magic_pig": {"lsh_l": 4, "lsh_k": 4},
 }
-SIZE = [0, -1, 1.5, 0.0, "4", True, None, float("nan")]
-COUNT = [0, -1, 2.5, "3", True]
+LARGE = [2**31, 10**30]
+SIZE = [0, -1, 1.5, 0.0, "4", True, None, float("nan"), *LARGE]
+COUNT = [0, -1, 2.5, "3", True, *LARGE]
 SEED = [-1, 1.0, 2**63, True]
 HEADS = ["query", "", None, 1]
 BAD = {
     "sink": {"sink_size": SIZE},
     "local": {"window_size": SIZE},
     "oracle_top_k": {"heavy_size": SIZE, "head_granularity": HEADS},
-    "oracle_top_p": {"top_p": [-0.1, 1.1, "x", True, None]},
+    "oracle_top_p": {"top_p": [-0.1, 1.1, "x", True, None, 10**400]},
     "quest_top_k": {
         "heavy_size": SIZE,
         "head_granularity": HEADS,
@@ -86,20 +87,20 @@ BAD = {
         "head_granularity": HEADS,
         "K": [*COUNT, 13],
         "L": COUNT,
-        "tau": [0, -1, float("inf"), float("nan"), "1", True],
+        "tau": [0, -1, float("inf"), float("nan"), "1", True, 10**400],
         "seed": SEED,
     },
     "random_sampling": {
-        "sampling_rate": [0, -0.1, 1.1, "x", True],
+        "sampling_rate": [0, -0.1, 1.1, "x", True, 10**400],
         "seed": SEED,
         "head_granularity": HEADS,
     },
     "adaptive_sampling": {
-        "base_rate_sampling": [0, 1, 1.0, -2, True],
+        "base_rate_sampling": [-1, -0.1, 1.0, 1.5, True, *LARGE],
         "epsilon": [0, 1, 1.5, True],
         "delta": [0, 1, -0.5, True],
-        "init_offset": [-1, 1.5, True],
-        "local_offset": [-1, 1.5, True],
+        "init_offset": [-1, 1.5, True, *LARGE],
+        "local_offset": [-1, 1.5, True, *LARGE],
         "seed": SEED,
         "head_granularity": HEADS,
     },

@@ -1,17 +1,21 @@
 """Any list of maskers, on any shape: the union of its definitions, its attention, its density."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_attention_hub.sparse_attention import (
     LocalMaskerConfig,
+    MagicPigConfig,
     OracleTopKConfig,
+    RandomSamplingMaskerConfig,
     ResearchAttention,
     ResearchAttentionConfig,
     SinkMaskerConfig,
 )
 from sparse_attention_hub.sparse_attention.density import count_read_keys
+from sparse_attention_hub.sparse_attention.research_attention.maskers.base import ResearchMasker
 from sparse_attention_hub.sparse_attention.utils.mask_attention_utils import (
     get_true_attention_output,
 )
@@ -60,6 +64,18 @@ def test_composition(configs, heads, batch: int, queries: int, history: int, see
     atol = ATTENTION_ATOL[torch.float32]
     assert (output.transpose(1, 2).double() - attended).abs().max() <= atol
     assert (weights.double() - reference).abs().max() <= atol
+
+
+def test_two_samples_of_the_same_keys_are_refused() -> None:
+    """Also when they come as maskers, and the configuration could not check them."""
+    maskers = [
+        ResearchMasker.create_masker_from_config(config)
+        for config in (SinkMaskerConfig(2), RandomSamplingMaskerConfig(0.1), MagicPigConfig(8, 2))
+    ]
+    config = ResearchAttentionConfig([])
+    assert ResearchAttention(config, maskers[:2]).maskers == maskers[:2]
+    with pytest.raises(ValueError, match="one sampling masker .* RandomSamplingMasker, MagicPig"):
+        ResearchAttention(config, maskers)
 
 
 def test_no_maskers_is_dense() -> None:

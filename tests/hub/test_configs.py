@@ -9,6 +9,7 @@ import pytest
 from sparse_attention_hub.sparse_attention import (
     LocalMaskerConfig,
     OracleTopKConfig,
+    QuestTopKMaskerConfig,
     ResearchAttention,
     ResearchAttentionConfig,
     SinkMaskerConfig,
@@ -25,8 +26,10 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     require_config,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed import (
+    CausalMasker,
     FixedMaskerConfig,
     SinkMasker,
+    SocketMaskerConfig,
 )
 from sparse_attention_hub.sparse_attention.serialization import (
     config_fingerprint,
@@ -61,6 +64,12 @@ def test_sizes_become_plain_numbers(field: str) -> None:
         value = getattr(FIELDS[field](given), field)
         assert value == kept
         assert type(value) is type(kept)
+
+
+def test_whole_numbers_become_plain_ones() -> None:
+    config = QuestTopKMaskerConfig(np.int32(64), np.int64(8), np.uint8(4))
+    assert config == QuestTopKMaskerConfig(64, 8, 4)
+    assert [type(value) for value in (config.page_size, config.label_bits)] == [int, int]
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -255,6 +264,29 @@ def test_a_masker_of_ones_own_is_usable_at_once(registry) -> None:
     assert registry.get_all_registered_types()[EveryOtherKeyMaskerConfig] is EveryOtherKeyMasker
 
 
+@pytest.mark.parametrize("base", [FixedMaskerConfig, SocketMaskerConfig, SinkMaskerConfig])
+def test_a_json_name_is_not_inherited(registry, base) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class OwnMaskerConfig(base):
+        """Says nothing about its name."""
+
+    registry.register(OwnMaskerConfig)(EveryOtherKeyMasker)
+    assert json_name(OwnMaskerConfig) == "own"
+    assert json_name(base) in ("causal", "socket", "sink")
+    assert registry.config_types()["own"] is OwnMaskerConfig
+
+
+def test_an_attention_of_ones_own() -> None:
+    class Own(SparseAttention):
+        def custom_attention(self, *arguments, **kwargs):
+            return arguments
+
+    config = SparseAttentionConfig()
+    own = Own.create_from_config(config)
+    assert isinstance(own, Own)
+    assert own.sparse_attention_config is config
+
+
 def test_two_maskers_of_one_name(registry) -> None:
     @dataclasses.dataclass(frozen=True)
     class SinkConfig(MaskerConfig):
@@ -267,6 +299,8 @@ def test_two_maskers_of_one_name(registry) -> None:
 def test_wrong_types() -> None:
     with pytest.raises(ValueError, match="expected a SinkMaskerConfig, got LocalMaskerConfig"):
         SinkMasker.create_from_config(LocalMaskerConfig(3))
+    with pytest.raises(ValueError, match="expected a FixedMaskerConfig, got SinkMaskerConfig"):
+        CausalMasker.create_from_config(SinkMaskerConfig(3))
     with pytest.raises(ValueError, match="TopKMaskerConfig"):
         ResearchMasker.create_masker_from_config(TopKMaskerConfig(3))
     with pytest.raises(TypeError, match="SparseAttentionConfig"):

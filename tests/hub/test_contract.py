@@ -61,7 +61,7 @@ NAMES = {
     f"{MASKERS}.fixed.implementations.utils.double_sparsity_utils": "extract_layer_channels "
     "load_sorted_channels_from_file validate_channel_data",
     f"{MASKERS}.fixed.implementations.utils.quest_utils": "compute_page_min_max quest_page_scores "
-    "pages_to_token_mask",
+    "pages_to_token_mask attention_mask_to_allowed_prob pages_valid",
     f"{MASKERS}.sampling": "SamplingMasker SamplingMaskerConfig RandomSamplingMasker "
     "RandomSamplingMaskerConfig MagicPig MagicPigConfig AdaptiveSamplingMasker "
     "AdaptiveSamplingMaskerConfig",

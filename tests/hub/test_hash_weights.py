@@ -30,6 +30,38 @@ def test_safetensors_and_torch_files(tmp_path) -> None:
         assert_equal(load_hat_weights(tmp_path / name), weights)
 
 
+@pytest.mark.parametrize("name", ["w.pkl", "w.pt", "w", "w.safetensors", "w.safetensors.bak"])
+def test_a_converted_checkpoint_is_read_back_whatever_its_name(name, tmp_path) -> None:
+    weight = {
+        f"0.learning_to_hash_transformation_{side}.0.0.weight": torch.randn(4, 8) for side in "qk"
+    }
+    torch.save(weight, tmp_path / "usa.pt")
+    create_hat_weights_file_from_usa(tmp_path / "usa.pt", tmp_path / name, 1, 1, 1)
+    found = load_hat_weights(tmp_path / name)
+    for side, short in (("query", "q"), ("key", "k")):
+        expected = weight[f"0.learning_to_hash_transformation_{short}.0.0.weight"].T
+        assert torch.equal(found[0][f"{side}_matrix"][0][0], expected)
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.pkl", "w.safetensors"])
+def test_damaged_files(name, tmp_path) -> None:
+    """Also cut off in the middle; never with torch's advice to run what is in them."""
+    whole = tmp_path / f"whole-{name}"
+    save = save_hat_weights if name.endswith("safetensors") else torch.save
+    save(hash_weights(2), whole)
+    plain = pickle.dumps(hash_weights(2))
+    beginnings = (b"", b"{", b"\x80\x04", b"PK\x03\x04", b"not weights", b"\x05" + bytes(7) + b"{")
+    for content in (*beginnings, whole.read_bytes()[:200], plain, plain[:50]):
+        (tmp_path / name).write_bytes(content)
+        for read in (load_hat_weights, convert_usa_weights_to_hash_attention):
+            with pytest.raises(ValueError, match="cannot read weights from .*w[.]") as error:
+                read(tmp_path / name)
+            assert "weights_only" not in str(error.value)
+            assert error.value.__suppress_context__ or "weights_only" not in str(
+                error.value.__cause__
+            )
+
+
 class RunsCode:
     def __reduce__(self):
         return (open, ("should-not-exist", "w"))
@@ -44,8 +76,9 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, monkeypatch) -> None:
         lambda: torch.save({0: RunsCode()}, path),
     ):
         write()
-        with pytest.raises(ValueError, match="safely"):
+        with pytest.raises(ValueError, match=r"safely .*converted.*save_hat_weights") as error:
             load_hat_weights(path)
+        assert "weights_only" not in str(error.value)
         assert not (tmp_path / "should-not-exist").exists()
 
 
@@ -88,6 +121,7 @@ def test_published_checkpoints(tmp_path) -> None:
     [
         (lambda w: {}, "map layers"),
         (lambda w: {"0": w[0]}, "'0'"),
+        (lambda w: {0: {**w[0], "key_bias": w[0]["key_bias"][0]}}, "must be lists"),
         (lambda w: {0: {**w[0], "extra": []}}, "layer 0"),
         (lambda w: {0: {**w[0], "key_bias": w[0]["key_bias"][:1]}}, "as many key matrices"),
         (lambda w: {0: {**w[0], "query_matrix": w[0]["query_matrix"][::-1]}}, "query weights"),
@@ -99,6 +133,16 @@ def test_other_forms_are_refused(change, says, tmp_path) -> None:
         load_hat_weights(tmp_path / "w.pt")
 
 
-def test_missing_file() -> None:
-    with pytest.raises(ValueError, match="cannot read"):
-        load_hat_weights("no-such-file.pt")
+@pytest.mark.parametrize("name", ["no-such-file.pt", "no-such-file.safetensors", "."])
+def test_missing_file(name: str) -> None:
+    with pytest.raises(ValueError, match="cannot read weights"):
+        load_hat_weights(name)
+
+
+def test_checkpoints_of_other_forms(tmp_path) -> None:
+    name = "0.learning_to_hash_transformation_q.{}.0.weight"
+    uneven = {name.format(0): torch.zeros(4, 8), name.format(1): torch.zeros(4, 7)}
+    for state, says in (([1], "state dict, got a list"), (uneven, "differ in shape")):
+        torch.save(state, tmp_path / "usa.pt")
+        with pytest.raises(ValueError, match=says):
+            convert_usa_weights_to_hash_attention(tmp_path / "usa.pt", 1, 2, 1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparse_attention_hub.sparse_attention import (
+    MagicPig,
     MagicPigConfig,
     ResearchAttention,
     ResearchAttentionConfig,
@@ -13,6 +14,12 @@ from sparse_attention_hub.sparse_attention import (
 )
 from tests.hub.brute_force import additive, causal
 from tests.hub.top_k_maskers import tensors
+
+
+def test_a_masker_says_what_its_configuration_says() -> None:
+    masker = MagicPig.create_from_config(MagicPigConfig(8, 2, center=False, packing="float32"))
+    assert (masker.lsh_l, masker.lsh_k, masker.center) == (8, 2, False)
+    assert (masker.packing, masker.seed) == ("float32", 42)
 
 
 def weights(config, query, key, value, mask=None, cache=None, before=()) -> torch.Tensor:
@@ -98,7 +105,9 @@ def test_half_precision(dtype) -> None:
     attention = ResearchAttention.create_from_config(
         ResearchAttentionConfig([SinkMaskerConfig(2), MagicPigConfig(10, 2)])
     )
-    output, _ = attention.custom_attention(None, query, key, value, None, 0.25, 0.0, {})
+    output, _ = attention.custom_attention(
+        None, query, key, value, None, 0.25, 0.0, {}, layer_idx=0
+    )
     assert output.dtype == dtype
     assert output.isfinite().all()
 

@@ -126,6 +126,27 @@ def test_row_wise_indices(mask_type: str, mode: str) -> None:
     assert mask.from_index == (mask_type == "index")
 
 
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+def test_methods_with_the_mode_in_their_name(mode: str) -> None:
+    weights = some_weights()
+    mask, other, x = by_index(weights), dense(weights.flip(-1)), torch.rand(SHAPE)
+
+    def named(name: str):
+        return getattr(mask, f"{name}_{mode}")
+
+    assert torch.equal(named("apply_mask")(x), mask.apply_mask(x))
+    assert torch.equal(named("apply_inv_mask")(x), mask.apply_inv_mask(x))
+    merged = named("merge_mask")(other)
+    assert torch.equal(merged.get_dense_mask(), mask.merge_mask(other).get_dense_mask())
+    assert (merged.from_dense_mask, merged.from_index) == (mode == "dense", mode == "sparse")
+    rows = torch.tensor([[[[1, -1]] * 2]] * 2), torch.tensor([[[[0.5, 1.0]] * 2]] * 2)
+    of_rows = getattr(Mask, f"create_from_row_wise_idx_{mode}")
+    found = of_rows(SHAPE, *rows, "index", torch.float32, True)
+    assert found.from_index
+    assert found.get_dense_mask()[1, 0, 1].tolist() == [0, 0.5, 0, 0]
+    assert named("merge_mask")(other, inplace=True) is mask
+
+
 def test_merge_adds_and_cuts_off_at_one() -> None:
     one, other = some_weights(), some_weights().roll(1, -1) + some_weights()
     expected = (one + other).clamp(max=1)
@@ -175,6 +196,10 @@ def test_errors(make, message: str) -> None:
         ([0, 1], [0, 2], None, "ptr must have 3"),
         ([0, 1], [0, 1, 2], None, "disagree"),
         ([0, 1], [0, 2, 2], [1.0], "data must have 2"),
+        ([0, 4], [0, 1, 3], None, "ptr must lead from 0 to 2"),
+        ([0, 4], [0, 1, 1], None, "ptr must lead from 0 to 2"),
+        ([0, 4], [1, 1, 2], None, "ptr must lead from 0 to 2"),
+        ([0, 4], [0, 3, 2], None, "ptr must lead from 0 to 2 without a step back"),
     ],
 )
 def test_index_errors(indices, ptr, data, message: str) -> None:

@@ -170,6 +170,35 @@ def test_dropout_in_training_only() -> None:
     assert not torch.equal(get_masked_attention_output(module.train(), *arguments), plain)
 
 
+def test_dropout_comes_after_the_softmax() -> None:
+    """So that a weight is its dense value over 1 - p, or nothing."""
+    query, key, value, _ = tensors(1, 2, 1, 2, 50)
+    module = torch.nn.Identity().train()
+    inputs = (query, key, value, None, 1.0)
+    plain = get_true_attention_output(None, *inputs, 0.5)[1]
+    output, weights = get_true_attention_output(module, *inputs, 0.5)
+    kept = weights > 0
+    assert 0.2 < kept.float().mean() < 0.8
+    torch.testing.assert_close(weights[kept], 2 * plain[kept])
+    expected = grouped_sum(weights, value).transpose(1, 2)
+    torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_numerator_and_denominator_give_the_output_in_training_too() -> None:
+    query, key, value, weights = tensors(1, 2, 1, 2, 50)
+    mask = Mask.create_mask_from_dense_mask(weights.shape, weights, torch.float32)
+    module = torch.nn.Identity().train()
+    for dropout in (0.0, 0.5):
+        arguments = (None, 1.0, dropout, mask)
+        torch.manual_seed(0)
+        numerator = get_attention_numerator(module, query, key, value, *arguments)
+        denominator = get_attention_denominator(module, query, key, *arguments)
+        torch.manual_seed(0)
+        output = get_masked_attention_output(module, query, key, value, *arguments)
+        expected = (numerator / denominator).transpose(1, 2)
+        torch.testing.assert_close(output, expected, atol=1e-6, rtol=1e-5)
+
+
 def test_grouped_products_are_products_with_repeated_heads() -> None:
     query, key, value, weights = tensors(2, 6, 2, 3, 7)
     atol = ATTENTION_ATOL[torch.float32]

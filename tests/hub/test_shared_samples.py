@@ -80,8 +80,9 @@ def shared_sample(config, query, key, visible, before, layer: int = 3) -> torch.
                         held |= {*seen[: config.init_offset], *seen[stop:]}
                 rest = [k for k in range(keys) if any(k in seen for seen in open_to)]
                 rest = [k for k in rest if k not in held]
-                position = len(open_to[0]) - 1
-                rest.sort(key=lambda k: splitmix(config.seed, layer, first, position, k))
+                position, start = len(open_to[0]) - 1, min(open_to[0], default=0)
+                counter = (config.seed, layer, first, position)
+                rest.sort(key=lambda k: splitmix(*counter, (k - start) % 2**64))
                 if isinstance(config, RandomSamplingMaskerConfig):
                     base, count = 0, min(len(rest), max(1, int(len(rest) * config.sampling_rate)))
                 else:

@@ -88,18 +88,20 @@ def test_full_and_empty_previous_masks(name, tmp_path) -> None:
     config = {**top_k_configs(tmp_path, 4, 5), **SAMPLERS}[name]
     masker = ResearchMasker.create_masker_from_config(config)
     full = Mask.create_full_mask((1, 4, 1, 40), torch.float32, query.device)
-    assert masker.add_mask(key, query, value, None, 0.25, 0.0, {}, full) is full
+    assert masker.add_mask(key, query, value, None, 0.25, 0.0, {}, full, layer_idx=0) is full
     empty = Mask.create_empty_mask((1, 4, 1, 40), torch.float32, query.device)
     zeros = Mask.create_mask_from_dense_mask((1, 4, 1, 40), torch.zeros(1, 4, 1, 40), torch.float32)
     ones = Mask.create_mask_from_dense_mask((1, 4, 1, 40), torch.ones(1, 4, 1, 40), torch.float32)
     first, second = (
-        masker.add_mask(key, query, value, None, 0.25, 0.0, {}, previous).get_dense_mask()
+        masker.add_mask(
+            key, query, value, None, 0.25, 0.0, {}, previous, layer_idx=0
+        ).get_dense_mask()
         for previous in (empty, zeros)
     )
     assert torch.equal(first, second)
     assert empty.is_empty_mask()
     assert not zeros.get_dense_mask().any()
-    added = masker.add_mask(key, query, value, None, 0.25, 0.0, {}, ones)
+    added = masker.add_mask(key, query, value, None, 0.25, 0.0, {}, ones, layer_idx=0)
     assert torch.equal(added.get_dense_mask(), torch.ones(1, 4, 1, 40))
 
 

@@ -9,10 +9,12 @@ from sparse_attention_hub.sparse_attention import (
     LocalMaskerConfig,
     Mask,
     OracleTopPMaskerConfig,
+    QuestTopKMasker,
     QuestTopKMaskerConfig,
     ResearchAttention,
     ResearchAttentionConfig,
     SinkMaskerConfig,
+    TopKMasker,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import MaskerConfig
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils import (  # noqa: E501
@@ -175,6 +177,34 @@ def test_page_bounds_hold() -> None:
     assert (scores <= bounds + 1e-5).all()
 
 
+def test_pages_as_in_the_fields_api() -> None:
+    pages = torch.tensor([[[[2, 0]], [[1, 1]]]])
+    found = quest_utils.pages_to_token_mask(pages, 10, 4, torch.device("cpu"), torch.float16)
+    assert found.dtype == torch.float16
+    assert found.tolist() == [[[[1] * 4 + [0] * 4 + [1] * 2], [[0] * 4 + [1] * 4 + [0] * 2]]]
+    shown = torch.tensor([[[True, False, False, False, True, False]]])
+    for mask in (shown, torch.zeros(shown.shape).masked_fill(~shown, -torch.inf) - shown.float()):
+        allowed = quest_utils.attention_mask_to_allowed_prob(mask, 5)
+        assert allowed.tolist() == [[[[1, 0, 0, 0, 1]]]]
+    by_head = torch.cat([allowed, torch.zeros_like(allowed)], dim=1)
+    assert quest_utils.pages_valid(by_head, 2, 3).tolist() == [[[True, False, True]]]
+    assert quest_utils.pages_valid(by_head, 2, 4).tolist() == [[[True, False, True, False]]]
+    with pytest.raises(ValueError, match="num_pages must be >= 3, got 2"):
+        quest_utils.pages_valid(by_head, 2, 2)
+
+
+def test_scores_of_keys_are_those_of_their_pages() -> None:
+    query, key = integers(2, 4, 2, 3, 33)
+    mask = additive(causal(2, 3, 33))
+    masker = QuestTopKMasker.create_from_config(QuestTopKMaskerConfig(12, 4))
+    assert isinstance(masker, TopKMasker)
+    bounds = masker.scores(query, key, key, mask, {}, 0)
+    scores = (query @ key.repeat_interleave(2, 1).mT).masked_fill(mask < 0, -torch.inf)
+    assert bounds.shape == scores.shape
+    assert (scores <= bounds).all()
+    assert torch.equal(bounds[..., :32:4], bounds[..., 3:32:4])
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_quantised_labels_are_as_close_as_their_bits_allow(bits: int) -> None:
     labels = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
@@ -199,8 +229,8 @@ def test_shares_that_mean_nothing(value: object) -> None:
         ({"page_size": 0}, "page_size must be an integer >= 1, got 0"),
         ({"page_size": 1.5}, "page_size must be an integer >= 1, got 1.5"),
         ({"page_size": True}, "page_size must be an integer >= 1, got True"),
-        ({"page_size": 8, "label_bits": 0}, "label_bits must be an integer >= 1, got 0"),
-        ({"page_size": 8, "label_bits": 17}, "label_bits must be at most 16, got 17"),
+        ({"page_size": 8, "label_bits": 0}, r"label_bits must be an integer in \[1, 16\], got 0"),
+        ({"page_size": 8, "label_bits": 17}, r"label_bits must be an integer in \[1, 16\], got 17"),
         ({"page_size": 8, "heavy_size": 0}, "heavy_size"),
     ],
 )

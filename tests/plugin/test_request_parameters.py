@@ -99,6 +99,11 @@ def test_record_survives_the_ways_between_processes() -> None:
         ),
         ({"sparse_attention_dense_prefix": -1}, ["sparse_attention_dense_prefix", "-1", ">= 0"]),
         ({"sparse_attention_dense_prefix": 1.5}, ["sparse_attention_dense_prefix", "1.5"]),
+        (
+            {"sparse_attention_dense_prefix": 10**30},
+            ["sparse_attention_dense_prefix", "<= 2147483647"],
+        ),
+        ({"sparse_attention_min_keys": 2**31}, ["sparse_attention_min_keys", "2147483648"]),
         ({"sparse_attention_dense_prefix": "7"}, ["sparse_attention_dense_prefix", "'7'"]),
         ({"sparse_attention_dense_prefix": True}, ["sparse_attention_dense_prefix", "True"]),
         ({"sparse_attention_config": "nope"}, ["sparse_attention_config", "nope", "streaming-llm"]),
@@ -107,6 +112,10 @@ def test_record_survives_the_ways_between_processes() -> None:
         (
             {"sparse_attention_config": '{"maskers": [{"type": "sink", "sink_size": -1}]}'},
             ["sparse_attention_config", "sink_size", "-1"],
+        ),
+        (
+            {"sparse_attention_config": '{"maskers": [{"type": "sink", "sink_size": 2147483648}]}'},
+            ["sparse_attention_config", "sink_size", "2147483648", "<= 2147483647"],
         ),
         ({"sparse_attention_tag": ""}, ["sparse_attention_tag"]),
         ({"sparse_attention_tag": "a b"}, ["sparse_attention_tag", "'a b'"]),

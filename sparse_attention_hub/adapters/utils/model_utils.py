@@ -15,17 +15,25 @@ def resolve_device(device: str | int | torch.device | None) -> torch.device:
         device: None = CPU; an int = CUDA index; a name; a `torch.device`.
 
     Raises:
-        ValueError: It is a CUDA device and there is no such one, or no index at all (True, -1).
+        ValueError: There is no such device, or it is no index at all (True, -1).
     """
     if device is None:
         return torch.device("cpu")
     if isinstance(device, bool) or (isinstance(device, int) and device < 0):
         raise ValueError(f"device must be None, an index, a name or a torch.device, got {device}")
-    resolved = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    try:
+        resolved = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"device {device!r}: {error}") from error
     if resolved.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (resolved.index or 0) >= count:
             raise ValueError(f"device {device!r}: this machine has {count} CUDA devices")
+    elif resolved.type != "cpu":
+        try:
+            torch.empty(0, device=resolved)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(f"device {device!r}: this machine has none") from error
     return resolved
 
 

@@ -15,7 +15,9 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     MaskerConfig,
     ResearchMasker,
 )
+from sparse_attention_hub.sparse_attention.research_attention.maskers.key_labels import start_anew
 from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.base import (
+    SamplingMasker,
     SamplingMaskerConfig,
 )
 from sparse_attention_hub.sparse_attention.utils.kv_utils import accumulation_dtype
@@ -108,8 +110,18 @@ class ResearchAttention(SparseAttention):
         Args:
             sparse_attention_config: They were made from.
             maskers: In the order they are applied.
+
+        Raises:
+            ValueError: More than one of them samples.
         """
         super().__init__(sparse_attention_config)
+        sampling = [
+            type(masker).__name__ for masker in maskers if isinstance(masker, SamplingMasker)
+        ]
+        if len(sampling) > 1:
+            raise ValueError(
+                f"at most one sampling masker is allowed in maskers, got {', '.join(sampling)}"
+            )
         self.maskers = list(maskers)
         self._of_layer: dict[int, list[ResearchMasker]] = {}
         if isinstance(sparse_attention_config, ResearchAttentionConfig):
@@ -145,14 +157,27 @@ class ResearchAttention(SparseAttention):
     ) -> Mask:
         """What the maskers select; arguments as in `custom_attention`.
 
+        Without `layer_idx`, or with None, nothing is kept in `sparse_meta_data`.
+
         Returns:
             A mask `(B, H, Q, K)`; full when there are no maskers.
+
+        Raises:
+            ValueError: `layer_idx` is missing, and a masker needs it or layers differ in maskers.
         """
         shape = (*queries.shape[:3], keys.shape[2])
         dtype = accumulation_dtype(queries.dtype)
-        maskers = self.maskers_of_layer(int(kwargs.get("layer_idx", 0)))
+        layer = kwargs.get("layer_idx")
+        if layer is None and self._of_layer:
+            raise ValueError(
+                "layer_idx must be given where dense_layers or layer_masker_configs tell layers "
+                "apart; it is missing or None"
+            )
+        maskers = self.maskers if layer is None else self.maskers_of_layer(int(layer))
         if not maskers:
             return Mask.create_full_mask(shape, dtype, queries.device)
+        if layer is not None and sparse_meta_data and queries.shape[2] == keys.shape[2]:
+            start_anew(sparse_meta_data, int(layer))
         mask = Mask.create_empty_mask(shape, dtype, queries.device)
         for masker in maskers:
             mask = masker.add_mask(

@@ -2,13 +2,12 @@
 
 Per layer: `query_matrix`, `query_bias`, `key_matrix`, `key_bias`, each a list with one tensor per
 linear layer: matrices `(heads, in, out)`, biases `(heads, out)`. Files: safetensors with tensors
-named `{layer}.{part}.{index}`, or what `torch.load(weights_only=True)` accepts, holding the same
-nested dictionary. Pickles that need more than tensors are refused: reading one runs its code.
+named `{layer}.{part}.{index}`, or what torch saves of the same nested dictionary, whatever their
+names end in. Pickles that need more than tensors are refused: reading one runs its code.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,17 @@ def load_hat_weights(path: str | Path, device: str | torch.device = "cpu") -> Ha
     Raises:
         ValueError: The file cannot be read safely, or is not of such a form.
     """
-    if Path(path).suffix == ".safetensors":
+    if _is_safetensors(path):
         # Imported here: what comes with transformers, and is needed by this alone.
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        try:
+            tensors = load_file(str(path), device=str(device))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"cannot read weights from {str(path)!r}: {error}") from error
         nested: dict[int, dict[str, dict[int, torch.Tensor]]] = {}
-        for name, tensor in load_file(str(path), device=str(device)).items():
+        for name, tensor in tensors.items():
             layer, part, index = _split_name(name, path)
             nested.setdefault(layer, {}).setdefault(part, {})[index] = tensor
         return checked_hat_weights(
@@ -41,6 +45,19 @@ def load_hat_weights(path: str | Path, device: str | torch.device = "cpu") -> Ha
             }
         )
     return checked_hat_weights(_load_tensors(path, device))
+
+
+def _is_safetensors(path: str | Path) -> bool:
+    """Whether a file says so by its name, or begins like one: a header's length, and JSON."""
+    if Path(path).suffix == ".safetensors":
+        return True
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+        size = Path(path).stat().st_size
+    except OSError as error:
+        raise ValueError(f"cannot read weights from {str(path)!r}: {error}") from error
+    return start[8:] == b"{" and 8 + int.from_bytes(start[:8], "little") <= size
 
 
 def _split_name(name: str, path: str | Path) -> tuple[int, str, int]:
@@ -53,8 +70,16 @@ def _split_name(name: str, path: str | Path) -> tuple[int, str, int]:
 def _load_tensors(path: str | Path, device: str | torch.device) -> Any:
     try:
         return torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"cannot read weights from {str(path)!r} safely: {error}") from error
+    except OSError as error:
+        raise ValueError(f"cannot read weights from {str(path)!r}: {error}") from error
+    except Exception as error:  # of a damaged file, it can be any
+        # Without torch's own words: they advise to run what is in the file.
+        raise ValueError(
+            f"cannot read weights from {str(path)!r} safely ({type(error).__name__}): it is no "
+            "safetensors file and no torch file of nothing but tensors, or it is damaged. A pickle "
+            "that you trust can be converted: read it with pickle.load, and write what it gives "
+            "with save_hat_weights"
+        ) from None
 
 
 def save_hat_weights(weights: HatWeights, path: str | Path) -> None:
@@ -89,6 +114,8 @@ def checked_hat_weights(weights: object) -> HatWeights:
             raise ValueError(f"layer {layer!r} must be an integer with {', '.join(PARTS)}")
         for side in ("query", "key"):
             matrices, biases = parts[f"{side}_matrix"], parts[f"{side}_bias"]
+            if not (isinstance(matrices, (list, tuple)) and isinstance(biases, (list, tuple))):
+                raise ValueError(f"layer {layer}: {side} matrices and biases must be lists")
             if not matrices or len(matrices) != len(biases):
                 raise ValueError(f"layer {layer}: as many {side} matrices as biases, at least one")
             width = None
@@ -122,6 +149,8 @@ def convert_usa_weights_to_hash_attention(
         ValueError: The file cannot be read safely, or a weight is missing.
     """
     state = _load_tensors(usa_checkpoint_path, device)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"the checkpoint must be a state dict, got a {type(state).__name__}")
     weights: HatWeights = {}
     for layer in range(num_layers):
         parts: LayerWeights = {part: [] for part in PARTS}
@@ -139,6 +168,8 @@ def convert_usa_weights_to_hash_attention(
                     state.get(f"{stem}.bias", matrix.new_zeros(matrix.shape[1]))
                     for stem, matrix in zip(stems, matrices, strict=True)
                 ]
+                if len({matrix.shape for matrix in matrices}) > 1:
+                    raise ValueError(f"the heads' weights differ in shape from {stems[0]}.weight")
                 parts[f"{side}_matrix"].append(torch.stack(matrices))
                 parts[f"{side}_bias"].append(torch.stack(biases))
         weights[layer] = parts
@@ -154,6 +185,8 @@ def create_hat_weights_file_from_usa(
     device: str | torch.device = "cpu",
 ) -> None:
     """Converts a published checkpoint into a safetensors file.
+
+    `load_hat_weights` reads it whatever the name of the target ends in.
 
     Raises:
         ValueError: As `convert_usa_weights_to_hash_attention`.

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partialmethod
 
 import torch
+
+from sparse_attention_hub.sparse_attention.utils.mask_indices import (
+    last_of_duplicates,
+    row_pointers,
+    rows_by_pointers,
+)
 
 Shape = tuple[int, ...]
 IndexMask = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -104,16 +111,14 @@ class Mask:
         weights = torch.ones(indices.numel(), dtype=self.dtype, device=indices.device)
         if data is not None:
             weights = data.detach().flatten().to(self.dtype, copy=True)
-        self.indices, self.data = _last_of_duplicates(indices.detach().flatten().long(), weights)
+        self.indices, self.data = last_of_duplicates(indices.detach().flatten().long(), weights)
         keep = self.data != 0
         self.indices, self.data = self.indices[keep], self.data[keep]
         # The flat positions say which row they are in; a pointer that says otherwise is wrong.
-        own_rows = torch.repeat_interleave(
-            torch.arange(rows, device=ptr.device), ptr.diff(), output_size=indices.numel()
-        )
+        own_rows = rows_by_pointers(ptr, indices.numel())
         if not torch.equal(own_rows.to(indices.device), indices.flatten().long() // self.shape[-1]):
             raise ValueError("ptr and indices disagree about the rows that indices are in")
-        self.ptr = _row_pointers(self.indices, rows, self.shape[-1])
+        self.ptr = row_pointers(self.indices, rows, self.shape[-1])
         self.device = indices.device
         self.from_dense_mask = False
 
@@ -276,7 +281,7 @@ class Mask:
             return self.indices.clone(), self.ptr.clone(), self.data.clone()
         dense = self.get_dense_mask().flatten()
         indices = dense.nonzero().flatten()
-        ptr = _row_pointers(indices, math.prod(self.shape[:-1]), self.shape[-1])
+        ptr = row_pointers(indices, math.prod(self.shape[:-1]), self.shape[-1])
         return indices, ptr, dense[indices]
 
     def apply_mask(self, input_tensor: torch.Tensor, mode: str = "dense") -> torch.Tensor:
@@ -353,6 +358,16 @@ class Mask:
             return merged
         return Mask.create_mask_from_indices(self.shape, *merged.get_index_mask(), self.dtype)
 
+    # The same with the mode in the name, as in the field's API.
+    create_from_row_wise_idx_dense = partialmethod(create_from_row_wise_idx, mode="dense")
+    create_from_row_wise_idx_sparse = partialmethod(create_from_row_wise_idx, mode="sparse")
+    apply_mask_dense = partialmethod(apply_mask, mode="dense")
+    apply_mask_sparse = partialmethod(apply_mask, mode="sparse")
+    apply_inv_mask_dense = partialmethod(apply_inv_mask, mode="dense")
+    apply_inv_mask_sparse = partialmethod(apply_inv_mask, mode="sparse")
+    merge_mask_dense = partialmethod(merge_mask, mode="dense")
+    merge_mask_sparse = partialmethod(merge_mask, mode="sparse")
+
     def count_active(self) -> int:
         """How many elements are selected."""
         if self.is_full:
@@ -381,18 +396,3 @@ class Mask:
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _last_of_duplicates(
-    indices: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions in ascending order, each with the weight that came last."""
-    ordered, order = torch.sort(indices, stable=True)
-    last = torch.ones_like(ordered, dtype=torch.bool)
-    last[:-1] = ordered[1:] != ordered[:-1]
-    return ordered[last], weights[order[last]]
-
-
-def _row_pointers(indices: torch.Tensor, rows: int, num_keys: int) -> torch.Tensor:
-    bounds = torch.arange(rows + 1, device=indices.device) * num_keys
-    return torch.searchsorted(indices, bounds)

@@ -7,6 +7,9 @@ estimate; with all `p_i = 1`, attention over S). It is computed stably: the maxi
 cannot make it underflow. Half-precision inputs are computed in float32.
 
 A row that selects nothing it may see has no defined output; it gives zeros, never NaN.
+
+In training, dropout takes weights of the numerator alone: softmax first, then dropout, as models
+have it. (The field's API drops weights of both sums, each by a draw of its own.)
 """
 
 from __future__ import annotations
@@ -32,8 +35,6 @@ def _compute_masked_exp_attention_weights(
     attention_mask: torch.Tensor | None,
     scaling: float,
     sparse_attention_mask: Mask,
-    dropout: float = 0.0,
-    training: bool = False,
 ) -> torch.Tensor:
     """`exp(s_i - m) / p_i` of the selected visible keys, 0 elsewhere; m is a row constant.
 
@@ -43,8 +44,6 @@ def _compute_masked_exp_attention_weights(
         attention_mask: Additive or boolean, `(B, 1 or H, Q, >= K)`; see `visible_keys`.
         scaling: Of the scores.
         sparse_attention_mask: Of shape `(B, H, Q, K)`.
-        dropout: Probability, applied when `training`.
-        training: Whether the model is in training.
 
     Returns:
         `(B, H, Q, K)`, at least float32.
@@ -59,10 +58,7 @@ def _compute_masked_exp_attention_weights(
         # log 0 = -inf takes the keys that are not selected out.
         logits = logits - _log_or_inf(sparse_attention_mask.get_dense_mask().to(logits.dtype))
     largest = logits.amax(dim=-1, keepdim=True)
-    weights = torch.exp(logits - largest.masked_fill(largest == -torch.inf, 0))
-    if dropout > 0.0 and training:
-        weights = nn.functional.dropout(weights, p=dropout, training=True)
-    return weights
+    return torch.exp(logits - largest.masked_fill(largest == -torch.inf, 0))
 
 
 def _log_or_inf(probabilities: torch.Tensor) -> torch.Tensor:
@@ -75,8 +71,9 @@ def _divide(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
     return numerator / denominator.masked_fill(denominator == 0, 1)
 
 
-def _is_training(module: nn.Module | None) -> bool:
-    return module.training if module is not None else False
+def _drops(module: nn.Module | None, dropout: float) -> bool:
+    """Whether dropout applies: to a module in training."""
+    return module is not None and module.training and dropout > 0.0
 
 
 def get_attention_denominator(
@@ -91,18 +88,14 @@ def get_attention_denominator(
 ) -> torch.Tensor:
     """The denominator of the formula above, up to the row constant `exp(-m)`.
 
+    Args: as `get_masked_attention_output`; `module` and `dropout` take no part.
+
     Returns:
-        `(B, H, Q, 1)`, at least float32; comparable with `get_attention_numerator` of the same
-        arguments.
+        `(B, H, Q, 1)`, at least float32, with the row constant that `get_attention_numerator` of
+        the same arguments has; 0 in a row that selects nothing.
     """
     weights = _compute_masked_exp_attention_weights(
-        queries,
-        keys,
-        attention_mask,
-        scaling,
-        sparse_attention_mask,
-        dropout,
-        _is_training(module),
+        queries, keys, attention_mask, scaling, sparse_attention_mask
     )
     return weights.sum(dim=-1, keepdim=True)
 
@@ -120,18 +113,16 @@ def get_attention_numerator(
 ) -> torch.Tensor:
     """The numerator of the formula above, up to the row constant `exp(-m)`.
 
+    Args: as `get_masked_attention_output`.
+
     Returns:
-        `(B, H, Q, Dv)`, at least float32.
+        `(B, H, Q, Dv)`, at least float32; in training, of what dropout leaves.
     """
     weights = _compute_masked_exp_attention_weights(
-        queries,
-        keys,
-        attention_mask,
-        scaling,
-        sparse_attention_mask,
-        dropout,
-        _is_training(module),
+        queries, keys, attention_mask, scaling, sparse_attention_mask
     )
+    if _drops(module, dropout):
+        weights = nn.functional.dropout(weights, p=dropout)
     return grouped_sum(weights, values)
 
 
@@ -193,26 +184,18 @@ def get_masked_attention_output(
 
     Returns:
         The output `(B, Q, H, Dv)`, contiguous, in the dtype of `queries`; with the weights
-        `(B, H, Q, K)` when asked for.
+        `(B, H, Q, K)` when asked for: their softmax, then dropout.
     """
-    is_training = _is_training(module) and dropout > 0.0
+    drops = _drops(module, dropout)
     rows = sparse_attention_mask.rows()
-    if (
-        rows is not None
-        and attention_mask is None
-        and not (return_attention_weights or is_training)
-    ):
+    if rows is not None and attention_mask is None and not (return_attention_weights or drops):
         return attend_rows(queries, keys, values, scaling, *rows)
     weights = _compute_masked_exp_attention_weights(
-        queries,
-        keys,
-        attention_mask,
-        scaling,
-        sparse_attention_mask,
-        dropout,
-        is_training,
+        queries, keys, attention_mask, scaling, sparse_attention_mask
     )
     denominator = weights.sum(dim=-1, keepdim=True)
+    if drops:
+        weights = nn.functional.dropout(weights, p=dropout)
     output = _divide(grouped_sum(weights, values), denominator)
     output = output.to(queries.dtype).transpose(1, 2).contiguous()
     if return_attention_weights:
@@ -230,7 +213,7 @@ def get_true_attention_output(
     dropout: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense attention over all visible keys.
+    """Dense attention over all visible keys: softmax, then dropout in training.
 
     Returns:
         The output `(B, Q, H, Dv)` and the weights `(B, H, Q, K)`, in the dtype of `queries`.

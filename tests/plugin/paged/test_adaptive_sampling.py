@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from sparse_attention_hub.sparse_attention.serialization import config_from_dict, config_to_json
 from tests.plugin.paged.paged_rows import (
     SINK_LOCAL,
     attend,
@@ -13,6 +14,8 @@ from tests.plugin.paged.paged_rows import (
     shape_of,
 )
 from tests.tolerances import ATTENTION_ATOL
+from vllm_sparse_plugin.paged.maskers.base import Unsupported
+from vllm_sparse_plugin.paged.served import paged_attention_of
 
 LENGTHS = (1, 2, 3, 8, 31, 32, 33, 97, 300, 700)
 QUEST = {"type": "quest_top_k", "heavy_size": 0.1, "page_size": 8, "head_granularity": "kv_head"}
@@ -36,6 +39,7 @@ CONFIGS = {
     "offsets as shares": [adaptive(init=0.1, local=0.25)],
     "offsets over everything": [adaptive(init=0.9, local=0.9)],
     "base sample of whole rows": [adaptive(base=64)],
+    "a base sample of one key, which is one of two": [*SINK_LOCAL, adaptive(base=1)],
     "few base keys, large budgets": [*SINK_LOCAL, adaptive(base=2, epsilon=0.02)],
     "small budgets": [*SINK_LOCAL, adaptive(base=0.1, epsilon=0.9)],
     "after the oracle": [*SINK_LOCAL, {"type": "oracle_top_k", "heavy_size": 0.1}, adaptive()],
@@ -55,6 +59,21 @@ def test_same_keys_and_output_as_the_general_path(name: str, layer: int, spare_k
     rows.query /= 16
     output, read = attend(attention, rows)
     expected, counts = general(CONFIGS[name], rows)
+    assert read.keys.tolist() == counts
+    assert (output - expected).abs().max() <= ATTENTION_ATOL[torch.float32]
+
+
+@pytest.mark.parametrize("base", [0, 0.0])
+def test_without_a_base_sample_the_general_path_serves(base) -> None:
+    maskers = [*SINK_LOCAL, adaptive(base=base)]
+    with pytest.raises(Unsupported, match="base_rate_sampling of 0"):
+        paged_attention(maskers, shape_of(head_size=16))
+    attention, layout = paged_attention(SINK_LOCAL, shape_of(head_size=16))
+    config = config_to_json(config_from_dict({"maskers": maskers}))
+    assert paged_attention_of(config, layout, layer_index=0) is None
+    rows = make_rows(layout, LENGTHS)
+    output, read = attend(attention, rows)
+    expected, counts = general(maskers, rows)
     assert read.keys.tolist() == counts
     assert (output - expected).abs().max() <= ATTENTION_ATOL[torch.float32]
 

@@ -14,8 +14,19 @@ from vllm_sparse_plugin.paged.kernels.sampling import sample_adaptively
 from vllm_sparse_plugin.paged.kernels.selected_mass import sum_selected_mass
 from vllm_sparse_plugin.paged.kernels.tiles import PART
 from vllm_sparse_plugin.paged.layout import BlockShape
-from vllm_sparse_plugin.paged.maskers.base import PagedMasker, PagedQueries, counterpart_of
+from vllm_sparse_plugin.paged.maskers.base import (
+    PagedMasker,
+    PagedQueries,
+    Unsupported,
+    counterpart_of,
+)
 from vllm_sparse_plugin.paged.token_lists import TokenLists
+
+
+def base_sample(config: AdaptiveSamplingMaskerConfig) -> tuple[int, float]:
+    """Keys of a base sample, 0 = by its share, and that share; as kernels take them."""
+    base = config.base_rate_sampling
+    return (0, base) if isinstance(base, float) else (max(2, base), 0.0)
 
 
 @counterpart_of(AdaptiveSamplingMaskerConfig)
@@ -25,7 +36,13 @@ class PagedAdaptiveSamplingMasker(PagedMasker):
     samples: ClassVar[bool] = True
 
     def __init__(self, config: Any, shape: BlockShape) -> None:
-        """Looks up the quantile."""
+        """Looks up the quantile.
+
+        Raises:
+            Unsupported: Without a base sample nothing is sampled, for which there is no kernel.
+        """
+        if config.base_rate_sampling == 0:
+            raise Unsupported("adaptive_sampling: a base_rate_sampling of 0 has no kernel")
         super().__init__(config, shape)
         self._quantile = NormalDist().inv_cdf(1 - config.delta / 2)
 
@@ -64,13 +81,12 @@ class PagedAdaptiveSamplingMasker(PagedMasker):
         sum_selected_mass(
             *cache, lists.tokens, lists.log_weights, lists.counts, queries.scaling, top, mass
         )
-        base, base_sizes = config.base_rate_sampling, np.zeros(len(queries.flags), np.int64)
+        base_sizes = np.zeros(len(queries.flags), np.int64)
         sample_adaptively(
             *cache,
             queries.lengths,
             queries.scaling,
-            base if isinstance(base, int) else 0,
-            base if isinstance(base, float) else 0.0,
+            *base_sample(config),
             config.epsilon,
             self._quantile,
             config.seed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -19,8 +19,8 @@ class MaskerConfig:
     """Base of all maskers' configurations.
 
     Attributes:
-        json_name: The name in JSON; None = the class name without "MaskerConfig" or "Config", in
-            snake case.
+        json_name: The name in JSON, of the class that sets it: its subclasses do not inherit it.
+            Without one, the class name without "MaskerConfig" or "Config", in snake case.
     """
 
     json_name: ClassVar[str | None] = None
@@ -118,8 +118,9 @@ class MaskerRegistry:
 
 def json_name(config_type: type[MaskerConfig]) -> str:
     """The JSON name of a configuration class: `SinkMaskerConfig` is "sink"."""
-    if config_type.json_name is not None:
-        return config_type.json_name
+    own: str | None = vars(config_type).get("json_name")
+    if own is not None:
+        return own
     stem = re.sub(r"(Masker)?Config$", "", config_type.__name__)
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", stem).lower()
 
@@ -153,9 +154,12 @@ class ResearchMasker(ABC):
 
     Attributes:
         facts: For tables of maskers; a masker of one's own may leave it out.
+        needs_layer_idx: Whether the masker has weights, channels or projections for each layer, so
+            that a call must say which layer it is of, and bring a cache.
     """
 
     facts: ClassVar[MaskerFacts | None] = None
+    needs_layer_idx: ClassVar[bool] = False
 
     def __init__(self, config: MaskerConfig) -> None:
         """Keeps the configuration.
@@ -190,11 +194,40 @@ class ResearchMasker(ABC):
             dropout: Of the weights, in training.
             sparse_meta_data: A cache; an empty one gives the same result.
             previous_mask: `(B, H, Q, K)`, what was selected before; not modified.
-            kwargs: Such as `layer_idx`.
+            kwargs: Such as `layer_idx`; without it, or with None, nothing is kept in the cache.
 
         Returns:
             The union, `(B, H, Q, K)`; `previous_mask` itself when nothing is added.
+
+        Raises:
+            ValueError: `layer_idx` or the cache is missing, and the masker `needs_layer_idx`.
         """
+
+    def cache_of_layer(
+        self, sparse_meta_data: dict[Any, Any] | None, kwargs: Mapping[str, Any]
+    ) -> tuple[dict[Any, Any], int]:
+        """The cache and the layer of a call of `add_mask`.
+
+        Layers that nobody told apart must not share what is known of their keys: without a layer
+        the cache is a new one, and the layer 0.
+
+        Args:
+            sparse_meta_data: As in `add_mask`.
+            kwargs: Likewise.
+
+        Raises:
+            ValueError: One of them is missing, and the masker `needs_layer_idx`.
+        """
+        layer = kwargs.get("layer_idx")
+        if self.needs_layer_idx:
+            for name, value in (("layer_idx", layer), ("sparse_meta_data", sparse_meta_data)):
+                if value is None:
+                    raise ValueError(
+                        f"{type(self).__name__} needs {name}, which is missing or None"
+                    )
+        if layer is None or sparse_meta_data is None:
+            return {}, int(layer or 0)
+        return sparse_meta_data, int(layer)
 
     @classmethod
     @abstractmethod

@@ -1,8 +1,9 @@
 """What maskers keep about keys between decode steps: computed once per key, in key order.
 
 A cache (`sparse_meta_data`) belongs to one sequence, or one batch of them: keys are only ever added
-at its end. A call with fewer keys than before, or with keys of another shape or place, starts
-anew; that the old keys are still the same is not checked, since that would read them.
+at its end. A call with as many queries as keys is the first of a sequence (see `start_anew`); one
+with fewer keys than before, or with keys of another shape or place, starts anew too. That the old
+keys are still the same is not checked, since that would read them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,17 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+
+
+class LabelsByLayer(dict[int, Any]):
+    """What a cache keeps under one name, by layer: made from keys, and of no use to other keys."""
+
+
+def start_anew(sparse_meta_data: dict[Any, Any], layer_idx: int) -> None:
+    """Forgets what was made from a layer's keys; what belongs to the layer itself stays."""
+    for kept in sparse_meta_data.values():
+        if isinstance(kept, LabelsByLayer):
+            kept.pop(layer_idx, None)
 
 
 class _GrowingLabels:
@@ -61,7 +73,7 @@ def labels_of_keys(
     Returns:
         `(B, *, K // stride, *)`, not to be written to.
     """
-    state = sparse_meta_data.setdefault(name, {})
+    state = sparse_meta_data.setdefault(name, LabelsByLayer())
     owner = (keys.shape[0], keys.shape[1], keys.shape[3], keys.dtype, keys.device, version)
     known = state.get(layer_idx)
     wanted = keys.shape[2] // stride

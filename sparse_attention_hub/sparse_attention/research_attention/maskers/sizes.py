@@ -11,13 +11,16 @@ from sparse_attention_hub.sparse_attention.visibility import visible_keys
 
 Size: TypeAlias = "int | float"
 
+LARGEST = 2**31 - 1
+"""Of whole numbers in configurations: kernels and tensors hold no larger ones."""
+
 
 def checked_size(field: str, value: object) -> Size:
     """A size as a plain int or float.
 
     Args:
         field: Its name, for the error.
-        value: An integer >= 1 (keys), or a float in (0, 1] (share of the visible keys).
+        value: An integer in [1, 2**31) (keys), or a float in (0, 1] (share of the visible keys).
 
     Raises:
         ValueError: It is neither; the message names the field, the value and what is allowed.
@@ -26,6 +29,7 @@ def checked_size(field: str, value: object) -> Size:
         number: Size | None = None
     elif isinstance(value, numbers.Integral):
         number = int(value)
+        check_not_too_large(field, number)
         number = number if number >= 1 else None
     elif isinstance(value, numbers.Real):
         number = float(value)
@@ -38,6 +42,16 @@ def checked_size(field: str, value: object) -> Size:
         f"{field} must be an integer >= 1 (keys) or a float in (0, 1] (share of the keys that a "
         f"query may see), got {value!r}"
     )
+
+
+def check_not_too_large(field: str, value: int) -> None:
+    """Refuses whole numbers that a tensor of int32 cannot hold.
+
+    Raises:
+        ValueError: The value is above `LARGEST`; the message names both and the field.
+    """
+    if value > LARGEST:
+        raise ValueError(f"{field} must be an integer <= {LARGEST}, got {value!r}")
 
 
 @overload
@@ -75,3 +89,13 @@ def visible_counts(attention_mask: torch.Tensor | None, num_keys: int) -> int | 
     """
     visible = visible_keys(attention_mask, num_keys)
     return num_keys if visible is None else visible.sum(dim=-1, keepdim=True)
+
+
+def first_visible(attention_mask: torch.Tensor | None, num_keys: int) -> torch.Tensor | None:
+    """Index of the first key that each query may see: how many padded keys are in front.
+
+    Returns:
+        int64 `(B, 1 or H, Q, 1)`, 0 for a query that sees nothing; None when there is no mask.
+    """
+    visible = visible_keys(attention_mask, num_keys)
+    return None if visible is None else visible.to(torch.uint8).argmax(dim=-1, keepdim=True)

@@ -10,7 +10,10 @@ import torch
 from vllm_sparse_plugin.paged.device.maskers.base import DeviceMasker, device_masker_of
 from vllm_sparse_plugin.paged.device.queries import DeviceQueries, pooled_units, radix_workspace
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
-from vllm_sparse_plugin.paged.maskers.adaptive_sampling import PagedAdaptiveSamplingMasker
+from vllm_sparse_plugin.paged.maskers.adaptive_sampling import (
+    PagedAdaptiveSamplingMasker,
+    base_sample,
+)
 from vllm_sparse_plugin.paged.maskers.base import PagedMasker
 from vllm_sparse_plugin.paged.sizes import sizes_of
 from vllm_sparse_plugin.paged.triton_kernels.adaptive_sampling import (
@@ -55,15 +58,13 @@ class DeviceAdaptiveSamplingMasker(DeviceMasker):
         queries.add_range(sizes[0], sizes[1])
         queries.add_range(sizes[2], sizes[3])
         config, space, batch = self.config, self._workspace, queries.batch
-        base = config.base_rate_sampling
         with queries.as_units_of(config.head_granularity) as units:
             sample_adaptively(
                 units.query,
                 units.cache.kv_cache,
                 batch,
                 units.scaling,
-                base if isinstance(base, int) else 0,
-                base if isinstance(base, float) else 0.0,
+                *base_sample(config),
                 config.epsilon,
                 self._quantile,
                 config.seed,

@@ -59,8 +59,6 @@ class TopKMaskerConfig(FixedMaskerConfig):
             loads for the group no more than for one of them.
     """
 
-    json_name: ClassVar[str | None] = None
-
     heavy_size: Size
     head_granularity: str = field(default="query_head", kw_only=True)
 
@@ -123,14 +121,14 @@ class TopKMasker(FixedMasker):
         **kwargs: Any,
     ) -> Mask:
         """See `ResearchMasker.add_mask`."""
+        cache, layer = self.cache_of_layer(sparse_meta_data, kwargs)
         if previous_mask.is_full_mask():
             return previous_mask
         num_keys = keys.shape[2]
         if isinstance(self.heavy_size, int) and num_keys <= self.heavy_size:
             return Mask.create_full_mask(previous_mask.shape, previous_mask.dtype, queries.device)
         heads, units = queries.shape[1], self._units(queries, keys)
-        layer = int(kwargs.get("layer_idx", 0))
-        scores = self.scores(queries, keys, values, attention_mask, sparse_meta_data, layer)
+        scores = self.scores(queries, keys, values, attention_mask, cache, layer)
         if scores.dtype == torch.float32 and is_single_row(previous_mask, attention_mask):
             count = resolve_size(self.heavy_size, num_keys)
             return add_top(previous_mask, pooled_scores(scores, units, scaling), count)

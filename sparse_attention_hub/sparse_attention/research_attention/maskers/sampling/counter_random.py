@@ -47,6 +47,7 @@ def uniform_per_key(
     positions: torch.Tensor,
     num_keys: int,
     head_step: int = 1,
+    first: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One number in [0, 1) for each query head, query and key.
 
@@ -55,8 +56,10 @@ def uniform_per_key(
         layer: Index of the attention layer.
         num_heads: Query heads H.
         positions: `(B, 1 or H, Q, 1)`, int64: each query's position in its sequence.
-        num_keys: K; key i is at position i.
+        num_keys: K; key i is at position i, or at i - `first`.
         head_step: Only query heads 0, `head_step`, 2 * `head_step` and so on, U of them.
+        first: `(B, 1 or H, Q, 1)`, int64: where the sequence begins, behind padding in front; see
+            `first_visible`. None = at 0.
 
     Returns:
         float64 `(B, U, Q, K)`, a multiple of 2**-53.
@@ -65,8 +68,13 @@ def uniform_per_key(
     start = torch.tensor(seed, dtype=torch.int64, device=device)
     heads = torch.arange(0, num_heads, head_step, device=device).view(1, -1, 1, 1)
     rows = _mixed(_mixed(_mixed(start) ^ layer) ^ heads)
-    rows = _mixed(rows ^ (positions if positions.shape[1] == 1 else positions[:, ::head_step]))
-    bits = _mixed(rows ^ torch.arange(num_keys, device=device))
+
+    def of_drawing_heads(per_head: torch.Tensor) -> torch.Tensor:
+        return per_head if per_head.shape[1] == 1 else per_head[:, ::head_step]
+
+    rows = _mixed(rows ^ of_drawing_heads(positions))
+    keys = torch.arange(num_keys, device=device)
+    bits = _mixed(rows ^ (keys if first is None else keys - of_drawing_heads(first)))
     return _shifted(bits, 11).double().mul_(2.0**-53)
 
 

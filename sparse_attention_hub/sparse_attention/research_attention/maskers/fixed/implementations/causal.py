@@ -10,7 +10,6 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     MaskerConfig,
     MaskerFacts,
     MaskerRegistry,
-    require_config,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base import (
     FixedMasker,
@@ -46,4 +45,7 @@ class CausalMasker(FixedMasker):
     @classmethod
     def create_from_config(cls, config: MaskerConfig) -> CausalMasker:
         """See `ResearchMasker.create_from_config`."""
-        return cls(require_config(config, FixedMaskerConfig))
+        # Exactly: the configurations of other maskers derive from it.
+        if type(config) is not FixedMaskerConfig:
+            raise ValueError(f"expected a FixedMaskerConfig, got {type(config).__name__}")
+        return cls(config)

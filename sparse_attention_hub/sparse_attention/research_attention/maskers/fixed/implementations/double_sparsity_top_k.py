@@ -24,7 +24,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base
     TopKMaskerConfig,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.common_utils import (  # noqa: E501
-    checked_integer,
+    check_integer_field,
     pseudo_quantize,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.double_sparsity_utils import (  # noqa: E501
@@ -71,8 +71,8 @@ class DoubleSparsityTopKMaskerConfig(TopKMaskerConfig):
             raise ValueError(
                 f"sorted_channel_file must be an existing file, got {self.sorted_channel_file!r}"
             )
-        checked_integer("group_factor", self.group_factor, 1)
-        checked_integer("label_bits", self.label_bits, 1, 16)
+        check_integer_field(self, "group_factor", 1)
+        check_integer_field(self, "label_bits", 1, 16)
         if self.channel_selection not in PROJECTIONS:
             raise ValueError(
                 f"channel_selection must be one of {', '.join(PROJECTIONS)}, "
@@ -94,6 +94,7 @@ class DoubleSparsityTopKMasker(TopKMasker):
         index_bytes="head size / group_factor · label_bits / 8",
         is_paged=True,
     )
+    needs_layer_idx: ClassVar[bool] = True
 
     def __init__(self, config: DoubleSparsityTopKMaskerConfig) -> None:
         """Reads the channel file.

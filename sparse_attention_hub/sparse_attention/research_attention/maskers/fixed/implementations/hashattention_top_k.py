@@ -25,7 +25,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base
     TopKMaskerConfig,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.common_utils import (  # noqa: E501
-    checked_integer,
+    check_integer_field,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.key_labels import (
     labels_of_keys,
@@ -82,7 +82,7 @@ class HashAttentionTopKMaskerConfig(TopKMaskerConfig):
         """
         super().__post_init__()
         for name in ("hat_bits", "hat_mlp_layers", "hat_mlp_hidden_size"):
-            checked_integer(name, getattr(self, name), 1)
+            check_integer_field(self, name, 1)
         if self.hat_mlp_activation not in ACTIVATIONS:
             raise ValueError(
                 f"hat_mlp_activation must be one of {', '.join(ACTIVATIONS)}, "
@@ -112,6 +112,7 @@ class HashAttentionTopKMasker(TopKMasker):
         index_bytes="hat_bits / 8",
         is_paged=True,
     )
+    needs_layer_idx: ClassVar[bool] = True
 
     def __init__(self, config: HashAttentionTopKMaskerConfig) -> None:
         """Reads and checks the weights.
@@ -123,6 +124,8 @@ class HashAttentionTopKMasker(TopKMasker):
             ValueError: The weights cannot be read safely, or are not of the configured shape.
         """
         super().__init__(config)
+        # A cache holds this object, so that no masker to come can have the same.
+        self._name = ("hash_attention", object())
         self.hat_bits = config.hat_bits
         self.hat_mlp_activation = config.hat_mlp_activation
         if config.hat_weight_file is not None:
@@ -157,8 +160,7 @@ class HashAttentionTopKMasker(TopKMasker):
         def label(part: torch.Tensor) -> torch.Tensor:
             return self._signatures(part, layer_idx, "key", heads)
 
-        name = ("hash_attention", id(self))
-        stored = labels_of_keys(sparse_meta_data, name, layer_idx, keys, label)
+        stored = labels_of_keys(sparse_meta_data, self._name, layer_idx, keys, label)
         own = self._signatures(queries, layer_idx, "query", heads)
         if stored.shape[1] < heads:
             stored = stored.repeat_interleave(heads // stored.shape[1], dim=1)

@@ -40,8 +40,6 @@ class TopPMaskerConfig(FixedMaskerConfig):
             1 = every key.
     """
 
-    json_name: ClassVar[str | None] = None
-
     top_p: float
 
     def __post_init__(self) -> None:
@@ -50,12 +48,9 @@ class TopPMaskerConfig(FixedMaskerConfig):
         Raises:
             ValueError: `top_p` is not a number in [0, 1].
         """
-        value: object = self.top_p
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, numbers.Real)
-            or not 0.0 <= float(value) <= 1.0
-        ):
+        value: Any = self.top_p
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= 1:
             raise ValueError(f"top_p must be a number in [0, 1], got {value!r}")
         object.__setattr__(self, "top_p", float(value))
 

@@ -26,12 +26,13 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base
     TopKMaskerConfig,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.common_utils import (  # noqa: E501
-    checked_integer,
+    check_integer_field,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.lookup_scores import (  # noqa: E501
     lookup_scores,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.key_labels import (
+    LabelsByLayer,
     labels_of_keys,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.key_prefix import (
@@ -70,9 +71,9 @@ class PQCacheConfig(TopKMaskerConfig):
             ValueError: Names the field, its value and what is allowed.
         """
         super().__post_init__()
-        checked_integer("pq_sub_dim", self.pq_sub_dim, 1)
-        checked_integer("pq_bits", self.pq_bits, 1, 8)
-        checked_integer("kmeans_iterations", self.kmeans_iterations, 1)
+        check_integer_field(self, "pq_sub_dim", 1)
+        check_integer_field(self, "pq_bits", 1, 8)
+        check_integer_field(self, "kmeans_iterations", 1)
 
 
 @MaskerRegistry.register(PQCacheConfig)
@@ -145,7 +146,7 @@ class PQCache(TopKMasker):
         layer_idx: int,
     ) -> torch.Tensor:
         """Centroids `(B, G, M, C, pq_sub_dim)` of the first `size` keys."""
-        state = sparse_meta_data.setdefault((*self._name, "codebook"), {})
+        state = sparse_meta_data.setdefault((*self._name, "codebook"), LabelsByLayer())
         known = state.get(layer_idx)
         place = (size, keys.shape[0], keys.shape[1], keys.device)
         if known is None or known[0] != place:

@@ -21,14 +21,17 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     unselected_keys,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base import (
-    FixedMasker,
+    TopKMasker,
     TopKMaskerConfig,
     largest,
+)
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.common_utils import (  # noqa: E501
+    check_integer_field,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.quest_utils import (  # noqa: E501
     add_top_pages,
     allowed_pages,
-    pages_to_token_mask,
+    keys_of_pages,
     quest_page_scores,
     stored_page_bounds,
     visible_page_bounds,
@@ -38,7 +41,6 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.head_group
     most_of_groups,
     per_query_head,
     pooled_scores,
-    selecting_units,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.single_row import (
     is_single_row,
@@ -79,16 +81,12 @@ class QuestTopKMaskerConfig(TopKMaskerConfig):
             ValueError: Names the field, its value and what is allowed.
         """
         super().__post_init__()
-        for name, at_most in (("page_size", None), ("label_bits", 16)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-            if at_most is not None and value > at_most:
-                raise ValueError(f"{name} must be at most {at_most}, got {value!r}")
+        check_integer_field(self, "page_size", 1)
+        check_integer_field(self, "label_bits", 1, 16)
 
 
 @MaskerRegistry.register(QuestTopKMaskerConfig)
-class QuestTopKMasker(FixedMasker):
+class QuestTopKMasker(TopKMasker):
     """Selects the visible keys of the `heavy_size // page_size` pages with the highest bounds.
 
     At least `MIN_PAGES` pages; all of them where a query sees no more than `heavy_size` keys. Pages
@@ -110,8 +108,6 @@ class QuestTopKMasker(FixedMasker):
             config: Of this masker.
         """
         super().__init__(config)
-        self.heavy_size = config.heavy_size
-        self.head_granularity = config.head_granularity
         self.page_size = config.page_size
         self.label_bits = config.label_bits
 
@@ -133,26 +129,16 @@ class QuestTopKMasker(FixedMasker):
         num_keys = keys.shape[2]
         if isinstance(self.heavy_size, int) and num_keys <= self.heavy_size:
             return Mask.create_full_mask(previous_mask.shape, previous_mask.dtype, queries.device)
-        units = selecting_units(self.head_granularity, queries.shape[1], keys.shape[1])
+        units = self._units(queries, keys)
         if is_single_row(previous_mask, attention_mask) and keys.dtype != torch.float64:
-            bounds = stored_page_bounds(
-                keys,
-                self.page_size,
-                self.label_bits,
-                sparse_meta_data,
-                int(kwargs.get("layer_idx", 0)),
-            )
+            place = self.cache_of_layer(sparse_meta_data, kwargs)
+            bounds = stored_page_bounds(keys, self.page_size, self.label_bits, *place)
             scores = pooled_scores(quest_page_scores(queries, *bounds), units, scaling)
             return add_top_pages(
                 previous_mask, scores, self._num_pages(num_keys, num_keys), self.page_size
             )
-        visible = visible_keys(attention_mask, num_keys)
-        if visible is None:
-            visible = torch.ones(1, 1, 1, num_keys, dtype=torch.bool, device=queries.device)
-        visible = visible.expand(queries.shape[0], visible.shape[1], queries.shape[2], num_keys)
-        bounds = visible_page_bounds(keys, visible, self.page_size, self.label_bits)
-        seen = allowed_pages(visible, self.page_size)
-        scores = quest_page_scores(queries, *bounds).masked_fill(~seen, -torch.inf)
+        visible = _visible_or_all(queries, num_keys, attention_mask)
+        scores = self._page_scores(queries, keys, visible)
         candidates = any_of_groups(unselected_keys(previous_mask, attention_mask), units)
         counts = most_of_groups(visible.sum(dim=-1, keepdim=True), units)
         chosen = largest(
@@ -163,8 +149,31 @@ class QuestTopKMasker(FixedMasker):
         )
         chosen = per_query_head(chosen, queries.shape[1])
         return add_selected(
-            previous_mask, pages_to_token_mask(chosen, num_keys, self.page_size) & visible
+            previous_mask, keys_of_pages(chosen, num_keys, self.page_size) & visible
         )
+
+    def scores(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        sparse_meta_data: dict[Any, Any],
+        layer_idx: int,
+    ) -> torch.Tensor:
+        """See `TopKMasker.scores`: the bound of each key's page."""
+        num_keys = keys.shape[2]
+        visible = _visible_or_all(queries, num_keys, attention_mask)
+        scores = self._page_scores(queries, keys, visible)
+        return keys_of_pages(scores, num_keys, self.page_size)
+
+    def _page_scores(
+        self, queries: torch.Tensor, keys: torch.Tensor, visible: torch.Tensor
+    ) -> torch.Tensor:
+        """`(B, H, Q, P)`; -inf for pages without visible keys."""
+        bounds = visible_page_bounds(keys, visible, self.page_size, self.label_bits)
+        seen = allowed_pages(visible, self.page_size)
+        return quest_page_scores(queries, *bounds).masked_fill(~seen, -torch.inf)
 
     def _num_pages(self, visible: int | torch.Tensor, num_keys: int) -> Any:
         """Pages to read, an int or int64 like `visible`: how many keys a query may see."""
@@ -183,3 +192,13 @@ class QuestTopKMasker(FixedMasker):
     def create_from_config(cls, config: MaskerConfig) -> QuestTopKMasker:
         """See `ResearchMasker.create_from_config`."""
         return cls(require_config(config, QuestTopKMaskerConfig))
+
+
+def _visible_or_all(
+    queries: torch.Tensor, num_keys: int, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """As `visible_keys`, for every sequence and query: `(B, 1 or H, Q, K)`."""
+    visible = visible_keys(attention_mask, num_keys)
+    if visible is None:
+        visible = torch.ones(1, 1, 1, num_keys, dtype=torch.bool, device=queries.device)
+    return visible.expand(queries.shape[0], visible.shape[1], queries.shape[2], num_keys)

@@ -41,8 +41,6 @@ class SinkMaskerConfig(FixedMaskerConfig):
         search_space: For tuners; no part of what the masker does.
     """
 
-    json_name: ClassVar[str | None] = None
-
     sink_size: Size
     search_space: dict[str, Any] = field(default_factory=dict, compare=False)
 

@@ -10,6 +10,7 @@ has one term per bit, it is the product over bits of `sigmoid(2 c_i tanh(z_i) / 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.base
     TopKMaskerConfig,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.common_utils import (  # noqa: E501
-    checked_integer,
+    check_integer_field,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.lookup_scores import (  # noqa: E501
     lookup_scores,
@@ -69,11 +70,11 @@ class SocketMaskerConfig(TopKMaskerConfig):
             ValueError: Names the field, its value and what is allowed.
         """
         super().__post_init__()
-        checked_integer("K", self.K, 1, 12)
-        checked_integer("L", self.L, 1)
+        check_integer_field(self, "K", 1, 12)
+        check_integer_field(self, "L", 1)
         tau: Any = self.tau
         is_number = isinstance(tau, (int, float)) and not isinstance(tau, bool)
-        if not is_number or not 0 < tau < float("inf"):
+        if not is_number or not 0 < tau <= sys.float_info.max:
             raise ValueError(f"tau must be a number > 0, got {tau!r}")
         object.__setattr__(self, "tau", float(tau))
         checked_seed(self.seed)
@@ -88,6 +89,7 @@ class SocketMasker(TopKMasker):
         state="buckets and value norms",
         index_bytes="L · K / 8 + 4",
     )
+    needs_layer_idx: ClassVar[bool] = True
 
     def __init__(self, config: SocketMaskerConfig) -> None:
         """Keeps the configuration.

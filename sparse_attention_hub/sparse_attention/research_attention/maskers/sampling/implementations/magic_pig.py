@@ -30,7 +30,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     unselected_keys,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.implementations.utils.common_utils import (  # noqa: E501
-    checked_integer,
+    check_integer_field,
 )
 from sparse_attention_hub.sparse_attention.research_attention.maskers.key_labels import (
     labels_of_keys,
@@ -92,8 +92,8 @@ class MagicPigConfig(SamplingMaskerConfig):
         Raises:
             ValueError: Names the field, its value and what is allowed.
         """
-        checked_integer("lsh_l", self.lsh_l, 2)
-        checked_integer("lsh_k", self.lsh_k, 1, 62)
+        check_integer_field(self, "lsh_l", 2)
+        check_integer_field(self, "lsh_k", 1, 62)
         if not isinstance(self.center, bool):
             raise ValueError(f"center must be true or false, got {self.center!r}")
         if self.packing not in PACKINGS:
@@ -112,6 +112,7 @@ class MagicPig(SamplingMasker):
         is_by_index=False,
         is_paged=True,
     )
+    needs_layer_idx: ClassVar[bool] = True
 
     def __init__(self, config: MagicPigConfig) -> None:
         """Keeps the configuration.
@@ -123,6 +124,7 @@ class MagicPig(SamplingMasker):
         self.lsh_l = config.lsh_l
         self.lsh_k = config.lsh_k
         self.center = config.center
+        self.packing = config.packing
         self.seed = config.seed
 
     def add_mask(
@@ -137,16 +139,16 @@ class MagicPig(SamplingMasker):
         previous_mask: Mask,
         **kwargs: Any,
     ) -> Mask:
-        """See `ResearchMasker.add_mask`; `layer_idx` in `kwargs` keys the tables (default 0)."""
+        """See `ResearchMasker.add_mask`."""
+        cache, layer = self.cache_of_layer(sparse_meta_data, kwargs)
         if previous_mask.is_full_mask():
             return previous_mask
-        layer = int(kwargs.get("layer_idx", 0))
         candidates = unselected_keys(previous_mask, attention_mask)
         collides = torch.zeros_like(candidates)
         probability = torch.ones(candidates.shape, dtype=torch.float64, device=keys.device)
         for size, rows in prefix_sizes(attention_mask if self.center else None, keys.shape[2]):
             mean = self._mean(keys, attention_mask, size)
-            found = self._collisions(queries, keys, mean, size, sparse_meta_data, layer) >= 2
+            found = self._collisions(queries, keys, mean, size, cache, layer) >= 2
             chance = self.sampling_probability(queries, keys, mean)
             if rows is None:
                 collides, probability = found, chance

@@ -38,7 +38,10 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.single_row
     is_single_row,
     pooled_rows,
 )
-from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import visible_counts
+from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import (
+    first_visible,
+    visible_counts,
+)
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
 
 
@@ -66,12 +69,9 @@ class RandomSamplingMaskerConfig(SamplingMaskerConfig):
         Raises:
             ValueError: Names the field, its value and what is allowed.
         """
-        rate: object = self.sampling_rate
-        if (
-            isinstance(rate, bool)
-            or not isinstance(rate, numbers.Real)
-            or not 0.0 < float(rate) <= 1.0
-        ):
+        rate: Any = self.sampling_rate
+        is_number = isinstance(rate, numbers.Real) and not isinstance(rate, bool)
+        if not is_number or not 0 < rate <= 1:
             raise ValueError(f"sampling_rate must be a number in (0, 1], got {rate!r}")
         object.__setattr__(self, "sampling_rate", float(rate))
         checked_seed(self.seed)
@@ -124,7 +124,7 @@ class RandomSamplingMasker(SamplingMasker):
         num_keys, heads = keys.shape[2], queries.shape[1]
         if self.sampling_rate == 1.0 and previous_mask.is_empty_mask():
             return Mask.create_full_mask(previous_mask.shape, previous_mask.dtype, queries.device)
-        layer = int(kwargs.get("layer_idx", 0))
+        layer = self.cache_of_layer(sparse_meta_data, kwargs)[1]
         units = selecting_units(self.head_granularity, heads, keys.shape[1])
         if is_single_row(previous_mask, attention_mask):
             return self._add_to_row(pooled_rows(previous_mask, units), layer, units)
@@ -140,6 +140,7 @@ class RandomSamplingMasker(SamplingMasker):
             positions.view(1, 1, 1, 1) if positions.ndim == 0 else positions,
             num_keys,
             heads // units,
+            first_visible(attention_mask, num_keys),
         ).to(queries.device)
         remaining = candidates.sum(dim=-1, keepdim=True)
         count = self._count(remaining)

@@ -1,8 +1,15 @@
-"""Quantisation of labels, as several maskers store them."""
+"""What several maskers share: quantisation of labels, checks of whole numbers."""
 
 from __future__ import annotations
 
+import numbers
+from typing import Any
+
 import torch
+
+from sparse_attention_hub.sparse_attention.research_attention.maskers.sizes import (
+    check_not_too_large,
+)
 
 
 def pseudo_quantize(tensor: torch.Tensor, num_bits: int) -> torch.Tensor:
@@ -26,13 +33,27 @@ def pseudo_quantize(tensor: torch.Tensor, num_bits: int) -> torch.Tensor:
     return (codes * step + low).to(tensor.dtype)
 
 
-def checked_integer(field: str, value: object, least: int, most: int | None = None) -> None:
-    """Checks a whole number.
+def checked_integer(field: str, value: object, least: int, most: int | None = None) -> int:
+    """A whole number as a plain int; NumPy's are whole numbers too.
 
     Raises:
-        ValueError: It is none, or outside [least, most]; names the field, the value and the range.
+        ValueError: It is none, or outside [least, most] (None = `LARGEST`); names the field, the
+            value and the range.
     """
     allowed = f">= {least}" if most is None else f"in [{least}, {most}]"
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if not is_integer or value < least or (most is not None and value > most):  # type: ignore[operator]
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{field} must be an integer {allowed}, got {value!r}")
+    number = int(value)
+    if number < least or (most is not None and number > most):
+        raise ValueError(f"{field} must be an integer {allowed}, got {value!r}")
+    check_not_too_large(field, number)
+    return number
+
+
+def check_integer_field(config: Any, field: str, least: int, most: int | None = None) -> None:
+    """Checks a whole number of a frozen configuration, and makes it a plain int.
+
+    Raises:
+        ValueError: See `checked_integer`.
+    """
+    object.__setattr__(config, field, checked_integer(field, getattr(config, field), least, most))

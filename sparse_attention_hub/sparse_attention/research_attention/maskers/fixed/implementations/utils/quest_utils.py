@@ -24,6 +24,7 @@ from sparse_attention_hub.sparse_attention.utils.kv_utils import (
     repeat_kv,
 )
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
+from sparse_attention_hub.sparse_attention.visibility import visible_keys
 
 
 def compute_page_min_max(
@@ -195,15 +196,80 @@ def allowed_pages(candidates: torch.Tensor, page_size: int) -> torch.Tensor:
     return padded.view(*candidates.shape[:-1], num_pages, page_size).any(dim=-1)
 
 
-def pages_to_token_mask(pages: torch.Tensor, num_keys: int, page_size: int) -> torch.Tensor:
-    """The keys of pages.
+def keys_of_pages(pages: torch.Tensor, num_keys: int, page_size: int) -> torch.Tensor:
+    """What pages have, for each of their keys.
 
     Args:
-        pages: Boolean `(..., P)`.
+        pages: `(..., P)`, such as whether each is chosen.
         num_keys: K.
         page_size: Keys of a page.
 
     Returns:
-        Boolean `(..., K)`.
+        `(..., K)`.
     """
     return pages.repeat_interleave(page_size, dim=-1)[..., :num_keys]
+
+
+def pages_to_token_mask(
+    topk_pages: torch.Tensor,
+    num_keys: int,
+    page_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The keys of listed pages, as in the field's API.
+
+    Args:
+        topk_pages: Integers `(..., n)`, indices of pages.
+        num_keys: K.
+        page_size: Keys of a page.
+        device: Of the result.
+        dtype: Likewise.
+
+    Returns:
+        `(..., K)`, 1 for keys of these pages and 0 for others.
+    """
+    num_pages = -(-num_keys // page_size)
+    pages = torch.zeros(*topk_pages.shape[:-1], num_pages, dtype=torch.bool, device=device)
+    pages.scatter_(-1, topk_pages.to(device, torch.int64), True)
+    return keys_of_pages(pages, num_keys, page_size).to(dtype)
+
+
+def attention_mask_to_allowed_prob(attention_mask: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """Which keys a mask lets queries see, as in the field's API but for boolean masks.
+
+    (There, True of a boolean mask hides a key; here it shows it, as in transformers. There, any
+    negative bias hides one; here only a mask's does, see `visible_keys`.)
+
+    Args:
+        attention_mask: `(B, 1 or H, Q, >= K)` or `(B, Q, >= K)`.
+        num_keys: K.
+
+    Returns:
+        float32 `(B, 1 or H, Q, K)`, 1 for visible keys and 0 for others.
+    """
+    if attention_mask.ndim == 3:
+        attention_mask = attention_mask.unsqueeze(1)
+    visible = visible_keys(attention_mask, num_keys)
+    assert visible is not None  # there is a mask
+    return visible.float()
+
+
+def pages_valid(allowed: torch.Tensor, page_size: int, num_pages: int) -> torch.Tensor:
+    """Pages with a key that some head may see, as in the field's API.
+
+    Args:
+        allowed: `(B, 1 or H, Q, K)`, > 0 for visible keys.
+        page_size: Keys of a page.
+        num_pages: At least `ceil(K / page_size)`.
+
+    Returns:
+        Boolean `(B, Q, num_pages)`.
+
+    Raises:
+        ValueError: The pages do not hold all keys.
+    """
+    pages = allowed_pages((allowed > 0).any(dim=1), page_size)
+    if num_pages < pages.shape[-1]:
+        raise ValueError(f"num_pages must be >= {pages.shape[-1]}, got {num_pages}")
+    return functional.pad(pages, (0, num_pages - pages.shape[-1]))
