@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,8 +14,11 @@ from vllm_sparse_plugin.paged.group_counts import GroupCounts
 from vllm_sparse_plugin.paged.layout import BlockShape
 from vllm_sparse_plugin.step_plan import DenseRow, SparseRow
 
+logger = logging.getLogger(__name__)
+
 AnyRow = DenseRow | SparseRow
 
+_DENSE = json.dumps({"maskers": []})
 _COSTLY = json.dumps(
     {
         "maskers": [
@@ -45,6 +50,9 @@ def attend_generally(
 ) -> None:
     """Writes the output of some rows' queries, and counts what they read.
 
+    Where maskers want more memory than the device has, the row is dense, and so is what is counted:
+    a client can ask for such maskers, and must not end the engine of all others.
+
     Args:
         rows: Of a step, with the same maskers.
         read: A row's keys and values, each `[1, num_kv_heads, seq_len, head_size]`.
@@ -59,11 +67,23 @@ def attend_generally(
     for place, row in enumerate(rows):
         keys, values = read(row)
         part = slice(row.query_start, row.query_end)
-        attention = attention_of(config_json)
-        result = attend_row(attention, query[part], keys, values, scaling, layer_index)
+        arguments = (query[part], keys, values, scaling, layer_index)
+        try:
+            result = attend_row(attention_of(config_json), *arguments)
+        except torch.OutOfMemoryError:
+            _say_no_memory(config_json)
+            result = attend_row(attention_of(_DENSE), *arguments)
         target = output[part]
         target.copy_(result.output.view_as(target))
         counts.add_general(place, result.read_keys, result.visible_keys, shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def _say_no_memory(config_json: str) -> None:
+    logger.warning(
+        "sparse attention: not enough memory for %s on the general path: its queries are dense",
+        config_json,
+    )
 
 
 def take_memory(shape: BlockShape, num_keys: int, max_queries: int, device: torch.device) -> None:

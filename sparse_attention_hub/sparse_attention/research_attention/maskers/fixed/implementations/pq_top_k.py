@@ -55,7 +55,7 @@ class PQCacheConfig(TopKMaskerConfig):
     Attributes:
         pq_sub_dim: Channels of a sub-vector; a divisor of the head size.
         pq_bits: Of a sub-vector's code, 1 to 8: 2**pq_bits centroids.
-        kmeans_iterations: Of the codebook.
+        kmeans_iterations: Of the codebook, 1 to 100.
     """
 
     json_name: ClassVar[str | None] = "pq_cache"
@@ -73,7 +73,7 @@ class PQCacheConfig(TopKMaskerConfig):
         super().__post_init__()
         check_integer_field(self, "pq_sub_dim", 1)
         check_integer_field(self, "pq_bits", 1, 8)
-        check_integer_field(self, "kmeans_iterations", 1)
+        check_integer_field(self, "kmeans_iterations", 1, 100)
 
 
 @MaskerRegistry.register(PQCacheConfig)

@@ -43,6 +43,9 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.b
     checked_seed,
 )
 
+_MOST_BUCKETS = 1 << 18
+"""Of all tables: each query head has a probability for every one."""
+
 
 @dataclass(frozen=True)
 class SocketMaskerConfig(TopKMaskerConfig):
@@ -50,7 +53,7 @@ class SocketMaskerConfig(TopKMaskerConfig):
 
     Attributes:
         K: Bits of a table, 1 to 12.
-        L: Tables.
+        L: Tables, of 2**18 buckets altogether at most.
         tau: Temperature of the query's bucket probabilities, > 0; towards 0 the query falls into
             one bucket per table.
         seed: Of the projections, an integer in [0, 2**63).
@@ -71,7 +74,7 @@ class SocketMaskerConfig(TopKMaskerConfig):
         """
         super().__post_init__()
         check_integer_field(self, "K", 1, 12)
-        check_integer_field(self, "L", 1)
+        check_integer_field(self, "L", 1, _MOST_BUCKETS >> self.K)
         tau: Any = self.tau
         is_number = isinstance(tau, (int, float)) and not isinstance(tau, bool)
         if not is_number or not 0 < tau <= sys.float_info.max:

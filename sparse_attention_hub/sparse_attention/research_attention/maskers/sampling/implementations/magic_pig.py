@@ -55,6 +55,8 @@ from sparse_attention_hub.sparse_attention.utils.mask import Mask
 PACKINGS = ("int64", "float32")
 _SMALLEST = 1e-12
 """Of probabilities: what is rarer is not sampled in practice, and 1 / p stays finite."""
+_MOST_TABLES, _MOST_BITS = 1 << 10, 1 << 14
+"""Far more than any use of them, and no more than what can be computed in a moment."""
 _KEYS_AT_ONCE = 1024
 """That are hashed together; it bounds the memory of their projections."""
 
@@ -71,7 +73,8 @@ class MagicPigConfig(SamplingMaskerConfig):
     """The hash tables.
 
     Attributes:
-        lsh_l: Tables, at least 2, since a key needs two collisions.
+        lsh_l: Tables, at least 2, since a key needs two collisions; at most 1,024, and of 16,384
+            bits altogether.
         lsh_k: Bits of a table, 1 to 62.
         center: Whether keys are centred before they are hashed.
         packing: "int64" or "float32", as in the field's API; signatures are int64 with both.
@@ -92,8 +95,8 @@ class MagicPigConfig(SamplingMaskerConfig):
         Raises:
             ValueError: Names the field, its value and what is allowed.
         """
-        check_integer_field(self, "lsh_l", 2)
         check_integer_field(self, "lsh_k", 1, 62)
+        check_integer_field(self, "lsh_l", 2, min(_MOST_TABLES, _MOST_BITS // self.lsh_k))
         if not isinstance(self.center, bool):
             raise ValueError(f"center must be true or false, got {self.center!r}")
         if self.packing not in PACKINGS:
