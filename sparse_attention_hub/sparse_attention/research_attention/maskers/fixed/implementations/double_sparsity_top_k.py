@@ -91,7 +91,7 @@ class DoubleSparsityTopKMasker(TopKMasker):
     facts: ClassVar[MaskerFacts] = MaskerFacts(
         paper="Double Sparsity, Yang et al. 2024",
         state="labels: the kept channels",
-        index_bytes="head size / group_factor · label_bits / 8",
+        index_bytes="head size / group_factor · label_bits / 8 + 4",
         is_paged=True,
     )
     needs_layer_idx: ClassVar[bool] = True

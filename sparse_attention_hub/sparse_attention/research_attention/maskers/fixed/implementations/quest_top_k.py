@@ -97,7 +97,7 @@ class QuestTopKMasker(TopKMasker):
     facts: ClassVar[MaskerFacts] = MaskerFacts(
         paper="Quest, Tang et al. 2024",
         state="page minima and maxima",
-        index_bytes="2 · head size · label_bits / 8 / page_size",
+        index_bytes="(2 · head size · label_bits / 8 + 16) / page_size",
         is_paged=True,
     )
 
