@@ -88,11 +88,6 @@ class AttentionSession:
 _SESSION: ContextVar[AttentionSession | None] = ContextVar("attention_session", default=None)
 
 
-def current_session() -> AttentionSession | None:
-    """The running session of this thread or task; None = dense."""
-    return _SESSION.get()
-
-
 @contextmanager
 def attention_session(session: AttentionSession | None) -> Iterator[None]:
     """Makes `session` the running one for the `with` block; None = dense."""

@@ -274,9 +274,19 @@ class ModelAdapter(ModelHubAdapterInterface, SparseAttentionAdapterInterface, AB
 
 
 def questions_of(request: Request) -> list[str]:
-    """The questions as a list."""
+    """The questions as a list.
+
+    Raises:
+        ValueError: A field of the request holds something else than text; names it.
+    """
     questions = request.questions
-    return [questions] if isinstance(questions, str) else list(questions)
+    found = [questions] if isinstance(questions, str) else questions
+    for name in ("context", "answer_prefix"):
+        if not isinstance(getattr(request, name), str):
+            raise ValueError(f"request.{name} must be a str, got {getattr(request, name)!r}")
+    if not isinstance(found, (list, tuple)) or not all(isinstance(one, str) for one in found):
+        raise ValueError(f"request.questions must be a str or a list of them, got {questions!r}")
+    return list(found)
 
 
 def make_response(

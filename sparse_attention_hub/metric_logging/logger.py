@@ -39,12 +39,16 @@ class LogEvent:
     location: str
 
     def to_json(self) -> str:
-        """One line of the file.
+        """One line of the file; numbers that JSON has not (NaN, infinities) are null.
 
         Raises:
             TypeError: The value or the metadata is not what JSON can hold.
         """
-        return json.dumps({**vars(self), "timestamp": self.timestamp.isoformat()})
+        fields = {**vars(self), "timestamp": self.timestamp.isoformat()}
+        try:
+            return json.dumps(fields, allow_nan=False)
+        except ValueError:
+            return json.dumps(json.loads(json.dumps(fields), parse_constant=lambda name: None))
 
 
 class MicroMetricLogger:
@@ -83,8 +87,11 @@ class MicroMetricLogger:
             flush_every: Events that are queued at most.
             flush_interval: Seconds after which the next event writes the queue.
             enabled_metrics: See `enable_metrics`.
-            max_records: Events in all; None = no limit.
-            sampling_factor: The share of events that is kept, in [0, 1].
+            max_records: Events in all, >= 0; None = no limit.
+            sampling_factor: The share of events that is kept; below 0 is 0, above 1 is 1.
+
+        Raises:
+            ValueError: `max_records` is negative.
         """
         with self._class_lock:
             if type(self)._initialized:
@@ -94,7 +101,6 @@ class MicroMetricLogger:
                         self.log_path,
                     )
                 return
-            type(self)._initialized = True
             self._lock = threading.RLock()
             self._queue: list[str] = []
             self._enabled: set[str] = set()
@@ -102,9 +108,8 @@ class MicroMetricLogger:
             self.flush_every = flush_every
             self.flush_interval = flush_interval
             self.log_path: str | None = None
-            self._max_records = max_records
-            self._sampling_factor = sampling_factor
-            self._num_logged = 0
+            self._limit(max_records, sampling_factor)
+            type(self)._initialized = True
             if log_path is not None:
                 self.configure_logging(log_path, enabled_metrics, max_records, sampling_factor)
             else:
@@ -156,11 +161,16 @@ class MicroMetricLogger:
         self.flush()
         Path(log_path).mkdir(parents=True, exist_ok=True)
         with self._lock:
+            self._limit(max_records, sampling_factor)
             self.log_path = log_path
-            self._max_records = max_records
-            self._sampling_factor = min(1.0, max(0.0, sampling_factor))
-            self._num_logged = 0
         self.enable_metrics(enabled_metrics)
+
+    def _limit(self, max_records: int | None, sampling_factor: float) -> None:
+        if max_records is not None and max_records < 0:
+            raise ValueError(f"max_records must be >= 0 or None, got {max_records!r}")
+        self._max_records = max_records
+        self._sampling_factor = min(1.0, max(0.0, sampling_factor))
+        self._num_logged = 0
 
     def log(self, identifier: str, value: Any, metadata: dict[str, Any] | None = None) -> None:
         """Logs a measurement, if its metric is enabled and there is room.
@@ -186,18 +196,22 @@ class MicroMetricLogger:
             self._queue.append(line)
             self._num_logged += 1
             is_due = time.monotonic() - self._last_flush >= self.flush_interval
-            if len(self._queue) >= self.flush_every or is_due:
+            if len(self._queue) % self.flush_every == 0 or is_due:
                 self.flush()
 
     def flush(self) -> None:
-        """Appends what is queued to the file."""
+        """Appends what is queued to the file; if that fails it stays queued, with a warning."""
         with self._lock:
             self._last_flush = time.monotonic()
             if not self._queue or self.log_path is None:
                 return
-            lines, self._queue = self._queue, []
-            with (Path(self.log_path) / FILE_NAME).open("a", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in lines)
+            try:
+                with (Path(self.log_path) / FILE_NAME).open("a", encoding="utf-8") as file:
+                    file.writelines(line + "\n" for line in self._queue)
+            except OSError as error:  # attention goes on: it is not what was asked for
+                logger.warning("%d metrics are not written yet: %s", len(self._queue), error)
+            else:
+                self._queue = []
 
     def is_metric_enabled(self, identifier: str) -> bool:
         """Whether `log` would keep a measurement of this metric, as far as its name goes."""

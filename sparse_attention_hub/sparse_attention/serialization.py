@@ -80,6 +80,8 @@ def config_from_dict(data: object) -> ResearchAttentionConfig:
     layers = data.get("layers", {})
     if not isinstance(layers, Mapping) or not all(str(layer).isdecimal() for layer in layers):
         raise ValueError(f'"layers" must map layer indices to lists of maskers, got {layers!r}')
+    if len({int(layer) for layer in layers}) < len(layers):
+        raise ValueError(f'"layers" names a layer twice: {", ".join(map(str, layers))}')
     return ResearchAttentionConfig(
         _maskers_from_list(data.get("maskers"), "maskers"),
         tuple(dense),

@@ -307,3 +307,34 @@ def test_wrong_types() -> None:
         SparseAttention.create_from_config(SparseAttentionConfig())
     with pytest.raises(TypeError, match="SparseAttentionConfig"):
         ResearchAttention.create_from_config(SparseAttentionConfig())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((SinkMaskerConfig(3),), "masker_configs must be a list of MaskerConfig"),
+        (([], 1), "dense_layers must be layer indices, got 1"),
+    ],
+)
+def test_fields_of_another_kind(arguments: tuple, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        ResearchAttentionConfig(*arguments)
+
+
+def test_a_layer_is_named_once() -> None:
+    with pytest.raises(ValueError, match=r'"layers" names a layer twice: 5, 05'):
+        config_from_dict({"maskers": [], "layers": {"5": [], "05": []}})
+
+
+def test_an_activation_is_a_name() -> None:
+    masker = {
+        "type": "hash_attention_top_k",
+        "heavy_size": 1,
+        "hat_bits": 8,
+        "hat_mlp_layers": 1,
+        "hat_mlp_hidden_size": 8,
+        "hat_mlp_activation": [],
+        "hat_weight_file": "none",
+    }
+    with pytest.raises(ValueError, match=r"hat_mlp_activation must be one of .*got \[\]"):
+        config_from_dict({"maskers": [masker]})

@@ -135,3 +135,35 @@ def test_threads_lose_nothing(tmp_path) -> None:
     for thread in threads:
         thread.join()
     assert len(events(tmp_path)) == 800
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [1.0, float("-inf")]}])
+def test_numbers_that_json_has_not_are_null(tmp_path, value: object) -> None:
+    metrics = MicroMetricLogger()
+    metrics.configure_logging(str(tmp_path), enabled_metrics="all")
+    metrics.log(DENSITY, value)
+    metrics.flush()
+    text = (tmp_path / "micro_metrics.jsonl").read_text()
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(name))["value"]
+    assert found == ({"a": [1.0, None]} if isinstance(value, dict) else None)
+
+
+def test_what_cannot_be_written_is_written_later(tmp_path, caplog) -> None:
+    folder = tmp_path / "log"
+    metrics = MicroMetricLogger()
+    metrics.configure_logging(str(folder), enabled_metrics="all")
+    folder.rmdir()
+    metrics.log(DENSITY, 0.5)
+    metrics.flush()
+    assert "1 metrics are not written yet" in caplog.text
+    folder.mkdir()
+    assert [event["value"] for event in events(folder)] == [0.5]
+
+
+def test_limits_are_the_same_in_the_constructor(tmp_path) -> None:
+    with pytest.raises(ValueError, match="max_records must be >= 0 or None, got -3"):
+        MicroMetricLogger(max_records=-3)
+    metrics = MicroMetricLogger(sampling_factor=5.0)
+    assert metrics.get_sampling_factor() == 1.0
+    with pytest.raises(ValueError, match="max_records"):
+        metrics.configure_logging(str(tmp_path), max_records=-1)

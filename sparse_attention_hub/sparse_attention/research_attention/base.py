@@ -47,10 +47,12 @@ class ResearchAttentionConfig(SparseAttentionConfig):
         """Copies what could change, so that the caller's stays the caller's.
 
         Raises:
-            ValueError: An element is not a masker's configuration, more than one of a list
-                samples, or a layer is no index or named twice.
+            ValueError: A field is no list, an element not a masker's configuration, more than one
+                of a list samples, or a layer is no index or named twice.
         """
         _check_maskers("masker_configs", self.masker_configs)
+        if not isinstance(self.dense_layers, (list, tuple)):
+            raise ValueError(f"dense_layers must be layer indices, got {self.dense_layers!r}")
         for layer in (*self.dense_layers, *self.layer_masker_configs):
             if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
                 raise ValueError(f"a layer must be an integer >= 0, got {layer!r}")
@@ -81,6 +83,8 @@ class ResearchAttentionConfig(SparseAttentionConfig):
 
 
 def _check_maskers(name: str, configs: Sequence[MaskerConfig]) -> None:
+    if not isinstance(configs, (list, tuple)):
+        raise ValueError(f"{name} must be a list of MaskerConfig, got {configs!r}")
     for index, config in enumerate(configs):
         if not isinstance(config, MaskerConfig):
             raise ValueError(f"{name}[{index}] must be a MaskerConfig, got {config!r}")

@@ -47,11 +47,6 @@ class AttentionTensorDimensions:
         """Of `queries` `(B, H, Q, D)` and `keys` `(B, G, K, D)`."""
         return cls(queries.shape[0], queries.shape[1], queries.shape[2], keys.shape[2])
 
-    @property
-    def mask_shape(self) -> tuple[int, int, int, int]:
-        """`(B, H, Q, K)`."""
-        return (self.batch_size, self.num_heads, self.seq_len_queries, self.seq_len_keys)
-
 
 Masker = TypeVar("Masker", bound="type[ResearchMasker]")
 

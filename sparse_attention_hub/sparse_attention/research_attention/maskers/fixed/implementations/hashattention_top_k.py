@@ -83,7 +83,7 @@ class HashAttentionTopKMaskerConfig(TopKMaskerConfig):
         super().__post_init__()
         for name in ("hat_bits", "hat_mlp_layers", "hat_mlp_hidden_size"):
             check_integer_field(self, name, 1)
-        if self.hat_mlp_activation not in ACTIVATIONS:
+        if self.hat_mlp_activation not in list(ACTIVATIONS):  # which may be of any type
             raise ValueError(
                 f"hat_mlp_activation must be one of {', '.join(ACTIVATIONS)}, "
                 f"got {self.hat_mlp_activation!r}"
