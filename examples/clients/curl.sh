@@ -26,8 +26,9 @@ JSON
 
 echo "dense:"
 complete '{"sparse_attention": "off"}'
-echo "sparse, prompt and answer:"
-complete '{"sparse_attention": "on", "sparse_attention_dense_prefix": 0, "sparse_attention_tag": "'"$tag"'"}'
+echo "sparse, prompt and answer (with so few keys it is slower: else the server would stay dense):"
+complete '{"sparse_attention": "on", "sparse_attention_dense_prefix": 0, "sparse_attention_min_keys": 0,
+           "sparse_attention_tag": "'"$tag"'"}'
 echo "what the sparse one read:"
 curl --silent --show-error --fail-with-body "${base_url%/v1}/sparse_attention/stats?tag=$tag"
 echo

@@ -30,9 +30,13 @@ def main() -> None:
     root = str(client.base_url).rstrip("/").removesuffix("/v1")
     model = options.model or client.models.list().data[0].id
     tag = uuid.uuid4().hex
-    modes: dict[str, dict[str, str]] = {
+    modes: dict[str, dict[str, str | int]] = {
         "dense": {"sparse_attention": "off"},
-        "sparse": {"sparse_attention": "on", "sparse_attention_tag": tag},
+        "sparse": {
+            "sparse_attention": "on",
+            "sparse_attention_min_keys": 0,  # else a server stays dense where that is faster
+            "sparse_attention_tag": tag,
+        },
     }
     for name, parameters in modes.items():
         print(f"{name}: ", end="", flush=True)

@@ -53,6 +53,7 @@ def main() -> None:
     answer = complete(
         sparse_attention="on",
         sparse_attention_dense_prefix=int(str(tokenized["count"])),
+        sparse_attention_min_keys=0,  # else a server stays dense where that is faster
         sparse_attention_tag=tag,
     )
     print("sparse:", repr(answer))
