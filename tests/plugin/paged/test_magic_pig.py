@@ -136,7 +136,7 @@ def test_the_index_holds_the_reference_s_signatures(dtype, center, tables, bits)
 @settings(deadline=None, max_examples=150)
 @given(
     cosine=st.floats(-1, 1, width=32),
-    tables=st.integers(2, 300),
+    tables=st.integers(2, 132),
     bits=st.integers(1, 62),
 )
 def test_any_probability_is_the_reference_s(cosine, tables, bits) -> None:

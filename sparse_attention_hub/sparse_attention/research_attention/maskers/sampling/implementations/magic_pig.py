@@ -55,7 +55,7 @@ from sparse_attention_hub.sparse_attention.utils.mask import Mask
 PACKINGS = ("int64", "float32")
 _SMALLEST = 1e-12
 """Of probabilities: what is rarer is not sampled in practice, and 1 / p stays finite."""
-_MOST_TABLES, _MOST_BITS = 1 << 10, 1 << 12
+_MOST_TABLES, _MOST_BITS = 1 << 10, 1 << 13
 """Far more than any use of them, and no more than what can be computed in a moment."""
 _KEYS_AT_ONCE = 1024
 """That are hashed together; it bounds the memory of their projections."""
@@ -73,7 +73,7 @@ class MagicPigConfig(SamplingMaskerConfig):
     """The hash tables.
 
     Attributes:
-        lsh_l: Tables, at least 2, since a key needs two collisions; at most 1,024, and of 4,096
+        lsh_l: Tables, at least 2, since a key needs two collisions; at most 1,024, and of 8,192
             bits altogether.
         lsh_k: Bits of a table, 1 to 62.
         center: Whether keys are centred before they are hashed.
