@@ -89,14 +89,27 @@ def _say_no_memory(config_json: str) -> None:
 def take_memory(shape: BlockShape, num_keys: int, max_queries: int, device: torch.device) -> None:
     """Attends once, over the longest row, for vLLM to see how much memory that takes.
 
+    Where it is not there at all, the server starts anyhow, with a warning.
+
     Args:
         shape: Of the cache.
         num_keys: Of the row.
         max_queries: Of a step.
         device: Of the memory.
     """
-    size = (1, shape.num_kv_heads, num_keys, shape.head_size)
-    key, value = torch.zeros((2, *size), dtype=shape.dtype, device=device)
-    queries = min(max_queries, num_keys, queries_at_once(shape.num_heads, num_keys))
-    query = torch.zeros(queries, shape.num_heads, shape.head_size, dtype=shape.dtype, device=device)
-    attend_row(attention_of(_COSTLY), query, key, value, shape.head_size**-0.5, 0)
+    count = min(max_queries, num_keys, queries_at_once(shape.num_heads, num_keys))
+    try:
+        query, key, value = (
+            torch.zeros(size, dtype=shape.dtype, device=device)
+            for size in (
+                (count, shape.num_heads, shape.head_size),
+                *[(1, shape.num_kv_heads, num_keys, shape.head_size)] * 2,
+            )
+        )
+        attend_row(attention_of(_COSTLY), query, key, value, shape.head_size**-0.5, 0)
+    except torch.OutOfMemoryError:
+        logger.warning(
+            "sparse attention: not enough memory for the general path over %d keys: a request that "
+            "takes it may end the engine; allow_request_config false lets none bring such maskers",
+            num_keys,
+        )

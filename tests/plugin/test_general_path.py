@@ -60,3 +60,15 @@ def test_the_longest_row_is_attended_once(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(general_path, "attend_row", attend)
     general_path.take_memory(SHAPE, 96, 5, torch.device("cpu"))
     assert seen == [((5, 4, 16), (1, 2, 96, 16), 2)]
+
+
+def test_a_server_starts_without_that_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def attend(*arguments):
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr(general_path, "attend_row", attend)
+    with caplog.at_level(logging.WARNING):
+        general_path.take_memory(SHAPE, 96, 5, torch.device("cpu"))
+    assert "not enough memory for the general path over 96 keys" in caplog.text
