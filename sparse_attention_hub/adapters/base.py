@@ -68,8 +68,10 @@ class AnswerDetails:
         prompt_tokens: Tokens before the answer.
         context_tokens: Those of them that belong to the context, and attended densely.
         density: Keys read / keys a dense pass would read, over question and answer (all of them,
-            where there are alternatives), all layers and query heads; 1.0 in dense mode, None when
-            unknown. With a sparse context, over that too, where this question paid for it.
+            where there are alternatives), all query heads and all layers that have maskers or could
+            have: those with a sliding window stay dense, and are not counted. 1.0 in dense mode,
+            None when unknown. With a sparse context, over that too, where this question paid for
+            it.
         read_keys: The numerator; None when dense or unknown.
         visible_keys: The denominator; None when dense or unknown.
         time_to_first_token_s: Seconds; with the context's prefill, where this question paid it.
