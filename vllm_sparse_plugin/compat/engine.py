@@ -72,7 +72,7 @@ def check_blocks(spec: AttentionSpec, layout: BlockLayout) -> None:
     """Looks whether a group's blocks are still those that the index was laid out for.
 
     vLLM makes blocks of all layers equally large where layers have caches of different sizes, by
-    more tokens or by padding.
+    more tokens or by padding. More tokens pass here, if they have as many bytes each.
 
     Args:
         spec: Of the layers, as their caches are made.

@@ -56,7 +56,7 @@ PACKINGS = ("int64", "float32")
 _SMALLEST = 1e-12
 """Of probabilities: what is rarer is not sampled in practice, and 1 / p stays finite."""
 _MOST_TABLES, _MOST_BITS = 1 << 10, 1 << 13
-"""Far more than any use of them, and no more than what can be computed in a moment."""
+"""Far more than any use of them."""
 _KEYS_AT_ONCE = 1024
 """That are hashed together; it bounds the memory of their projections."""
 
