@@ -16,6 +16,7 @@ from sparse_attention_hub.sparse_attention.serialization import (
     CONFIG_FIELDS,
     config_from_dict,
     config_to_dict,
+    maskers_from_list,
 )
 
 NAMESPACE = "sparse_attention"
@@ -129,7 +130,7 @@ class ServingConfig:
         for path in request_files:
             if not Path(path).is_file():
                 raise ValueError(f"{NAMESPACE}.request_files: there is no file {path!r}")
-        index = _named(config_from_dict, {"maskers": value.get("index", [])}, "index")
+        index = _named(_index_from_list, value.get("index", []))
         read: dict[str, Any] = {
             "imports": imports,
             "request_files": request_files,
@@ -170,12 +171,15 @@ def _names(value: Mapping[str, Any], field: str, what: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _named(read: Any, value: Any, field: str = "maskers") -> ResearchAttentionConfig:
+def _index_from_list(value: object) -> ResearchAttentionConfig:
+    return ResearchAttentionConfig(maskers_from_list(value, "index"))
+
+
+def _named(read: Any, value: Any) -> ResearchAttentionConfig:
     try:
         config: ResearchAttentionConfig = read(value)
     except ValueError as error:
-        # Whatever list it is, its reader calls it "maskers".
-        raise ValueError(f"{NAMESPACE}: {str(error).replace('maskers', field)}") from error
+        raise ValueError(f"{NAMESPACE}: {error}") from error
     return config
 
 

@@ -21,8 +21,8 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     MaskerConfig,
     json_name,
 )
-from sparse_attention_hub.sparse_attention.serialization import config_from_json
-from vllm_sparse_plugin.masked_attention import attend_row
+from sparse_attention_hub.sparse_attention.serialization import config_from_json, config_to_json
+from vllm_sparse_plugin.masked_attention import attend_row, attention_of
 
 _NUM_KEYS = 8
 _SMALL_SIZES: dict[str, Any] = {
@@ -74,8 +74,11 @@ def try_maskers(config_json: str, shape: AttentionShape) -> None:
     trial = _Trial.of(shape)
     where = "they"
     try:
-        whole = _attention(config)
-        alone = {repr(masker): _attention(_small(masker)) for masker in config.all_masker_configs()}
+        whole = attention_of(config_json)
+        alone = {
+            repr(masker): attention_of(config_to_json(_small(masker)))
+            for masker in config.all_masker_configs()
+        }
         with torch.inference_mode():
             for layer in range(shape.num_layers):
                 where = f"layer {layer}"
@@ -103,12 +106,6 @@ def _small(masker: MaskerConfig) -> ResearchAttentionConfig:
 
 def _has_file(masker: MaskerConfig) -> bool:
     return any(name.endswith("_file") and value for name, value in vars(masker).items())
-
-
-def _attention(config: ResearchAttentionConfig) -> ResearchAttention:
-    attention = ResearchAttention.create_from_config(config)
-    assert isinstance(attention, ResearchAttention)
-    return attention
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks.gpu.timing import Launch
+from benchmarks.gpu.timing import Launch, captured, in_turn
 from vllm_sparse_plugin.paged.triton_kernels.grids import launches_apart
 
 REPLAYS = 200
@@ -25,22 +25,12 @@ def differing_replays(
         output: What the last of them writes.
         replays: Of all of them.
     """
+    run = in_turn(launches)
     with launches_apart():
-        for launch in launches:
-            launch()
+        run()
     expected = output.clone()
     differing = torch.zeros((), dtype=torch.int64, device=output.device)
-
-    def run() -> None:
-        for launch in launches:
-            launch()
-
-    replay = run
-    if output.device.type == "cuda":
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        replay = graph.replay
+    replay = captured(launches).replay if output.device.type == "cuda" else run
     for _ in range(replays):
         output.fill_(torch.nan)
         replay()

@@ -102,29 +102,13 @@ class GpuStopwatch:
             for launch in launches:
                 launch()
         torch.cuda.synchronize()
-        replay, method = self._in_turn(launches), ONE_BY_ONE
+        replay, method = in_turn(launches), ONE_BY_ONE
         try:
-            replay, method = self._captured(launches).replay, IN_GRAPH
+            replay, method = captured(launches).replay, IN_GRAPH
         except RuntimeError as error:
             logger.warning("not in a CUDA graph: %s", error)
             torch.cuda.synchronize()
         return summary([took / len(launches) for took in self._times(replay)], method)
-
-    @staticmethod
-    def _in_turn(launches: Sequence[Launch]) -> Launch:
-        def run() -> None:
-            for launch in launches:
-                launch()
-
-        return run
-
-    @staticmethod
-    def _captured(launches: Sequence[Launch]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for launch in launches:
-                launch()
-        return graph
 
     def _times(self, replay: Launch) -> list[float]:
         """In microseconds, of each run."""
@@ -139,6 +123,28 @@ class GpuStopwatch:
             pairs.append((begin, end))
         torch.cuda.synchronize()
         return [1e3 * begin.elapsed_time(end) for begin, end in pairs[1:]]
+
+
+def in_turn(launches: Sequence[Launch]) -> Launch:
+    """All of them, one after the other, by the host."""
+
+    def run() -> None:
+        for launch in launches:
+            launch()
+
+    return run
+
+
+def captured(launches: Sequence[Launch]) -> torch.cuda.CUDAGraph:
+    """All of them in one graph.
+
+    Raises:
+        RuntimeError: No graph can hold one of them.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        in_turn(launches)()
+    return graph
 
 
 class DryStopwatch:

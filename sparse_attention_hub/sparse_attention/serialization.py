@@ -83,16 +83,25 @@ def config_from_dict(data: object) -> ResearchAttentionConfig:
     if len({int(layer) for layer in layers}) < len(layers):
         raise ValueError(f'"layers" names a layer twice: {", ".join(map(str, layers))}')
     return ResearchAttentionConfig(
-        _maskers_from_list(data.get("maskers"), "maskers"),
+        maskers_from_list(data.get("maskers"), "maskers"),
         tuple(dense),
         {
-            int(layer): _maskers_from_list(maskers, f"layers[{layer}]")
+            int(layer): maskers_from_list(maskers, f"layers[{layer}]")
             for layer, maskers in layers.items()
         },
     )
 
 
-def _maskers_from_list(data: object, where: str) -> list[MaskerConfig]:
+def maskers_from_list(data: object, where: str) -> list[MaskerConfig]:
+    """Reads one list of maskers.
+
+    Args:
+        data: Of JSON.
+        where: What the list is called in errors.
+
+    Raises:
+        ValueError: As `config_from_dict`.
+    """
     if not isinstance(data, list):
         raise ValueError(f'"{where}" must be a list of objects, got {data!r}')
     return [_masker_from_dict(masker, f"{where}[{index}]") for index, masker in enumerate(data)]

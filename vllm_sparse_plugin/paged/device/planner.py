@@ -137,7 +137,11 @@ class DevicePlanner:
             config_json: Of a request.
             layer_index: Of the attention layer.
         """
-        return self._attention(config_json, _configs(config_json, layer_index))
+        of_layers = self._configuration(config_json).of_layers
+        if layer_index not in of_layers:
+            configs = _configs(config_json, layer_index)
+            of_layers[layer_index] = self._attention(config_json, configs)
+        return of_layers[layer_index]
 
     def use(self, config_json: str, layers: Sequence[int]) -> LayerUse:
         """What some layers do with a configuration.
@@ -176,7 +180,9 @@ class DevicePlanner:
         )
 
     def _configuration(self, config_json: str) -> _Configuration:
-        return self._configurations.setdefault(config_json, _Configuration())
+        if config_json not in self._configurations:
+            self._configurations[config_json] = _Configuration()
+        return self._configurations[config_json]
 
     def _attention(
         self, config_json: str, configs: tuple[MaskerConfig, ...]
@@ -243,6 +249,7 @@ class _Configuration:
     """What is remembered of one: its lists of maskers (None: the general path), and their use."""
 
     attentions: dict[str, DeviceAttention | None] = field(default_factory=dict)
+    of_layers: dict[int, DeviceAttention | None] = field(default_factory=dict)
     uses: dict[tuple[int, ...], LayerUse] = field(default_factory=dict)
 
 

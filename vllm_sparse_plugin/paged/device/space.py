@@ -13,6 +13,7 @@ import torch
 from vllm_sparse_plugin.paged.layout import BlockShape
 
 Workspace = TypeVar("Workspace")
+Made = TypeVar("Made")
 
 _ALIGNMENT = 256
 """Bytes: what PyTorch's own allocator aligns to at least, so kernels may rely on as much."""
@@ -25,25 +26,19 @@ class DeviceMemory:
     Attributes:
         num_bytes: Of the scratch memory, which holds nothing from one launch of a list to the next.
         device: Of all memory.
+        kept: Workspaces that launches leave as they have found them, see `DeviceSpace.workspace`.
     """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         """Asks for no memory yet."""
         self.num_bytes = num_bytes
         self.device = device
-        self._kept: dict[Hashable, Any] = {}
+        self.kept: dict[Hashable, Any] = {}
 
     @functools.cached_property
     def scratch(self) -> torch.Tensor:
         """`[num_bytes]`, uint8."""
         return torch.empty(self.num_bytes, dtype=torch.uint8, device=self.device)
-
-    def keep(self, key: Hashable, make: Callable[[], Workspace]) -> Workspace:
-        """What was made under that key; made now, if nothing was."""
-        if key not in self._kept:
-            self._kept[key] = make()
-        kept: Workspace = self._kept[key]
-        return kept
 
 
 @dataclass
@@ -73,8 +68,7 @@ class DeviceSpace:
 
     def buffer(self, name: str, *size: int, dtype: torch.dtype) -> torch.Tensor:
         """Scratch of that name, size and type, uninitialized: other lists write there too."""
-        tensor: torch.Tensor = self._get((name, size, dtype), lambda: self._take(size, dtype))
-        return tensor
+        return _made(self._held, (name, size, dtype), lambda: self._take(size, dtype))
 
     def scratch(self, make: Callable[..., Workspace], *arguments: Any, **named: Any) -> Workspace:
         """A workspace that holds nothing between launches: other lists write there too.
@@ -94,20 +88,16 @@ class DeviceSpace:
             return value
 
         key = (make, arguments, tuple(sorted(named.items())))
-        made: Workspace = self._get(key, lambda: placed(make(*arguments, device=_META, **named)))
+        made: Workspace = _made(
+            self._held, key, lambda: placed(make(*arguments, device=_META, **named))
+        )
         return made
 
     def workspace(self, make: Callable[..., Workspace], *arguments: Any, **named: Any) -> Workspace:
         """`make(*arguments, device=..., **named)`, which launches leave as they have found it."""
         key = (make, arguments, tuple(sorted(named.items())))
-        keep = self._get if self.memory is None else self.memory.keep
-        made: Workspace = keep(key, lambda: make(*arguments, device=self.device, **named))
-        return made
-
-    def _get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        if key not in self._held:
-            self._held[key] = make()
-        return self._held[key]
+        kept = self._held if self.memory is None else self.memory.kept
+        return _made(kept, key, lambda: make(*arguments, device=self.device, **named))
 
     def _take(self, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         begin = self.scratch_bytes
@@ -120,6 +110,14 @@ class DeviceSpace:
                 f"{self.memory.num_bytes} bytes of scratch memory are not enough for {end}"
             )
         return self.memory.scratch[begin:end].view(dtype).view(size)
+
+
+def _made(held: dict[Hashable, Any], key: Hashable, make: Callable[[], Made]) -> Made:
+    """What is held under a key; made now, if nothing was."""
+    if key not in held:
+        held[key] = make()
+    made: Made = held[key]
+    return made
 
 
 def queries_within(budget: int, most: int, bytes_of: Callable[[int], int]) -> int:
