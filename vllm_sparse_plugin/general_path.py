@@ -68,10 +68,12 @@ def attend_generally(
         keys, values = read(row)
         part = slice(row.query_start, row.query_end)
         arguments = (query[part], keys, values, scaling, layer_index)
+        result = None
         try:
             result = attend_row(attention_of(config_json), *arguments)
         except torch.OutOfMemoryError:
             _say_no_memory(config_json)
+        if result is None:  # not in the block, which holds on to what the first try had
             result = attend_row(attention_of(_DENSE), *arguments)
         target = output[part]
         target.copy_(result.output.view_as(target))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import weakref
 
 import pytest
 import torch
@@ -37,9 +38,14 @@ def test_a_row_without_the_memory_for_its_maskers_is_dense(
     dense = torch.einsum("hqk,hkd->qhd", scores.softmax(-1), key[0].repeat_interleave(2, 0))
     assert not torch.allclose(sparse, dense, atol=1e-3)
 
+    held = []
+
     def attend(attention, *arguments):
         if attention.maskers:
+            of_the_first_try = torch.empty(4)
+            held.append(weakref.ref(of_the_first_try))
             raise torch.OutOfMemoryError("too much")
+        assert held[0]() is None  # its memory is free for the second
         return attend_row(attention, *arguments)
 
     monkeypatch.setattr(general_path, "attend_row", attend)
