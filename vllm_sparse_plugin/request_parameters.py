@@ -36,6 +36,8 @@ MOST_CHARACTERS = 1 << 16
 """Of a request's maskers as JSON."""
 MOST_MASKERS = 16
 """Of a request, in any one layer."""
+MOST_DIFFERENT_MASKERS = 64
+"""Of a request, in all layers: each is tried before the request is admitted."""
 
 _ALLOWED = (MODE, DENSE_PREFIX, CONFIG, TAG, MIN_KEYS)
 _SHOWN_CHARACTERS = 600
@@ -115,11 +117,13 @@ def resolve_request(
         extra_args = {name: value for name, value in (extra_args or {}).items() if name != RESOLVED}
     for name in given:
         if name not in _ALLOWED:
-            raise ValueError(f"vllm_xargs.{name} is not known; allowed: {', '.join(_ALLOWED)}")
+            raise ValueError(
+                f"vllm_xargs.{_shown(name)} is not known; allowed: {', '.join(_ALLOWED)}"
+            )
     if server is None:
         if given:
             raise ValueError(
-                f"vllm_xargs.{next(iter(given))} needs a server that was started with "
+                f"vllm_xargs.{_shown(next(iter(given)))} needs a server that was started with "
                 "--attention-backend CUSTOM; this one was not"
             )
         return extra_args
@@ -164,7 +168,9 @@ def _mode(value: object) -> bool:
 
 def _count(name: str, value: object, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"vllm_xargs.{name} must be an integer >= 0 ({what}), got {value!r}")
+        raise ValueError(
+            f"vllm_xargs.{name} must be an integer >= 0 ({what}), got {_shown(repr(value))}"
+        )
     check_not_too_large(f"vllm_xargs.{name}", value)
     return value
 
@@ -201,6 +207,12 @@ def _config(value: object, server: ServingConfig) -> ResearchAttentionConfig:
                 f"vllm_xargs.{CONFIG} must have at most {MOST_MASKERS} maskers in a layer, got "
                 f"{len(maskers)}"
             )
+    different = len({repr(masker) for masker in config.all_masker_configs()})
+    if different > MOST_DIFFERENT_MASKERS:
+        raise ValueError(
+            f"vllm_xargs.{CONFIG} must have at most {MOST_DIFFERENT_MASKERS} different maskers in "
+            f"all layers, got {different}"
+        )
     return config
 
 
@@ -245,19 +257,25 @@ def _check_files(text: str, server: ServingConfig) -> None:
     }
     allowed.update(server.request_files)
 
-    def check(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    refused: list[tuple[str, Any]] = []
+
+    def look(members: list[tuple[str, Any]]) -> dict[str, Any]:
         for name, value in members:
             is_file = name.endswith("_file") and value is not None
             if is_file and not (isinstance(value, str) and value in allowed):
-                raise ValueError(
-                    f"vllm_xargs.{CONFIG}: {name} must be a file that the server's own "
-                    f"configuration names, got {_shown(repr(value))}"
-                )
+                refused.append((name, value))
         return dict(members)
 
     try:
-        json.loads(text, object_pairs_hook=check)
+        json.loads(text, object_pairs_hook=look)
     except json.JSONDecodeError:
         return  # the reader's error is the better one
+    except ValueError as error:  # a number of more digits than Python reads
+        raise ValueError(f"vllm_xargs.{CONFIG}: {error}") from error
     except RecursionError as error:
         raise ValueError(f"vllm_xargs.{CONFIG} is nested too deeply") from error
+    for name, value in refused:
+        raise ValueError(
+            f"vllm_xargs.{CONFIG}: {_shown(name)} must be a file that the server's own "
+            f"configuration names, got {_shown(repr(value))}"
+        )

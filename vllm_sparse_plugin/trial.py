@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,18 +22,25 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.base impor
     MaskerConfig,
     json_name,
 )
-from sparse_attention_hub.sparse_attention.serialization import config_from_json, config_to_json
+from sparse_attention_hub.sparse_attention.serialization import config_from_json
 from vllm_sparse_plugin.masked_attention import attend_row, attention_of
 
-_NUM_KEYS = 8
-_SMALL_SIZES: dict[str, Any] = {
+_NUM_KEYS = 64
+_SMALL_FIELDS: dict[str, Any] = {
     "heavy_size": 1,
     "sink_size": 1,
     "window_size": 1,
+    "page_size": 4,
     "init_offset": 0,
     "local_offset": 0,
+    "kmeans_iterations": 1,
+    "lsh_l": 2,
+    "lsh_k": 4,
+    "L": 1,
+    "K": 4,
 }
-"""With which a masker does not select all of a few keys, and has to do what it does for many."""
+"""With which this project's maskers leave keys to the ones behind them, and take no time."""
+_OWN_PACKAGE = "sparse_attention_hub."
 
 
 @dataclass(frozen=True)
@@ -72,40 +80,56 @@ def try_maskers(config_json: str, shape: AttentionShape) -> None:
                 f"{shape.num_layers - 1}"
             )
     trial = _Trial.of(shape)
+    tried: dict[str, ResearchAttention] = {}
     where = "they"
     try:
-        whole = attention_of(config_json)
-        alone = {
-            repr(masker): attention_of(config_to_json(_small(masker)))
-            for masker in config.all_masker_configs()
-        }
+        attention_of(config_json)
         with torch.inference_mode():
             for layer in range(shape.num_layers):
-                where = f"layer {layer}"
-                trial.run(whole, layer, num_queries=1)
-                trial.run(whole, layer, num_queries=2)
                 if layer in config.dense_layers:
                     continue
-                for masker in config.layer_masker_configs.get(layer, config.masker_configs):
-                    where = f"layer {layer}, {json_name(type(masker))}"
-                    name = repr(masker)
-                    if name in alone:
-                        trial.run(alone[name], layer, num_queries=1)
-                        if not _has_file(masker):  # and so something of its own in each layer
-                            del alone[name]
+                maskers = config.layer_masker_configs.get(layer, config.masker_configs)
+                for called, some in _lists(maskers):
+                    where = f"layer {layer}{called}"
+                    name = repr(some)
+                    if name not in tried:
+                        tried[name] = _attention(some)
+                    elif not any(map(_differs_by_layer, some)):
+                        continue
+                    trial.run(tried[name], layer)
     except Exception as error:  # a masker of the user's own may raise anything
         raise ValueError(f"maskers do not run on this model: {where}: {error}") from error
 
 
-def _small(masker: MaskerConfig) -> ResearchAttentionConfig:
-    """The masker alone, with sizes at which it cannot return early."""
-    names = {field.name for field in dataclasses.fields(masker)} & set(_SMALL_SIZES)
-    sizes = {name: _SMALL_SIZES[name] for name in names}
-    return ResearchAttentionConfig([dataclasses.replace(masker, **sizes)])
+def _lists(maskers: Sequence[MaskerConfig]) -> Iterator[tuple[str, tuple[MaskerConfig, ...]]]:
+    """What is tried of a layer's maskers, and what it is called in errors.
+
+    A masker of the user's own may need those before it, and sizes of which only the user knows.
+    """
+    small = [_small(masker) if _is_own(masker) else masker for masker in maskers]
+    for masker in small:
+        if _is_own(masker):
+            yield f", {json_name(type(masker))}", (masker,)
+    yield "", tuple(small)
 
 
-def _has_file(masker: MaskerConfig) -> bool:
-    return any(name.endswith("_file") and value for name, value in vars(masker).items())
+def _small(masker: MaskerConfig) -> MaskerConfig:
+    names = {field.name for field in dataclasses.fields(masker)} & set(_SMALL_FIELDS)
+    return dataclasses.replace(masker, **{name: _SMALL_FIELDS[name] for name in names})
+
+
+def _is_own(masker: MaskerConfig) -> bool:
+    return type(masker).__module__.startswith(_OWN_PACKAGE)
+
+
+def _differs_by_layer(masker: MaskerConfig) -> bool:
+    """Whether it reads something else in each layer, or may do so."""
+    names_file = any(name.endswith("_file") and value for name, value in vars(masker).items())
+    return names_file or not _is_own(masker)
+
+
+def _attention(maskers: Sequence[MaskerConfig]) -> ResearchAttention:
+    return ResearchAttention.create_from_config(ResearchAttentionConfig(list(maskers)))
 
 
 @dataclass(frozen=True)
@@ -123,7 +147,6 @@ class _Trial:
             torch.randn(1, shape.num_kv_heads, _NUM_KEYS, shape.head_size, generator=random),
         )
 
-    def run(self, attention: ResearchAttention, layer: int, num_queries: int) -> None:
-        query = self.query[:num_queries]
-        scaling = query.shape[-1] ** -0.5
-        attend_row(attention, query, self.key, self.key, scaling, layer)
+    def run(self, attention: ResearchAttention, layer: int) -> None:
+        for query in (self.query[:1], self.query):
+            attend_row(attention, query, self.key, self.key, query.shape[-1] ** -0.5, layer)

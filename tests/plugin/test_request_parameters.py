@@ -182,8 +182,34 @@ SINK = {"type": "sink", "sink_size": 1}
         (config_of(layers={"3": [SINK] * 17}), "at most 16 maskers in a layer, got 17"),
         ("q" * 40_000, "preset"),
         (config_of({**SINK, "sink_size": "9" * 40_000}), "sink_size"),
+        (
+            config_of({**SINK, "sink_size": 7}).replace("7", "7" * 40_000),
+            r"vllm_xargs.sparse_attention_config: .*digits",
+        ),
+        (config_of({**SINK, "x" * 40_000 + "_file": 1}), "the server's own configuration"),
+        (
+            config_of(
+                layers={
+                    str(layer): [
+                        {**SINK, "sink_size": 1 + layer * 13 + place} for place in range(13)
+                    ]
+                    for layer in range(5)
+                }
+            ),
+            "at most 64 different maskers in all layers, got 65",
+        ),
     ],
-    ids=["nested", "long", "many", "many of a layer", "long name", "long value"],
+    ids=[
+        "nested",
+        "long",
+        "many",
+        "many of a layer",
+        "long name",
+        "long value",
+        "long number",
+        "long name of a file",
+        "many of all layers",
+    ],
 )
 def test_what_is_too_much_is_refused_in_few_words(value: str, words: str) -> None:
     with pytest.raises(ValueError, match=words) as refused:
@@ -191,8 +217,18 @@ def test_what_is_too_much_is_refused_in_few_words(value: str, words: str) -> Non
     assert len(str(refused.value)) < 1000
 
 
-@pytest.mark.parametrize("name", ["sparse_attention", "sparse_attention_tag"])
-def test_long_values_are_not_sent_back_whole(name: str) -> None:
-    with pytest.raises(ValueError, match=name) as refused:
-        resolved({name: "x" * 100_000})
+@pytest.mark.parametrize("server", [SERVER, None])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sparse_attention",
+        "sparse_attention_tag",
+        "sparse_attention_min_keys",
+        "sparse_attention_dense_prefix",
+        "sparse_attention_" + "x" * 100_000,
+    ],
+)
+def test_long_values_are_not_sent_back_whole(name: str, server: ServingConfig | None) -> None:
+    with pytest.raises(ValueError, match=name[:30]) as refused:
+        resolved({name: "x" * 100_000}, server)
     assert len(str(refused.value)) < 1000
