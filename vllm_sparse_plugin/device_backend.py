@@ -191,7 +191,9 @@ class DeviceAttentionImpl(SparseAttentionImpl):
         for index in indices.values():
             index.reserve()
         if self.can_be_sparse:
-            planner_of(self._engine, shape).reserve()
+            is_shared = self.kv_sharing_target_layer_name is not None
+            layer_index = extract_layer_index(layer.layer_name)
+            planner_of(self._engine, shape).reserve(layer_index, is_shared)
 
     def _shape(self, block_size: int, dtype: torch.dtype) -> BlockShape:
         return BlockShape(block_size, self.num_heads, self.num_kv_heads, self.head_size, dtype)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
 from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.paged.device.attention import device_maskers
 from vllm_sparse_plugin.paged.device.planner import (
@@ -66,8 +67,8 @@ def _planner(engine: VllmConfig, shape: BlockShape) -> DevicePlanner:
         capacity=-(-engine.model_config.max_model_len // 16) * 16,
         max_tokens=scheduler.max_num_batched_tokens,
         max_sequences=sequences_within(STATES_BYTES, most, layout, num_layers),
-        brings_maskers=config.allow_request_config and has_fast_path,
-        has_general_rows=not is_dense and (config.allow_request_config or not config.fast_path),
+        brings_maskers=config.allow_request_config and not is_dense,
+        has_fast_path=has_fast_path,
     )
-    device = torch.device(compat.device_type())
-    return DevicePlanner(layout, limits, device, config.attention if has_fast_path else None)
+    own = ResearchAttentionConfig([]) if is_dense else config.attention
+    return DevicePlanner(layout, limits, torch.device(compat.device_type()), own)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 AnyRow = DenseRow | SparseRow
 
 _DENSE = json.dumps({"maskers": []})
-_COSTLY = json.dumps(
+COSTLY_MASKERS = json.dumps(
     {
         "maskers": [
             {"type": "oracle_top_k", "heavy_size": 0.1},
@@ -34,7 +34,7 @@ _COSTLY = json.dumps(
         ]
     }
 )
-"""Maskers that take more memory than most: 20 times that of the scores."""
+"""Maskers that take more memory than most: 20 times that of the scores of a few queries."""
 
 
 def attend_generally(
@@ -88,30 +88,44 @@ def _say_no_memory(config_json: str) -> None:
     )
 
 
-def take_memory(shape: BlockShape, num_keys: int, max_queries: int, device: torch.device) -> None:
+def take_memory(
+    config_json: str,
+    layer_index: int,
+    shape: BlockShape,
+    num_keys: int,
+    max_queries: int,
+    device: torch.device,
+) -> None:
     """Attends once, over the longest row, for vLLM to see how much memory that takes.
 
     Where it is not there at all, the server starts anyhow, with a warning.
 
     Args:
+        config_json: The maskers.
+        layer_index: Of the layer that has them.
         shape: Of the cache.
         num_keys: Of the row.
         max_queries: Of a step.
         device: Of the memory.
     """
     count = min(max_queries, num_keys, queries_at_once(shape.num_heads, num_keys))
+    random = torch.Generator(device).manual_seed(0)  # maskers may not like zeros
     try:
         query, key, value = (
-            torch.zeros(size, dtype=shape.dtype, device=device)
+            torch.randn(size, dtype=shape.dtype, device=device, generator=random)
             for size in (
                 (count, shape.num_heads, shape.head_size),
                 *[(1, shape.num_kv_heads, num_keys, shape.head_size)] * 2,
             )
         )
-        attend_row(attention_of(_COSTLY), query, key, value, shape.head_size**-0.5, 0)
+        scaling = shape.head_size**-0.5
+        attend_row(attention_of(config_json), query, key, value, scaling, layer_index)
     except torch.OutOfMemoryError:
         logger.warning(
-            "sparse attention: not enough memory for the general path over %d keys: a request that "
-            "takes it may end the engine; allow_request_config false lets none bring such maskers",
+            "sparse attention: not enough memory for %s on the general path over %d keys: rows "
+            "that find none are dense, and where keys and values alone do not fit (%d MiB), the "
+            "engine ends; max_model_len bounds the keys",
+            config_json,
             num_keys,
+            shape.key_value_bytes * shape.num_kv_heads * num_keys >> 20,
         )

@@ -9,6 +9,7 @@ import torch
 
 from tests.plugin.paged.paged_rows import shape_of
 from vllm_sparse_plugin import general_path
+from vllm_sparse_plugin.general_path import COSTLY_MASKERS
 from vllm_sparse_plugin.masked_attention import attend_row
 from vllm_sparse_plugin.paged.group_counts import GroupCounts
 from vllm_sparse_plugin.request_parameters import RequestParameters
@@ -60,12 +61,12 @@ def test_the_longest_row_is_attended_once(monkeypatch: pytest.MonkeyPatch) -> No
     seen = []
 
     def attend(attention, query, key, value, scaling, layer):
-        seen.append((tuple(query.shape), tuple(key.shape), len(attention.maskers)))
+        seen.append((tuple(query.shape), tuple(key.shape), len(attention.maskers), layer))
         return attend_row(attention, query, key, value, scaling, layer)
 
     monkeypatch.setattr(general_path, "attend_row", attend)
-    general_path.take_memory(SHAPE, 96, 5, torch.device("cpu"))
-    assert seen == [((5, 4, 16), (1, 2, 96, 16), 2)]
+    general_path.take_memory(COSTLY_MASKERS, 3, SHAPE, 96, 5, torch.device("cpu"))
+    assert seen == [((5, 4, 16), (1, 2, 96, 16), 2, 3)]
 
 
 def test_a_server_starts_without_that_memory(
@@ -76,5 +77,6 @@ def test_a_server_starts_without_that_memory(
 
     monkeypatch.setattr(general_path, "attend_row", attend)
     with caplog.at_level(logging.WARNING):
-        general_path.take_memory(SHAPE, 96, 5, torch.device("cpu"))
-    assert "not enough memory for the general path over 96 keys" in caplog.text
+        general_path.take_memory(SINK, 0, SHAPE, 1 << 16, 5, torch.device("cpu"))
+    assert "on the general path over 65536 keys" in caplog.text
+    assert "do not fit (16 MiB)" in caplog.text  # 2 KV heads of 16 channels in float32, twice

@@ -123,7 +123,7 @@ def test_the_index_holds_the_reference_s_signatures(dtype, center, tables, bits)
     for row, keys in enumerate(rows.keys):
         prefix = keys[:, :, : 1 << (keys.shape[2].bit_length() - 1)]
         mean = prefix.double().mean(dim=2, keepdim=True).float() * center
-        expected = bucket_codes((keys.float() - mean) @ projections, bits)[0].transpose(0, 1)
+        expected = bucket_codes(keys, projections, bits, mean)[0].transpose(0, 1)
         slots = slots_of(rows, row)
         found = stored[slots // 32, :, slots % 32]
         different += int((found != expected).sum())

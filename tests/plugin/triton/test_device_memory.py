@@ -125,7 +125,7 @@ def test_lists_that_take_turns_do_not_disturb_each_other(monkeypatch: pytest.Mon
     expected = [attend(DeviceAttention(configs_of(maskers), space_of(8))) for maskers in LISTS]
     monkeypatch.setattr(planners, "CLIENTS_BYTES", 90_000)
     held, own = planner(LISTS[0], layout, brings_maskers=True)
-    held.reserve()
+    held.reserve(0)
     size = held._memory.scratch.nbytes
     at_once = []
     for turn in range(len(LISTS) + 1):
@@ -178,20 +178,44 @@ def test_what_was_not_asked_for_long_is_forgotten(monkeypatch: pytest.MonkeyPatc
     assert set(held._configurations) == {own, names[0], *names[-most + 2 :]}
 
 
-@pytest.mark.parametrize("is_general", [False, True])
-def test_the_general_path_takes_its_memory_once(
-    is_general: bool, monkeypatch: pytest.MonkeyPatch
+def test_memory_of_the_general_path_is_taken_once_for_each_list(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    taken: list[tuple] = []
-    monkeypatch.setattr(planners, "take_memory", lambda *arguments: taken.append(arguments))
-    held, _ = planner(SINK_LOCAL, has_general_rows=is_general)
-    held.reserve()
-    held.reserve()
+    """Of what requests may bring, and of the engine's own lists that take it."""
+    taken: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        planners, "take_memory", lambda config_json, layer, *limits: taken.append((layer, limits))
+    )
+    held, _ = planner(SINK_LOCAL)
     limits = (held.layout.shape, CAPACITY, 64, held.device)
-    assert taken == ([limits] if is_general else [])
-    # Blocks that do not hold what the engine's own maskers need.
-    planner([QUEST], BlockLayout(shape_of(), ()))[0].reserve()
-    assert taken[-1] == limits
+    held.reserve(0)
+    assert taken == []
+    held.reserve(1, is_shared=True)  # it reads another layer's keys, and has no index
+    held.reserve(2, is_shared=True)
+    assert taken == [(1, limits)]
+
+    taken.clear()
+    held, _ = planner(SINK_LOCAL, brings_maskers=True)
+    held.reserve(1)
+    held.reserve(2)
+    assert taken == [(0, limits)]
+
+    for lacking in (
+        planner([QUEST], BlockLayout(shape_of(), ()))[0],
+        planner([QUEST], has_fast_path=False)[0],
+    ):
+        taken.clear()
+        lacking.reserve(3)
+        lacking.reserve(4)
+        assert taken == [(3, limits)]
+
+
+def test_nothing_is_kept_for_lists_that_blocks_have_no_index_for() -> None:
+    held, _ = planner(SINK_LOCAL, BlockLayout(shape_of(), ()), brings_maskers=True)
+    held.reserve(0)
+    kept = len(held._memory.kept)
+    assert held.attention(json_of([QUEST]), 0) is None
+    assert len(held._memory.kept) == kept
 
 
 def test_one_key_is_not_all_keys() -> None:

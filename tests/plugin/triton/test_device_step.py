@@ -1,5 +1,7 @@
 """What a step on the device is made of, and how its counts come back."""
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -65,7 +67,8 @@ def test_layers_by_what_they_do() -> None:
     assert use.scanned_bytes_per_block == 2 * per_layer
     # Blocks without the index, and an engine without the fast path.
     assert planner().use(config_json, (1, 2)).general_layers == 1
-    none = DevicePlanner(found.layout, LIMITS, torch.device(DEVICE), None)
+    limits = dataclasses.replace(LIMITS, has_fast_path=False)
+    none = DevicePlanner(found.layout, limits, torch.device(DEVICE), CONFIG)
     assert none.use(config_json, (0, 1, 2)).general_layers == 2
 
 

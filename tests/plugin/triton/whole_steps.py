@@ -154,7 +154,7 @@ class Steps:
         layout = BlockLayout(engine.shape, tuple(indices))
         limits = Limits(engine.max_queries, engine.capacity, max_tokens=8192)
         planner = DevicePlanner(layout, limits, META, config)
-        planner.reserve()
+        planner.reserve(0)
         attention = planner.attention(config_to_json(config), 0)
         assert attention is not None, maskers
         self.engine, self.attention = engine, attention

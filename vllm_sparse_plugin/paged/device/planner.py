@@ -12,10 +12,10 @@ import torch
 from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import MaskerConfig
 from sparse_attention_hub.sparse_attention.serialization import config_to_json
-from vllm_sparse_plugin.general_path import take_memory
+from vllm_sparse_plugin.general_path import COSTLY_MASKERS, take_memory
 from vllm_sparse_plugin.masked_attention import attention_of
 from vllm_sparse_plugin.paged.attention import scanned_bytes_per_block
-from vllm_sparse_plugin.paged.device.attention import DeviceAttention
+from vllm_sparse_plugin.paged.device.attention import DeviceAttention, device_maskers
 from vllm_sparse_plugin.paged.device.space import DeviceMemory, DeviceSpace, queries_within
 from vllm_sparse_plugin.paged.layout import BlockLayout
 from vllm_sparse_plugin.paged.learned_index import LearnedIndex
@@ -44,8 +44,7 @@ class Limits:
         max_tokens: New keys of a step.
         max_sequences: Sequences of which something learned is held, see `sequences_within`.
         brings_maskers: Whether requests may.
-        has_general_rows: Whether rows may take the general path, whatever the engine's own maskers
-            do.
+        has_fast_path: Whether any maskers run on pages; else all take the general path.
     """
 
     max_queries: int
@@ -53,7 +52,7 @@ class Limits:
     max_tokens: int
     max_sequences: int = 1
     brings_maskers: bool = False
-    has_general_rows: bool = False
+    has_fast_path: bool = True
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class DevicePlanner:
         layout: BlockLayout,
         limits: Limits,
         device: torch.device,
-        own: ResearchAttentionConfig | None,
+        own: ResearchAttentionConfig,
     ) -> None:
         """Asks for no memory yet.
 
@@ -103,32 +102,54 @@ class DevicePlanner:
             layout: See the class.
             limits: Likewise.
             device: Likewise.
-            own: The engine's own configuration; None: every layer takes the general path.
+            own: The engine's own configuration.
         """
         self.layout = layout
         self.limits = limits
         self.device = device
         self.space = self._space(1, device)
-        self._own_json = None if own is None else config_to_json(own)
-        self._lists = [] if own is None else _lists_of(own)
+        self._own_json = config_to_json(own)
+        self._lists = _lists_of(own) if limits.has_fast_path else []
         self._memory = DeviceMemory(self._scratch_bytes(), device)
         self._configurations: dict[str, _Configuration] = {}
         self._is_reserved = False
+        self._general: set[str] = set()  # lists of which the general path's memory is known
 
-    def reserve(self) -> None:
-        """Asks for all memory: to keep, or, for the general path, for a moment."""
-        if self._is_reserved:
-            return
-        self._is_reserved = True
-        is_general = self.limits.has_general_rows
-        if self._own_json is not None:
-            own = [self._attention(self._own_json, configs) for configs in self._lists]
-            is_general |= None in own
+    def reserve(self, layer_index: int, is_shared: bool = False) -> None:
+        """Asks for all memory of a layer, which others ask for as well: to keep, or for a moment.
+
+        Args:
+            layer_index: Of a layer that can have maskers.
+            is_shared: Whether it reads the cache of another layer: without an index, therefore on
+                the general path.
+        """
+        if not self._is_reserved:
+            self._is_reserved = True
+            self._reserve_scratch()
+            if self.limits.brings_maskers:
+                self._take_memory(COSTLY_MASKERS, 0)
+        configs = _configs(self._own_json, layer_index)
+        is_fast = not is_shared and self.attention(self._own_json, layer_index) is not None
+        if configs and not is_fast and repr(configs) not in self._general:
+            self._general.add(repr(configs))
+            self._take_memory(self._own_json, layer_index)
+
+    def _reserve_scratch(self) -> None:
+        if self.limits.has_fast_path:
+            for configs in self._lists:
+                self._attention(self._own_json, configs)
             size = self._memory.scratch.nbytes
             logger.info("sparse attention: %.0f MiB of memory to select in", size / (1 << 20))
-        if is_general:
-            limits = self.limits
-            take_memory(self.layout.shape, limits.capacity, limits.max_tokens, self.device)
+
+    def _take_memory(self, config_json: str, layer_index: int) -> None:
+        take_memory(
+            config_json,
+            layer_index,
+            self.layout.shape,
+            self.limits.capacity,
+            self.limits.max_tokens,
+            self.device,
+        )
 
     def attention(self, config_json: str, layer_index: int) -> DeviceAttention | None:
         """The fast path of a configuration in a layer that has maskers; None: the general path.
@@ -187,7 +208,7 @@ class DevicePlanner:
     def _attention(
         self, config_json: str, configs: tuple[MaskerConfig, ...]
     ) -> DeviceAttention | None:
-        if self._own_json is None:
+        if not self.limits.has_fast_path:
             return None
         attentions = self._configuration(config_json).attentions
         name = repr(configs)  # 1 is another size than 1.0, though equal
@@ -200,19 +221,19 @@ class DevicePlanner:
         return attentions[name]
 
     def _make(self, configs: tuple[MaskerConfig, ...]) -> DeviceAttention:
+        require_indices(device_maskers(configs, self.layout.shape), self.layout)
         queries = self._queries_within(self._memory.num_bytes, configs)
         if queries == 0:
             needed, there = self._bytes_of(configs, 1) >> 20, self._memory.num_bytes >> 20
             raise Unsupported(
                 f"to select for one query takes {needed} MiB of memory, and there are {there}"
             )
-        attention = DeviceAttention(configs, self._space(queries, self.device, self._memory))
-        require_indices(attention.paged, self.layout)
-        return attention
+        return DeviceAttention(configs, self._space(queries, self.device, self._memory))
 
     def _scratch_bytes(self) -> int:
         """What the engine's own lists take; those on the general path take nothing."""
-        sizes = [CLIENTS_BYTES] if self._own_json and self.limits.brings_maskers else []
+        limits = self.limits
+        sizes = [CLIENTS_BYTES] if limits.has_fast_path and limits.brings_maskers else []
         for configs in self._lists:
             with contextlib.suppress(Unsupported):
                 queries = max(1, self._queries_within(BUDGET_BYTES, configs))

@@ -11,6 +11,9 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.c
 )
 from sparse_attention_hub.sparse_attention.utils.kv_utils import split_channels
 
+_VECTORS_AT_ONCE = 1024
+"""That are projected together; it bounds the memory of their projections."""
+
 
 def projections_of_layer(
     sparse_meta_data: dict[Any, Any], seed: int, layer_idx: int, shape: tuple[int, int, int]
@@ -33,16 +36,35 @@ def projections_of_layer(
     return projections
 
 
-def bucket_codes(projected: torch.Tensor, bits: int) -> torch.Tensor:
+def bucket_codes(
+    vectors: torch.Tensor,
+    projections: torch.Tensor,
+    bits: int,
+    mean: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The bucket of each table: the signs of its projections as a number, the first one highest.
 
     Args:
-        projected: `(..., L * bits)`; 0 counts as positive.
+        vectors: `(B, G, n, D)`, in any dtype.
+        projections: `(G, D, L * bits)`, float32; what is projected to 0 counts as positive.
         bits: Of one table, at most 62.
+        mean: `(B, G, 1, D)`, float32, subtracted from the vectors; None = nothing.
 
     Returns:
-        int64 `(..., L)`.
+        `(B, G, n, L)`; int32 for tables of fewer than 32 bits, else int64.
     """
-    signs = split_channels(projected >= 0, bits).long()
-    codes: torch.Tensor = (signs << torch.arange(bits - 1, -1, -1, device=signs.device)).sum(dim=-1)
+    dtype = torch.int32 if bits < 32 else torch.int64
+    codes = torch.empty(
+        *vectors.shape[:3], projections.shape[2] // bits, dtype=dtype, device=vectors.device
+    )
+    for start in range(0, vectors.shape[2], _VECTORS_AT_ONCE):
+        part = vectors[:, :, start : start + _VECTORS_AT_ONCE].float()
+        projected = (part if mean is None else part - mean) @ projections
+        codes[:, :, start : start + _VECTORS_AT_ONCE] = _codes_of_signs(projected >= 0, bits)
+    return codes
+
+
+def _codes_of_signs(signs: torch.Tensor, bits: int) -> torch.Tensor:
+    places = torch.arange(bits - 1, -1, -1, device=signs.device)
+    codes: torch.Tensor = (split_channels(signs, bits).long() << places).sum(dim=-1)
     return codes

@@ -123,7 +123,7 @@ class SocketMasker(TopKMasker):
         ).to(keys.device)
 
         def buckets(part: torch.Tensor) -> torch.Tensor:
-            return bucket_codes(part.float() @ projections, self.bits).to(torch.int32)
+            return bucket_codes(part, projections, self.bits)
 
         codes = labels_of_keys(sparse_meta_data, (*name, "codes"), layer_idx, keys, buckets)
         norms = labels_of_keys(

@@ -57,8 +57,6 @@ _SMALLEST = 1e-12
 """Of probabilities: what is rarer is not sampled in practice, and 1 / p stays finite."""
 _MOST_TABLES, _MOST_BITS = 1 << 10, 1 << 13
 """Far more than any use of them."""
-_KEYS_AT_ONCE = 1024
-"""That are hashed together; it bounds the memory of their projections."""
 
 
 def _search_space() -> dict[str, Any]:
@@ -185,15 +183,13 @@ class MagicPig(SamplingMasker):
         projections = projections.to(keys.device)
 
         def signatures(part: torch.Tensor) -> torch.Tensor:
-            pieces = part.chunk(max(1, -(-part.shape[2] // _KEYS_AT_ONCE)), dim=2)
-            projected = ((piece.float() - mean) @ projections for piece in pieces)
-            return torch.cat([bucket_codes(piece, self.lsh_k) for piece in projected], dim=2)
+            return bucket_codes(part, projections, self.lsh_k, mean)
 
         name = ("magic_pig", self.lsh_l, self.lsh_k, self.seed)
         version = size if self.center else None
         stored = labels_of_keys(sparse_meta_data, name, layer, keys, signatures, version=version)
         rows = queries.float().reshape(batch, kv_heads, -1, head_size)
-        own = bucket_codes(rows @ projections, self.lsh_k)
+        own = bucket_codes(rows, projections, self.lsh_k)
         count = torch.zeros(
             batch, kv_heads, rows.shape[2], keys.shape[2], dtype=torch.int32, device=keys.device
         )
