@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,11 +42,18 @@ def planner_of(engine: VllmConfig, shape: BlockShape) -> DevicePlanner:
         weakref.finalize(engine, _PLANNERS.pop, key, None)
     planners = _PLANNERS[key]
     if shape not in planners:
-        planners[shape] = _planner(engine, shape)
+        # vLLM enlarges blocks of layers with smaller caches than others, after it has looked how
+        # much memory there is: they use what has been asked for until then.
+        alike = (planner for other, planner in planners.items() if _is_alike(other, shape))
+        planners[shape] = _planner(engine, shape, next(alike, None))
     return planners[shape]
 
 
-def _planner(engine: VllmConfig, shape: BlockShape) -> DevicePlanner:
+def _is_alike(one: BlockShape, other: BlockShape) -> bool:
+    return replace(one, block_size=other.block_size) == other
+
+
+def _planner(engine: VllmConfig, shape: BlockShape, alike: DevicePlanner | None) -> DevicePlanner:
     config = compat.serving_config(engine)
     assert config is not None  # else the backend would not have been chosen
     # With speculation every request attends densely: neither index nor memory is of use.
@@ -71,4 +79,5 @@ def _planner(engine: VllmConfig, shape: BlockShape) -> DevicePlanner:
         has_fast_path=has_fast_path,
     )
     own = ResearchAttentionConfig([]) if is_dense else config.attention
-    return DevicePlanner(layout, limits, torch.device(compat.device_type()), own)
+    device = torch.device(compat.device_type())
+    return DevicePlanner(layout, limits, device, own, alike.memory if alike else None)

@@ -16,7 +16,7 @@ def test_codes_are_the_signs_as_numbers(
     bits: int, num_vectors: int, is_centred: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exactly: of whole numbers, whose products have no rounding; in pieces of any length."""
-    monkeypatch.setattr(random_projections, "_VECTORS_AT_ONCE", 8)
+    monkeypatch.setattr(random_projections, "_NUMBERS_AT_ONCE", 8 * 2 * 3 * 4 * bits)
     random = torch.Generator().manual_seed(bits)
     vectors = torch.randint(-9, 10, (2, 3, num_vectors, 6), generator=random).to(torch.bfloat16)
     projections = torch.randint(-9, 10, (3, 6, 4 * bits), generator=random).float()

@@ -84,8 +84,8 @@ def check_blocks(spec: AttentionSpec, layout: BlockLayout) -> None:
     if spec.page_size_padded is not None or spec.state_content_bytes != layout.bytes_per_token:
         raise ValueError(
             "--attention-backend CUSTOM (sparse attention): layers of this model have KV caches of "
-            f"different sizes, so that vLLM pads or enlarges blocks (to {spec.page_size_bytes} "
-            f"bytes for {spec.block_size} tokens), which is not supported"
+            f"different sizes, so that vLLM pads blocks (to {spec.page_size_bytes} bytes for "
+            f"{spec.block_size} tokens), which is not supported"
         )
 
 

@@ -86,7 +86,7 @@ def test_a_layer_lets_vllm_free_its_cache(layer: Any) -> None:
 
 
 def test_a_profiling_run_asks_for_all_memory(layer: Any) -> None:
-    memory = layer.planner._memory
+    memory = layer.planner.memory
     assert "scratch" not in vars(memory)
     layer._reserve(LAYER)
     assert vars(memory)["scratch"].nbytes > 0

@@ -126,18 +126,18 @@ def test_lists_that_take_turns_do_not_disturb_each_other(monkeypatch: pytest.Mon
     monkeypatch.setattr(planners, "CLIENTS_BYTES", 90_000)
     held, own = planner(LISTS[0], layout, brings_maskers=True)
     held.reserve(0)
-    size = held._memory.scratch.nbytes
+    size = held.memory.scratch.nbytes
     at_once = []
     for turn in range(len(LISTS) + 1):
         maskers, (output, counts) = LISTS[turn % len(LISTS)], expected[turn % len(LISTS)]
         attention = held.attention(own if maskers is LISTS[0] else json_of(maskers), 0)
         assert attention is not None
         at_once.append(attention.space.max_queries)
-        held._memory.scratch.random_(0, 255)  # nobody expects anything of it
+        held.memory.scratch.random_(0, 255)  # nobody expects anything of it
         found = attend(attention)
         assert torch.equal(found[0], output)
         assert torch.equal(found[1], counts)
-    assert held._memory.scratch.nbytes == size
+    assert held.memory.scratch.nbytes == size
     assert at_once[0] == 8
     assert 0 < min(at_once) < 8
 
@@ -213,9 +213,9 @@ def test_memory_of_the_general_path_is_taken_once_for_each_list(
 def test_nothing_is_kept_for_lists_that_blocks_have_no_index_for() -> None:
     held, _ = planner(SINK_LOCAL, BlockLayout(shape_of(), ()), brings_maskers=True)
     held.reserve(0)
-    kept = len(held._memory.kept)
+    kept = len(held.memory.kept)
     assert held.attention(json_of([QUEST]), 0) is None
-    assert len(held._memory.kept) == kept
+    assert len(held.memory.kept) == kept
 
 
 def test_one_key_is_not_all_keys() -> None:

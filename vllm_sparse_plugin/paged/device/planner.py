@@ -87,6 +87,7 @@ class DevicePlanner:
         limits: Of the engine.
         device: Of its memory.
         space: For what belongs to no list of maskers, such as the networks of an index.
+        memory: That its lists of maskers share.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class DevicePlanner:
         limits: Limits,
         device: torch.device,
         own: ResearchAttentionConfig,
+        memory: DeviceMemory | None = None,
     ) -> None:
         """Asks for no memory yet.
 
@@ -103,6 +105,7 @@ class DevicePlanner:
             limits: Likewise.
             device: Likewise.
             own: The engine's own configuration.
+            memory: Of another planner of the engine; None: as much as this one needs.
         """
         self.layout = layout
         self.limits = limits
@@ -110,7 +113,7 @@ class DevicePlanner:
         self.space = self._space(1, device)
         self._own_json = config_to_json(own)
         self._lists = _lists_of(own) if limits.has_fast_path else []
-        self._memory = DeviceMemory(self._scratch_bytes(), device)
+        self.memory = memory or DeviceMemory(self._scratch_bytes(), device)
         self._configurations: dict[str, _Configuration] = {}
         self._is_reserved = False
         self._general: set[str] = set()  # lists of which the general path's memory is known
@@ -138,7 +141,7 @@ class DevicePlanner:
         if self.limits.has_fast_path:
             for configs in self._lists:
                 self._attention(self._own_json, configs)
-            size = self._memory.scratch.nbytes
+            size = self.memory.scratch.nbytes
             logger.info("sparse attention: %.0f MiB of memory to select in", size / (1 << 20))
 
     def _take_memory(self, config_json: str, layer_index: int) -> None:
@@ -222,13 +225,13 @@ class DevicePlanner:
 
     def _make(self, configs: tuple[MaskerConfig, ...]) -> DeviceAttention:
         require_indices(device_maskers(configs, self.layout.shape), self.layout)
-        queries = self._queries_within(self._memory.num_bytes, configs)
+        queries = self._queries_within(self.memory.num_bytes, configs)
         if queries == 0:
-            needed, there = self._bytes_of(configs, 1) >> 20, self._memory.num_bytes >> 20
+            needed, there = self._bytes_of(configs, 1) >> 20, self.memory.num_bytes >> 20
             raise Unsupported(
                 f"to select for one query takes {needed} MiB of memory, and there are {there}"
             )
-        return DeviceAttention(configs, self._space(queries, self.device, self._memory))
+        return DeviceAttention(configs, self._space(queries, self.device, self.memory))
 
     def _scratch_bytes(self) -> int:
         """What the engine's own lists take; those on the general path take nothing."""

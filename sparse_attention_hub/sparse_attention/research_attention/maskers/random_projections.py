@@ -11,8 +11,8 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.sampling.c
 )
 from sparse_attention_hub.sparse_attention.utils.kv_utils import split_channels
 
-_VECTORS_AT_ONCE = 1024
-"""That are projected together; it bounds the memory of their projections."""
+_NUMBERS_AT_ONCE = 1 << 22
+"""Projected numbers that are held together, of 20 bytes altogether."""
 
 
 def projections_of_layer(
@@ -57,10 +57,13 @@ def bucket_codes(
     codes = torch.empty(
         *vectors.shape[:3], projections.shape[2] // bits, dtype=dtype, device=vectors.device
     )
-    for start in range(0, vectors.shape[2], _VECTORS_AT_ONCE):
-        part = vectors[:, :, start : start + _VECTORS_AT_ONCE].float()
+    at_once = max(
+        1, _NUMBERS_AT_ONCE // (len(vectors) * projections.shape[0] * projections.shape[2])
+    )
+    for start in range(0, vectors.shape[2], at_once):
+        part = vectors[:, :, start : start + at_once].float()
         projected = (part if mean is None else part - mean) @ projections
-        codes[:, :, start : start + _VECTORS_AT_ONCE] = _codes_of_signs(projected >= 0, bits)
+        codes[:, :, start : start + at_once] = _codes_of_signs(projected >= 0, bits)
     return codes
 
 
