@@ -114,13 +114,7 @@ class ServingConfig:
         imports = _names(value, "imports", "module names")
         request_files = _names(value, "request_files", "paths")
         for name in imports:
-            try:
-                importlib.import_module(name)
-            except (ImportError, ValueError, TypeError) as error:  # "" and ".x" are the latter two
-                raise ValueError(
-                    f"{NAMESPACE}.imports: cannot import {name!r}: {error} (modules are looked for "
-                    "in PYTHONPATH and among installed packages, not in the current folder)"
-                ) from error
+            _import(name)
         if "preset" in value:
             attention = _named(preset_from_dict, value)
         else:
@@ -169,6 +163,22 @@ def _names(value: Mapping[str, Any], field: str, what: str) -> tuple[str, ...]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{NAMESPACE}.{field} must be a list of {what}, got {names!r}")
     return tuple(names)
+
+
+def _import(name: str) -> None:
+    where = f"{NAMESPACE}.imports: cannot import {name!r}"
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(f"{where}: that is no module's name")
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # the module is the user's, and may raise anything
+        hint = ""
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            hint = (
+                " (modules are looked for in PYTHONPATH and among installed packages, not in the "
+                "current folder)"
+            )
+        raise ValueError(f"{where}: {type(error).__name__}: {error}{hint}") from error
 
 
 def _index_from_list(value: object) -> ResearchAttentionConfig:

@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "micro_metrics.jsonl"
+_MOST_QUEUED = 100_000
+"""Events that wait for a file that cannot be written; after them the oldest are lost."""
 
 
 @dataclass(frozen=True)
@@ -154,13 +156,16 @@ class MicroMetricLogger:
         max_records: int | None = None,
         sampling_factor: float = 1.0,
     ) -> None:
-        """Starts a log; what is queued for a former one is written there first.
+        """Starts a log; what is queued for a former one is written there first, or lost.
 
         Args: as in the constructor.
         """
         self.flush()
         Path(log_path).mkdir(parents=True, exist_ok=True)
         with self._lock:
+            if self._queue:
+                logger.warning("%d metrics of %s are lost", len(self._queue), self.log_path)
+                self._queue = []
             self._limit(max_records, sampling_factor)
             self.log_path = log_path
         self.enable_metrics(enabled_metrics)
@@ -205,11 +210,14 @@ class MicroMetricLogger:
             self._last_flush = time.monotonic()
             if not self._queue or self.log_path is None:
                 return
+            text = "".join(line + "\n" for line in self._queue)
             try:
-                with (Path(self.log_path) / FILE_NAME).open("a", encoding="utf-8") as file:
-                    file.writelines(line + "\n" for line in self._queue)
+                _append(Path(self.log_path) / FILE_NAME, text.encode())
             except OSError as error:  # attention goes on: it is not what was asked for
                 logger.warning("%d metrics are not written yet: %s", len(self._queue), error)
+                if len(self._queue) > _MOST_QUEUED:
+                    logger.warning("%d metrics are lost", len(self._queue) - _MOST_QUEUED)
+                    self._queue = self._queue[-_MOST_QUEUED:]
             else:
                 self._queue = []
 
@@ -244,3 +252,19 @@ class MicroMetricLogger:
     def get_max_records(self) -> int | None:
         """The limit of events; None = none."""
         return self._max_records
+
+
+def _append(path: Path, content: bytes) -> None:
+    """All of it or nothing, so that another try repeats no line.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    with path.open("ab", buffering=0) as file:
+        start, written = file.tell(), 0
+        try:
+            while written < len(content):
+                written += file.write(content[written:])
+        except OSError:
+            file.truncate(start)
+            raise

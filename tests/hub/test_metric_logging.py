@@ -1,12 +1,16 @@
 """The metric logger, and what research attention logs."""
 
+import io
 import json
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sparse_attention_hub import MicroMetricLogger
+from sparse_attention_hub.metric_logging import logger as metric_log
 from sparse_attention_hub.sparse_attention import (
     LocalMaskerConfig,
     ResearchAttention,
@@ -158,6 +162,45 @@ def test_what_cannot_be_written_is_written_later(tmp_path, caplog) -> None:
     assert "1 metrics are not written yet" in caplog.text
     folder.mkdir()
     assert [event["value"] for event in events(folder)] == [0.5]
+
+
+def test_a_write_that_fails_half_way_leaves_nothing(tmp_path, monkeypatch) -> None:
+    """So that no line is there twice when it is written again."""
+    metrics = MicroMetricLogger()
+    metrics.configure_logging(str(tmp_path), enabled_metrics="all")
+    metrics.log(DENSITY, 0.25)
+    metrics.flush()
+    before = (tmp_path / "micro_metrics.jsonl").read_bytes()
+    metrics.log(DENSITY, 0.5)
+
+    class FullDisk(io.FileIO):
+        """Takes seven bytes more."""
+
+        def write(self, content: Any) -> int:
+            if self.tell() > len(before):
+                raise OSError("no space left")
+            return super().write(content[:7])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode, buffering: FullDisk(path, mode))
+        metrics.flush()
+    assert (tmp_path / "micro_metrics.jsonl").read_bytes() == before
+    assert [event["value"] for event in events(tmp_path)] == [0.25, 0.5]
+
+
+def test_what_waits_for_a_file_has_a_limit_and_stays_with_it(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(metric_log, "_MOST_QUEUED", 3)
+    folder = tmp_path / "log"
+    metrics = MicroMetricLogger(flush_every=1)
+    metrics.configure_logging(str(folder), enabled_metrics="all")
+    folder.rmdir()
+    for value in range(5):
+        metrics.log(DENSITY, value)
+    assert "1 metrics are lost" in caplog.text
+    metrics.configure_logging(str(tmp_path / "other"), enabled_metrics="all")
+    assert f"3 metrics of {folder} are lost" in caplog.text
+    metrics.log(DENSITY, 9)
+    assert [event["value"] for event in events(tmp_path / "other")] == [9]
 
 
 def test_limits_are_the_same_in_the_constructor(tmp_path) -> None:

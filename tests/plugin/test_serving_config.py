@@ -47,6 +47,29 @@ def test_no_maskers_is_a_dense_server() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "says", "hints"),
+    [
+        ("raise ZeroDivisionError('of mine')", "ZeroDivisionError: of mine", False),
+        ("import no_such_module_either", "No module named 'no_such_module_either'", False),
+        ("from json import nothing", "ImportError: cannot import name 'nothing'", False),
+        (None, "ModuleNotFoundError: No module named 'module_of_mine'", True),
+    ],
+)
+def test_a_module_that_fails_is_not_one_that_is_missing(
+    text: str | None, says: str, hints: bool, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    if text is not None:
+        (tmp_path / "module_of_mine.py").write_text(text)
+    with pytest.raises(ValueError, match="imports: cannot import 'module_of_mine") as error:
+        ServingConfig.parse({**SINK_LOCAL, "imports": ["module_of_mine"]})
+    assert says in str(error.value)
+    assert ("PYTHONPATH" in str(error.value)) is hints
+    with pytest.raises(ValueError, match="PYTHONPATH"):
+        ServingConfig.parse({**SINK_LOCAL, "imports": ["json.no_such_part"]})
+
+
+@pytest.mark.parametrize(
     ("value", "says"),
     [
         (None, ["--additional-config", "'sparse_attention'", "streaming-llm"]),

@@ -43,7 +43,8 @@ keys are 8.6 GB that a decode step of an 8B model reads besides 15 GB of weights
 """
 STATS_METHOD = "sparse_attention_stats"
 LEAST_KEYS = "sparse_attention_least_keys"
-"""Attribute of an engine's input processor: keys that a query must see to be sparse, by "auto"."""
+"""Attribute of an engine's input processor: keys that a query must see to be sparse, by "auto";
+None: none is sparse."""
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def _hook_request_admission() -> None:
                 break_even = _break_even(vllm_config, config)
                 steps_decide = decides_per_step(config)
             original(self, vllm_config, *args, **kwargs)
-            setattr(self, LEAST_KEYS, break_even)
+            setattr(self, LEAST_KEYS, None if break_even == NEVER else break_even)
             validate = self.validate_logits_processors_params
 
             def validate_and_resolve(params: Any) -> None:
