@@ -90,17 +90,17 @@ def test_any_ranges(length: int, page_size: int, begins, sizes, wanted: int, see
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    scores = torch.zeros(1, 2, 8, device=DEVICE)
+    scores = torch.zeros(1, 2, 32, device=DEVICE)
     ones = torch.ones(1, dtype=torch.int32, device=DEVICE)
     reads = torch.zeros(1, 3, dtype=torch.int64, device=DEVICE)
     arguments = (scores, 16, 2, ones, 1.0, ones)
     many = torch.zeros(6, 1, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match="3 ranges"):
-        list_pages(*arguments, many, None, lists_of(1, 2, 128), reads)
+        list_pages(*arguments, many, None, lists_of(1, 2, 512), reads)
     for lists in (
-        lists_of(1, 1, 128),
-        lists_of(1, 2, 64),
-        DeviceLists.of(1, 2, 1, 128, True, DEVICE),
+        lists_of(1, 1, 512),
+        lists_of(1, 2, 256),
+        DeviceLists.of(1, 2, 1, 512, True, DEVICE),
     ):
         with pytest.raises(ValueError, match="cannot hold"):
             list_pages(*arguments, many[:2], None, lists, reads)

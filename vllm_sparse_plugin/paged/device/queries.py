@@ -14,6 +14,7 @@ from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 from vllm_sparse_plugin.paged.triton_kernels.flags import flag_range, pool_flags, spread_flags
 from vllm_sparse_plugin.paged.triton_kernels.pooling import PoolingWorkspace
 from vllm_sparse_plugin.paged.triton_kernels.radix_workspace import RadixWorkspace
+from vllm_sparse_plugin.paged.triton_kernels.row_selection import row_capacity
 from vllm_sparse_plugin.paged.triton_kernels.selection import flag_largest
 
 
@@ -105,8 +106,8 @@ def scores_buffer(space: DeviceSpace, page_size: int) -> torch.Tensor:
 
 
 def pages_of(space: DeviceSpace, page_size: int) -> int:
-    """Of the longest sequence, a partial one too."""
-    return -(-space.capacity // page_size)
+    """That there are scores for: of the longest sequence, and some more, see `row_capacity`."""
+    return row_capacity(space.capacity, page_size)
 
 
 def radix_workspace(space: DeviceSpace) -> RadixWorkspace:

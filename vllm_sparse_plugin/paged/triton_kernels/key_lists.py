@@ -28,6 +28,7 @@ from vllm_sparse_plugin.paged.triton_kernels.row_selection import (
     WARPS,
     bound_of,
     chosen_of,
+    extremes_of_row,
 )
 from vllm_sparse_plugin.paged.triton_kernels.share_bins import rank_of
 
@@ -141,7 +142,8 @@ def _choose_kernel(
             numbers = (scores + item * HEADS * row_stride).to(tl.pointer_type(tl.int32))
             numbers += row_stride
             behind = tokens + item * list_stride + total
-            bound, left = bound_of(numbers, rest, room, CHUNK, True)
+            lowest, highest, counts = extremes_of_row(numbers, rest, CHUNK)
+            bound, left = bound_of(numbers, rest, room, lowest, highest, counts, CHUNK, True)
             moved = tl.zeros_like(total)
             for chunk in range(0, rest, CHUNK):
                 number, mask = load_numbers(numbers, chunk, rest, CHUNK)

@@ -8,6 +8,8 @@ four (measured on an H200, 64 lists of 131,072 keys: those took 44 us).
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -24,8 +26,12 @@ from vllm_sparse_plugin.paged.triton_kernels.radix import load_numbers, order_of
 from vllm_sparse_plugin.paged.triton_kernels.row_selection import (
     bound_of,
     chosen_of,
-    pool_row,
+    extremes_of,
+    no_extremes,
+    row_capacity,
+    shifts_of_row,
     sizes_of_chunks,
+    values_of_chunk,
 )
 
 _TOKENS_AT_ONCE = 8192
@@ -69,7 +75,7 @@ def _list_pages_kernel(
     tokens,
     listed,
     reads,
-    scaling,
+    scale,
     row_stride,
     list_stride,
     ranges_stride,
@@ -83,9 +89,14 @@ def _list_pages_kernel(
     WRITTEN: tl.constexpr,
     AT_ONCE: tl.constexpr,
     CHUNK: tl.constexpr,
+    BITS: tl.constexpr,
+    PAIR: tl.constexpr,
     IS_OVERLAPPED: tl.constexpr,
 ):
-    """Grid: lists. `WRITTEN` pages' tokens are written at once."""
+    """Grid: lists. `WRITTEN` pages' tokens are written at once.
+
+    A chunk's tokens are counted in `BITS` bits, with its pages in the bits above, in a `PAIR`.
+    """
     await_launches(IS_OVERLAPPED)
     item = tl.program_id(0).to(tl.int64)
     index = item // LISTS
@@ -96,22 +107,34 @@ def _list_pages_kernel(
         scores += item * HEADS * row_stride
         tokens += item * list_stride
         ranges += index
-        # A page's score makes way for its number, and that for its place in the list.
+        # Pages' scores make way for their numbers, and those for places in the list.
         memory = scores.to(tl.pointer_type(tl.int32))
         pages, inside = tl.cdiv(length, PAGE_SIZE), tl.arange(0, CHUNK)
+        in_page = tl.arange(0, WIDTH)
+        shifts = (scale,)
         if HEADS > 1:
-            pool_row(scores, row_stride, pages, scaling, HEADS, AT_ONCE, CHUNK)
+            shifts = shifts_of_row(scores, row_stride, pages, scale, HEADS, AT_ONCE, CHUNK)
+        lowest, highest, counted = no_extremes(CHUNK)
         for chunk in range(0, pages, CHUNK):
             places = chunk + inside
-            score = tl.load(scores + places, mask=places < pages, other=0.0)
+            value = values_of_chunk(
+                scores, row_stride, shifts, scale, chunk, pages, HEADS, AT_ONCE, CHUNK
+            )
             size, covered = _sizes_of(
                 places, length, is_every, ranges, ranges_stride, PAGE_SIZE, RANGES
             )
-            number = tl.where(covered < size, order_of(score), 0).to(tl.int32, bitcast=True)
+            number = tl.where(covered < size, order_of(value), 0)  # pages of no key: 0 < 0
+            lowest, highest, counted = extremes_of(number, lowest, highest, counted)
             tl.debug_barrier()  # of short rows, several threads load the same scores
-            tl.store(memory + places, number, mask=places < pages)
+            tl.store(memory + places, number.to(tl.int32, bitcast=True), mask=places < pages)
         tl.debug_barrier()  # what one thread has written, another one reads
-        bound, room = bound_of(memory, pages, wanted, CHUNK, False)
+        bound, room = bound_of(memory, pages, wanted, lowest, highest, counted, CHUNK, False)
+        num_whole = tl.zeros_like(length)
+        edges = (length,)  # the pages where ranges begin or end, behind what is of no use
+        for edge in tl.static_range(2 * RANGES):
+            at = tl.load(ranges + edge * ranges_stride) - edge % 2  # the first key, or the last
+            page = tl.maximum(tl.minimum(at, length - 1), 0) // PAGE_SIZE
+            edges = edges + (page,)  # type: ignore[assignment]  # noqa: RUF005
         for chunk in range(0, pages, CHUNK):
             places = chunk + inside
             own, _ = load_numbers(memory, chunk, pages, CHUNK)
@@ -119,34 +142,45 @@ def _list_pages_kernel(
             size, covered = _sizes_of(
                 places, length, is_every, ranges, ranges_stride, PAGE_SIZE, RANGES
             )
-            # Pages that are listed whole: their tokens are neighbours in the list too.
-            is_whole = chosen | (covered == size)
-            count = tl.where(is_whole, size, covered)
-            start = total + tl.cumsum(count, 0) - count
-            total += tl.sum(count, 0)
-            known = 2 * start + is_whole.to(tl.int32)
-            tl.debug_barrier()  # all threads have read the numbers
-            tl.store(memory + places, known, mask=places < pages)
-        tl.debug_barrier()
-        in_page = tl.arange(0, WIDTH)
-        for chunk in range(0, pages, WRITTEN):
-            some = chunk + tl.arange(0, WRITTEN)
-            of_some = tl.load(memory + some, mask=some < pages, other=0)[:, None]
-            keys = some[:, None] * PAGE_SIZE + in_page[None, :]
-            is_listed = (of_some % 2 > 0) & (keys < length) & (in_page < PAGE_SIZE)[None, :]
-            tl.store(tokens + of_some // 2 + in_page[None, :], keys, mask=is_listed)
-        # Of pages not listed whole, what is at the ends of ranges: two of each range, at most.
-        for edge in tl.static_range(2 * RANGES):
-            at = tl.load(ranges + edge * ranges_stride) - edge % 2  # the first key, or the last
-            page = tl.maximum(tl.minimum(at, length - 1), 0) // PAGE_SIZE
-            of_page = tl.load(memory + page)
-            key = page * PAGE_SIZE + in_page
-            last = tl.minimum((page + 1) * PAGE_SIZE, length)
-            key_end = tl.minimum(key + 1, last)
-            is_covered = count_covered(key, key_end, ranges, ranges_stride, RANGES)
-            place = of_page // 2 + tl.cumsum(is_covered, 0) - 1
-            behind = tl.where(of_page % 2 == 0, last, 0)
-            tl.store(tokens + place, key, mask=(is_covered > 0) & (key < behind))
+            # Pages that are listed whole, and tokens of all: two counts in one number.
+            is_whole = (chosen | (covered == size)) & (size > 0)
+            count = tl.where(is_whole, size, covered).to(PAIR)
+            count += is_whole.to(PAIR) << BITS
+            before = tl.cumsum(count, 0) - count
+            start = total + (before & ((1 << BITS) - 1)).to(tl.int32)
+            rank = num_whole + (before >> BITS).to(tl.int32)
+            tl.store(tokens + start, places * PAGE_SIZE, mask=is_whole)
+            if PAGE_SIZE > 1:
+                tl.debug_barrier()  # all threads have read the numbers
+                tl.store(memory + rank, start, mask=is_whole)
+                # Of pages not listed whole, what is at ends of ranges: two of each, at most.
+                for edge in tl.static_range(2 * RANGES):
+                    page = edges[edge + 1]
+                    if (page >= chunk) & (page < chunk + CHUNK):
+                        is_edge = (places == page) & (is_whole == 0)
+                        # 0 where it is listed whole.
+                        place = tl.sum(tl.where(is_edge, start + 1, 0), 0) - 1
+                        key = page * PAGE_SIZE + in_page
+                        last = tl.minimum((page + 1) * PAGE_SIZE, length)
+                        key_end = tl.minimum(key + 1, last)
+                        is_covered = count_covered(key, key_end, ranges, ranges_stride, RANGES)
+                        behind = tl.where(place < 0, 0, last)
+                        place += tl.cumsum(is_covered, 0) - 1
+                        is_listed = (is_covered > 0) & (key < behind)
+                        tl.store(tokens + place, key, mask=is_listed)
+            all_of_chunk = tl.sum(count, 0)
+            total += (all_of_chunk & ((1 << BITS) - 1)).to(tl.int32)
+            num_whole += (all_of_chunk >> BITS).to(tl.int32)
+        if PAGE_SIZE > 1:
+            tl.debug_barrier()  # what one thread has written, another one reads
+            for first in range(0, num_whole, WRITTEN):
+                some = first + tl.arange(0, WRITTEN)
+                is_page = some < num_whole
+                place = tl.load(memory + some, mask=is_page, other=0)
+                key = tl.load(tokens + place, mask=is_page, other=length)
+                keys = key[:, None] + in_page[None, :]
+                is_listed = (keys < length) & (in_page < PAGE_SIZE)[None, :]
+                tl.store(tokens + place[:, None] + in_page[None, :], keys, mask=is_listed)
         more = total.to(tl.int64)
         tl.atomic_add(reads + index * reads_stride, more * HEADS, sem="relaxed")
         tl.atomic_add(reads + index * reads_stride + 1, more, sem="relaxed")
@@ -192,13 +226,15 @@ def list_pages(
         raise ValueError(f"{num_ranges} ranges, but no more than {MOST_RANGES} are listed here")
     if (
         len(lists.tokens) < num_lists
-        or lists.tokens.shape[1] < (capacity - 1) * page_size
+        or row_capacity(lists.tokens.shape[1], page_size) < capacity
         or lists.log_weights.shape[1:] != (0, 1)
     ):
         raise ValueError(
             f"lists of {tuple(lists.tokens.shape)} tokens with weights of "
             f"{tuple(lists.log_weights.shape[1:])} cannot hold {num_lists} of {capacity} pages"
         )
+    chunks = sizes_of_chunks(capacity, num_heads // kv_heads)
+    bits = (chunks["CHUNK"] * page_size).bit_length()
     _list_pages_kernel[(num_lists,)](
         scores,
         lengths,
@@ -208,7 +244,7 @@ def list_pages(
         lists.tokens,
         lists.counts,
         reads,
-        scaling,
+        scaling * math.log2(math.e),
         capacity,
         lists.tokens.shape[1],
         ranges.stride(0),
@@ -220,6 +256,8 @@ def list_pages(
         HAS_EVERY=every is not None,
         WIDTH=power_of_2(page_size),
         WRITTEN=max(1, _TOKENS_AT_ONCE // power_of_2(page_size)),
-        **sizes_of_chunks(capacity, num_heads // kv_heads),
+        BITS=bits,
+        PAIR=tl.int32 if bits + chunks["CHUNK"].bit_length() < 32 else tl.int64,
+        **chunks,
         **overlapped(scores.device),
     )

@@ -132,6 +132,38 @@ def shifts_of(
 
 
 @triton.jit
+def load_scores(
+    scores,
+    row_stride,
+    first,
+    end,
+    HEADS: tl.constexpr,
+    HEADS_TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Scores of some pages, `[HEADS_TILE, STEP]`, float32; -inf from the end on.
+
+    Args:
+        scores: Pointer to the row of the group's first head.
+        row_stride: From one head's to the next one's.
+        first: Of the pages, a multiple of 16.
+        end: The one after the last.
+        HEADS: Of the group.
+        HEADS_TILE: The same as an axis.
+        STEP: Pages.
+    """
+    heads = tl.arange(0, HEADS_TILE)[:, None]
+    pages = (first // 16 * 16 + tl.arange(0, STEP))[None, :]  # so that Triton knows of the 16
+    own = scores + heads * row_stride + pages
+    # A mask that differs between neighbours would make each a load of its own.
+    if first + STEP <= end:
+        found = tl.load(own, mask=heads < HEADS, other=float("-inf"))
+    else:
+        found = tl.load(own, mask=(heads < HEADS) & (pages < end), other=float("-inf"))
+    return found
+
+
+@triton.jit
 def load_shares(
     scores,
     row_stride,
@@ -146,25 +178,18 @@ def load_shares(
     """The mean of a group's shares, of some pages, `[STEP]`, float32; 0 from the end on.
 
     Args:
-        scores: Pointer to the row of the group's first head.
-        row_stride: From one head's to the next one's.
+        scores: See `load_scores`; so all but the next two.
+        row_stride: As there.
         shifts: `[HEADS_TILE]`, see `shifts_of`.
         scale: Of the scores, to exponents of 2.
-        first: Of the pages, a multiple of 16.
-        end: The one after the last.
-        HEADS: Of the group.
-        HEADS_TILE: The same as an axis.
-        STEP: Pages.
+        first: As there.
+        end: As there.
+        HEADS: As there.
+        HEADS_TILE: As there.
+        STEP: As there.
     """
-    heads = tl.arange(0, HEADS_TILE)[:, None]
-    pages = (first // 16 * 16 + tl.arange(0, STEP))[None, :]  # so that Triton knows of the 16
-    own = scores + heads * row_stride + pages
-    # A mask that differs between neighbours would make each a load of its own.
-    if first + STEP <= end:
-        score = tl.load(own, mask=heads < HEADS, other=float("-inf"))
-    else:
-        score = tl.load(own, mask=(heads < HEADS) & (pages < end), other=float("-inf"))
-    return tl.sum(tl.exp2(score * scale - shifts[:, None]), 0)
+    found = load_scores(scores, row_stride, first, end, HEADS, HEADS_TILE, STEP)
+    return tl.sum(tl.exp2(found * scale - shifts[:, None]), 0)
 
 
 @launched

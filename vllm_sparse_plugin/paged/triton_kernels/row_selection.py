@@ -2,11 +2,12 @@
 
 A program goes over its row in chunks, as long as the row is; what it finds out is where its
 numbers were, in memory that its processor has at hand. The bound between what is selected and the
-rest is sought between the smallest and the largest number: two bounds in between are tried at once,
-until as many numbers as are wanted reach one, or nothing is left in between. Of random numbers, a
-row of 2048 takes about ten sums over a program's threads. (Histograms of four digits took 15 us on
-an H200, for 2048 numbers. Rows in registers were as fast as this for lengths of a power of 2, but a
-key more took as long as twice as many: 18 us more in each layer at 32,800 keys.)
+rest is sought between the smallest and the largest number: four bounds in between are tried at
+once, until as many numbers as are wanted reach one, or nothing is left in between. Of random
+shares, a row of 2048 or 8192 takes about five sums over a program's threads. (Histograms of four
+digits took 15 us on an H200, for 2048 numbers. Rows in registers were as fast as this for lengths
+of a power of 2, but a key more took as long as twice as many: 18 us more in each layer at 32,800
+keys.)
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparse_plugin.paged.triton_kernels.grids import launched, power_of_2
+from vllm_sparse_plugin.paged.triton_kernels.pooling import load_scores, load_shares
 from vllm_sparse_plugin.paged.triton_kernels.radix import load_numbers, order_of
 
 MOST_NUMBERS = 16384
@@ -29,70 +31,140 @@ HEADS_AT_ONCE = 4
 
 
 @triton.jit
-def _logits_of(scores, row_stride, heads, places, pages, scaling, HEADS: tl.constexpr):
-    """Scaled scores `[heads, pages]`, float32; -inf where there is no such head or page."""
-    mask = (heads < HEADS)[:, None] & (places < pages)[None, :]
-    at = scores + heads[:, None] * row_stride + places[None, :]
-    return tl.load(at, mask=mask, other=float("-inf")) * scaling
-
-
-@triton.jit
-def pool_row(
+def shifts_of_row(
     scores,
     row_stride,
     pages,
-    scaling,
+    scale,
     HEADS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Replaces the scores of a group's first head by the mean of its heads' shares, see `pooling`.
+    """What exponents (base 2) are less by, so that powers of all heads add up to a mean of shares.
+
+    The rule of `pooling.shifts_of`, by a program that has the row to itself.
 
     Args:
-        scores: Pointer to those of the first head.
+        scores: Pointer to those of the group's first head.
         row_stride: From one head's to the next one's.
         pages: Of the row.
-        scaling: Of the scores.
+        scale: Of the scores, to exponents of 2.
         HEADS: Of the group.
         AT_ONCE: Of them.
         CHUNK: Pages at once.
+
+    Returns:
+        A tuple of `[AT_ONCE]`, float32, for so many heads after the others.
     """
-    inside = tl.arange(0, CHUNK)
-    for first in tl.static_range(0, HEADS, AT_ONCE):
-        heads = first + tl.arange(0, AT_ONCE)
+    shifts = ()
+    for head in tl.static_range(0, HEADS, AT_ONCE):
+        own = scores + head * row_stride
         highest = tl.full([AT_ONCE, CHUNK], float("-inf"), tl.float32)
         for chunk in range(0, pages, CHUNK):
-            places = chunk + inside
-            logits = _logits_of(scores, row_stride, heads, places, pages, scaling, HEADS)
-            highest = tl.maximum(highest, logits)
-        peak = tl.max(highest, 1)[:, None]
+            found = load_scores(own, row_stride, chunk, pages, HEADS - head, AT_ONCE, CHUNK)
+            highest = tl.maximum(highest, found)
+        peak = tl.max(highest, 1) * scale
         peak = tl.where(peak == float("-inf"), 0.0, peak)
         powers = tl.zeros([AT_ONCE, CHUNK], tl.float32)
         for chunk in range(0, pages, CHUNK):
-            places = chunk + inside
-            logits = _logits_of(scores, row_stride, heads, places, pages, scaling, HEADS)
-            powers += tl.exp(logits - peak)
-        mass = tl.sum(powers, 1)[:, None] * HEADS
-        mass = tl.where(mass > 0, mass, 1.0)
-        for chunk in range(0, pages, CHUNK):
-            places = chunk + inside
-            logits = _logits_of(scores, row_stride, heads, places, pages, scaling, HEADS)
-            shares = tl.sum(tl.exp(logits - peak) / mass, 0)
-            if first > 0:
-                shares += tl.load(scores + places, mask=places < pages, other=0.0)
-            tl.debug_barrier()  # the first head's scores have been read by all threads
-            tl.store(scores + places, shares, mask=places < pages)
-        tl.debug_barrier()  # what one thread has written, another one reads
+            found = load_scores(own, row_stride, chunk, pages, HEADS - head, AT_ONCE, CHUNK)
+            powers += tl.exp2(tl.fma(found, scale, -peak[:, None]))
+        mass = tl.sum(powers, 1)
+        whole = tl.where(mass > 0, mass, 1.0) * HEADS
+        shift = tl.where(mass > 0, peak + tl.log2(whole), float("inf"))
+        shifts = shifts + (shift,)  # type: ignore[assignment]  # noqa: RUF005
+    return shifts
 
 
 @triton.jit
-def bound_of(numbers, pages, wanted, CHUNK: tl.constexpr, IS_LONG: tl.constexpr):
+def values_of_chunk(
+    scores,
+    row_stride,
+    shifts,
+    scale,
+    chunk,
+    pages,
+    HEADS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """What pages are ranked by, `[CHUNK]`, float32: a head's scores, or a group's mean of shares.
+
+    Args:
+        scores: See `shifts_of_row`; so all but the next and `chunk`.
+        row_stride: As there.
+        shifts: What it gives.
+        scale: As there.
+        chunk: The first page.
+        pages: As there.
+        HEADS: As there.
+        AT_ONCE: As there.
+        CHUNK: As there.
+    """
+    if HEADS == 1:
+        found, _ = load_numbers(scores.to(tl.pointer_type(tl.int32)), chunk, pages, CHUNK)
+        values = found.to(tl.float32, bitcast=True)
+    else:
+        values = tl.zeros([CHUNK], tl.float32)
+        for head in tl.static_range(0, HEADS, AT_ONCE):
+            values += load_shares(
+                scores + head * row_stride,
+                row_stride,
+                shifts[head // AT_ONCE],
+                scale,
+                chunk,
+                pages,
+                HEADS - head,
+                AT_ONCE,
+                CHUNK,
+            )
+    return values
+
+
+@triton.jit
+def no_extremes(CHUNK: tl.constexpr):
+    """The smallest and the largest of no numbers, and how many can be chosen; see `extremes_of`."""
+    lowest = tl.full([CHUNK], 0xFFFFFFFF, tl.uint32)
+    return lowest, tl.zeros([CHUNK], tl.uint32), tl.zeros([CHUNK], tl.int32)
+
+
+@triton.jit
+def extremes_of(number, lowest, highest, counts):
+    """The same with a chunk's numbers: of each place of a chunk, 0 left out.
+
+    Args:
+        number: `[CHUNK]`, uint32.
+        lowest: So far; so the next two.
+        highest: See above.
+        counts: See above.
+    """
+    lowest = tl.minimum(lowest, tl.where(number > 0, number, 0xFFFFFFFF).to(tl.uint32))
+    return lowest, tl.maximum(highest, number), counts + (number > 0).to(tl.int32)
+
+
+@triton.jit
+def extremes_of_row(numbers, pages, CHUNK: tl.constexpr):
+    """Those of a whole row, see `extremes_of` and `bound_of`."""
+    lowest, highest, counts = no_extremes(CHUNK)
+    for chunk in range(0, pages, CHUNK):
+        own, _ = load_numbers(numbers, chunk, pages, CHUNK)
+        lowest, highest, counts = extremes_of(own, lowest, highest, counts)
+    return lowest, highest, counts
+
+
+@triton.jit
+def bound_of(
+    numbers, pages, wanted, lowest, highest, counts, CHUNK: tl.constexpr, IS_LONG: tl.constexpr
+):
     """What divides a row's largest numbers from the rest.
 
     Args:
         numbers: Pointer to the row, int32 that are uint32 in truth; 0 is for what cannot be chosen.
         pages: Of the row.
         wanted: How many are to be chosen.
+        lowest: See `extremes_of`, of the row; so the next two.
+        highest: See above.
+        counts: See above.
         CHUNK: Numbers at once.
         IS_LONG: Whether there may be more than `MOST_NUMBERS`.
 
@@ -100,14 +172,6 @@ def bound_of(numbers, pages, wanted, CHUNK: tl.constexpr, IS_LONG: tl.constexpr)
         The bound, uint32, at least 1: all above it are chosen; and how many of those that equal it,
         the first ones: -1 for all.
     """
-    lowest = tl.full([CHUNK], 0xFFFFFFFF, tl.uint32)
-    highest = tl.zeros([CHUNK], tl.uint32)
-    counts = tl.zeros([CHUNK], tl.int32)
-    for chunk in range(0, pages, CHUNK):
-        own, _ = load_numbers(numbers, chunk, pages, CHUNK)
-        lowest = tl.minimum(lowest, tl.where(own > 0, own, 0xFFFFFFFF).to(tl.uint32))
-        highest = tl.maximum(highest, own)
-        counts += (own > 0).to(tl.int32)
     reached = tl.sum(counts, 0)
     wanted = tl.minimum(tl.maximum(wanted, 0), reached)
     # Enough numbers reach the bound, and too few the end.
@@ -116,23 +180,26 @@ def bound_of(numbers, pages, wanted, CHUNK: tl.constexpr, IS_LONG: tl.constexpr)
     bound = tl.where(is_any, bound, 0xFFFFFFFF).to(tl.uint32)
     reached = tl.where(is_any, reached, 0)
     while (reached > wanted) & (end - bound > 1):
-        step = tl.maximum((end - bound) // 3, 1).to(tl.uint32)
-        # Two counts in one number: one sum over all threads takes no longer for that.
+        step = tl.maximum((end - bound) // 5, 1).to(tl.uint32)
+        # Two counts in one number, and both numbers in one sum, for which all threads wait once.
         BITS: tl.constexpr = 32 if IS_LONG else 16
         PAIR: tl.constexpr = tl.int64 if IS_LONG else tl.int32
-        pairs = tl.zeros([CHUNK], PAIR)
+        low_pairs, high_pairs = tl.zeros([CHUNK], PAIR), tl.zeros([CHUNK], PAIR)
         for chunk in range(0, pages, CHUNK):
             own, _ = load_numbers(numbers, chunk, pages, CHUNK)
-            pairs += (own >= bound + step).to(PAIR)
-            pairs += (own >= bound + 2 * step).to(PAIR) << BITS
-        both = tl.sum(pairs, 0)
-        first = (both & ((1 << BITS) - 1)).to(tl.int32)
-        second = (both >> BITS).to(tl.int32)
-        taken = (first >= wanted).to(tl.uint32) + (second >= wanted).to(tl.uint32)
-        reached = tl.where(first >= wanted, first, reached)
-        reached = tl.where(second >= wanted, second, reached)
+            low_pairs += (own >= bound + step).to(PAIR)
+            low_pairs += (own >= bound + 2 * step).to(PAIR) << BITS
+            high_pairs += (own >= bound + 3 * step).to(PAIR)
+            high_pairs += (own >= bound + 4 * step).to(PAIR) << BITS
+        low_pair, high_pair = tl.split(tl.sum(tl.join(low_pairs, high_pairs), 0))
+        taken = tl.zeros_like(step)
+        for place in tl.static_range(4):
+            count = (high_pair if place > 1 else low_pair) >> (place % 2 * BITS)
+            count = (count & ((1 << BITS) - 1)).to(tl.int32)
+            taken += (count >= wanted).to(tl.uint32)
+            reached = tl.where(count >= wanted, count, reached)
         bound += taken * step
-        end = tl.where(taken < 2, bound + step, end)
+        end = tl.where(taken < 4, bound + step, end)
     room = tl.full([], -1, tl.int32)
     if reached > wanted:
         counts = tl.zeros([CHUNK], tl.int32)
@@ -250,7 +317,7 @@ def _select_rows_kernel(
     flags,
     lengths,
     counts,
-    scaling,
+    scale,
     row_stride,
     stride,
     PAGE_SIZE: tl.constexpr,
@@ -273,17 +340,22 @@ def _select_rows_kernel(
         numbers = scores.to(tl.pointer_type(tl.int32))
         pages = tl.cdiv(length, PAGE_SIZE)
         inside = tl.arange(0, CHUNK)
+        shifts = (scale,)
         if HEADS > 1:
-            pool_row(scores, row_stride, pages, scaling, HEADS, AT_ONCE, CHUNK)
+            shifts = shifts_of_row(scores, row_stride, pages, scale, HEADS, AT_ONCE, CHUNK)
+        lowest, highest, counted = no_extremes(CHUNK)
         for chunk in range(0, pages, CHUNK):
             places = chunk + inside
-            score = tl.load(scores + places, mask=places < pages, other=0.0)
+            value = values_of_chunk(
+                scores, row_stride, shifts, scale, chunk, pages, HEADS, AT_ONCE, CHUNK
+            )
             is_open = _is_open(flags, stride, places, length, PAGE_SIZE, UNITS, WORD, WORDS, ONES)
-            number = tl.where(is_open, order_of(score), 0).to(tl.int32, bitcast=True)
+            number = tl.where(is_open & (places < pages), order_of(value), 0)
+            lowest, highest, counted = extremes_of(number, lowest, highest, counted)
             tl.debug_barrier()  # of short rows, several threads load the same scores
-            tl.store(numbers + places, number, mask=places < pages)
+            tl.store(numbers + places, number.to(tl.int32, bitcast=True), mask=places < pages)
         tl.debug_barrier()  # what one thread has written, another one reads
-        bound, room = bound_of(numbers, pages, wanted, CHUNK, False)
+        bound, room = bound_of(numbers, pages, wanted, lowest, highest, counted, CHUNK, False)
         for chunk in range(0, pages, CHUNK):
             places = chunk + inside
             own, _ = load_numbers(numbers, chunk, pages, CHUNK)
@@ -323,7 +395,7 @@ def select_rows(
         flags,
         lengths,
         counts,
-        scaling,
+        scaling * math.log2(math.e),
         capacity,
         stride,
         PAGE_SIZE=page_size,
@@ -335,6 +407,16 @@ def select_rows(
         ONES=int.from_bytes(bytes([1] * word), "little"),
         **sizes_of_chunks(capacity, heads),
     )
+
+
+def row_capacity(keys: int, page_size: int) -> int:
+    """Pages of a row of scores: a multiple of 16, for rows to begin where loads are wide.
+
+    Args:
+        keys: Of the longest row.
+        page_size: Keys of a page.
+    """
+    return -(-keys // (16 * page_size)) * 16
 
 
 def sizes_of_chunks(capacity: int, heads: int) -> dict[str, int]:
