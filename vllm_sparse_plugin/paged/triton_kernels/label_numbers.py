@@ -86,11 +86,12 @@ def _number_labels(
     await_launches(IS_OVERLAPPED)
     item, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     index = item // LISTS
-    length = tl.load(lengths + index)
+    # The row is asked for together with the length, not when that has come.
+    length, row = tl.load(lengths + index), tl.load(rows + index).to(tl.int64)
     begin, end = part_of(length, part, tl.num_programs(1), STEP)
     if begin < end:
         labels = first_label(cache, item % LISTS, 0, OFFSET, STRIDE, ROW_BYTES)
-        table = block_table + tl.load(rows + index).to(tl.int64) * table_stride
+        table = block_table + row * table_stride
         values += item * HEADS * LABEL_WORDS
         scales += item * HEADS * 3
         is_every = tl.load(every + index) > 0 if HAS_EVERY else length < 0

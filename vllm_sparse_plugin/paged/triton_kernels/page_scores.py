@@ -133,14 +133,15 @@ def _score_pages(
     per_block: tl.constexpr = BLOCK_SIZE // PAGE_SIZE
     # Heads first: their records of a block are neighbours.
     kv_head, index, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    length = tl.load(lengths + index)
+    # The row is asked for together with the length, not when that has come.
+    length, row = tl.load(lengths + index), tl.load(rows + index).to(tl.int64)
     whole = length // PAGE_SIZE
     tiles = tl.cdiv(whole, PAGES)
     share = tiles * tl.num_programs(0) * tl.num_programs(1) // ENOUGH
     share = tl.minimum(tl.maximum(share, 1), MOST_TILES)
     programs = tl.minimum(tl.maximum(tl.cdiv(tiles, share), 1), tl.num_programs(2))
     if (split < programs) & (length > 0):
-        blocks = block_table + tl.load(rows + index).to(tl.int64) * table_stride
+        blocks = block_table + row * table_stride
         memory = cache.to(tl.pointer_type(tl.uint8))
         query += index * query_stride + kv_head * GROUP * head_stride
         scores += index * scores_stride + kv_head * GROUP * scores_head_stride
