@@ -26,6 +26,8 @@ MOST_NUMBERS = 16384
 """Of a row: more are selected from by several programs. Counts of them have 16 bits."""
 CHUNK, WARPS = 2048, 16
 """Numbers that a program works on at once, and its warps."""
+_REGISTERS = 64
+"""Of a thread, at most: so a processor works on two rows at once, where there are so many."""
 HEADS_AT_ONCE = 4
 """Of a group, that are pooled at once."""
 
@@ -430,4 +432,5 @@ def sizes_of_chunks(capacity: int, heads: int) -> dict[str, int]:
         "AT_ONCE": min(HEADS_AT_ONCE, power_of_2(heads)),
         "CHUNK": max(128, min(CHUNK, power_of_2(capacity))),
         "num_warps": WARPS,
+        "maxnreg": _REGISTERS,
     }
