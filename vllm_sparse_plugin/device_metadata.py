@@ -32,6 +32,7 @@ from vllm_sparse_plugin.paged.device.step import (
 from vllm_sparse_plugin.paged.group_counts import GroupCounts
 from vllm_sparse_plugin.paged.learned_index import LearnedIndex
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
+from vllm_sparse_plugin.request_parameters import RequestParameters
 from vllm_sparse_plugin.row_parameters import Row
 from vllm_sparse_plugin.step_plan import DenseRow, SparseRow, split_rows
 
@@ -47,6 +48,10 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
     20 us in each layer to find that no query is dense, measured on an H200.) In other steps, the
     dense backend's metadata are those of all rows; where one has no dense query, they let it see
     next to nothing, and its output is overwritten. So nothing is gathered.
+
+    Attributes:
+        is_captured: Whether graphs hold the engine's own maskers, if there are graphs.
+        learns: Whether those maskers learn something of a request's first keys.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         is_captured = use.fast_layers > 0 and use.general_layers == 0
         is_captured &= len(own_cache) == len(self._sparse_layers) and not self._is_speculative
         self._captured: str | None = own if is_captured else None
+        self.is_captured, self.learns = is_captured, use.learns
         # What all maskers together have learned of each request, if any of them learns.
         self._sequences: SequenceStates | None = None
         if any(isinstance(index, LearnedIndex) for index in self._planner.layout.indices):
@@ -98,7 +104,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
             graphs.captured[self._name] = self._captured
             if self._captured_sequences is not None:
                 graphs.sequences[self._name] = self._captured_sequences
-        if self._captured is not None:
+        if self._has_sparse_layers:
             self._table.builders[self._name] = self
 
     @property
@@ -221,9 +227,29 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
             self._decode_step(common, zeros, lengths, zeros, [], fast_build=False),
         )
 
+    def build_dummy(self, common: CommonAttentionMetadata, config_json: str) -> DeviceStep | None:
+        """A step whose only query has any maskers, of a request that nobody asked for.
+
+        What its layers count belongs to no request: see `forget_reads`.
+
+        Args:
+            common: Of the step.
+            config_json: The maskers.
+
+        Returns:
+            None where no layer takes the fast path with them.
+        """
+        if not self._use(config_json).attentions:
+            return None
+        (length,) = self._host_seq_lens(common)
+        parameters = RequestParameters(config_json, "", 0, None)
+        sparse, rows = [SparseRow(0, 0, 1, length, parameters)], {0: Row(parameters, 0, 0)}
+        return self._mixed_step(common, np.zeros(1, np.int32), False, sparse, rows, False)
+
     def forget_reads(self) -> None:
         """Between steps: what was counted since the last one is not anyone's."""
         self._reads.zero_()
+        self._table.statistics.pending.pop(id(self), None)
 
     def _settle(
         self,

@@ -15,14 +15,13 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from vllm.config import VllmConfig, get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.config import VllmConfig
 
 from vllm_sparse_plugin import compat
+from vllm_sparse_plugin.dummy_steps import LayerGroup, decode_batch, layers_of
 from vllm_sparse_plugin.paged.device.cost_model import (
     NEVER,
     AttentionCosts,
@@ -139,7 +138,7 @@ def measure_engine(vllm_config: VllmConfig, clock: Clock | None = None) -> None:
         clock: Of the device; None: by CUDA events.
     """
     config, table = compat.serving_config(vllm_config), row_table(vllm_config)
-    builders = list(table.builders.values())
+    builders = [builder for builder in table.builders.values() if builder.is_captured]
     if config is None or not config.is_automatic or table.graphs.is_always_dense:
         return
     if table.graphs.config_json is None or not builders:
@@ -187,90 +186,20 @@ def _pays(costs: AttentionCosts, rows: int) -> str:
     return f"at batch {rows} " + ("never" if keys == NEVER else f"from {keys} keys on")
 
 
-@dataclass(frozen=True)
-class _Group:
-    """The layers of a KV cache group, and inputs for them.
-
-    Attributes:
-        layers: Those that can be sparse.
-        query: `[max_rows, num_heads, head_size]`.
-        key: `[max_rows, num_kv_heads, head_size]`, of the new tokens, which are in no cache.
-        output: As `query`.
-        random: Where random numbers come from: not from where tokens are sampled.
-    """
-
-    layers: list[Any]
-    query: torch.Tensor
-    key: torch.Tensor
-    output: torch.Tensor
-    random: torch.Generator
-
-    @classmethod
-    def of(cls, layers: list[Any], max_rows: int) -> _Group:
-        """Random queries for some layers."""
-        cache, shape = layers[0].kv_cache, layers[0].impl
-        random = torch.Generator(cache.device).manual_seed(0)
-        query, key = (
-            torch.randn(
-                max_rows,
-                heads,
-                shape.head_size,
-                generator=random,
-                dtype=cache.dtype,
-                device=cache.device,
-            )
-            for heads in (shape.num_heads, shape.num_kv_heads)
-        )
-        return cls(layers, query, key, torch.empty_like(query), random)
-
-    def attend(self, metadata: Any, rows: int) -> None:
-        """All layers, one after the other.
-
-        Args:
-            metadata: Of a step.
-            rows: Of it.
-        """
-        query, key, output = self.query[:rows], self.key[:rows], self.output[:rows]
-        for layer in self.layers:
-            layer.impl.forward(layer, query, key, key, layer.kv_cache, metadata, output)
-
-    def fill(self, num_blocks: int, at_once: int) -> None:
-        """Writes random keys into the first blocks of each layer.
-
-        Args:
-            num_blocks: How many, block 0 left out: vLLM pads with it.
-            at_once: Tokens that are written at a time.
-        """
-        device, dtype = self.key.device, self.key.dtype
-        for layer in self.layers:
-            block_size = layer.kv_cache.shape[2]
-            slots = torch.arange(block_size, (num_blocks + 1) * block_size, device=device)
-            for start in range(0, len(slots), at_once):
-                part = slots[start : start + at_once]
-                shape = (2, len(part), *self.key.shape[1:])
-                new = torch.randn(shape, generator=self.random, dtype=dtype, device=device)
-                layer.impl.do_kv_cache_update(layer, new[0], new[1], layer.kv_cache, part)
-
-    def empty(self, num_blocks: int) -> None:
-        """Leaves the blocks as they were found."""
-        for layer in self.layers:
-            layer.kv_cache[1 : num_blocks + 1].zero_()
-
-
 def _of_group(
     vllm_config: VllmConfig,
     builder: DeviceMetadataBuilder,
     has_graphs: bool,
     clock: Clock | None,
 ) -> StepCosts:
-    layers = get_layers_from_vllm_config(vllm_config, Attention, list(builder.sparse_layers))
+    layers = layers_of(vllm_config, builder)
     scheduler, longest = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
-    num_blocks, _, block_size, _ = next(iter(layers.values())).kv_cache.shape
+    num_blocks, _, block_size, _ = layers[0].kv_cache.shape
     available = (num_blocks - 1) * block_size
     chosen = places(scheduler.max_num_seqs, longest, available)
     chosen = [(rows, keys) for rows, keys in chosen if rows * -(-keys // block_size) < num_blocks]
     used = max(rows * -(-keys // block_size) for rows, keys in chosen)
-    group = _Group.of(list(layers.values()), max(rows for rows, _ in chosen))
+    group = LayerGroup.of(layers, max(rows for rows, _ in chosen))
     group.fill(used, scheduler.max_num_batched_tokens)
     clock = clock or DeviceClock()
     try:
@@ -285,7 +214,7 @@ def _of_group(
 
 def _costs(
     builder: DeviceMetadataBuilder,
-    group: _Group,
+    group: LayerGroup,
     chosen: list[tuple[int, int]],
     longest: int | None,
     clock: Clock,
@@ -293,7 +222,7 @@ def _costs(
     """Both formulas, of steps in graphs if `longest` is given: keys that any of them may see."""
     points: tuple[list[Point], list[Point]] = ([], [])
     for rows, keys in chosen:
-        common = _decode_batch(rows, keys, longest or keys, group.layers[0].kv_cache)
+        common = decode_batch(rows, keys, longest or keys, group.layers[0].kv_cache)
         steps = builder.build_measured(common)
         if any(own.sequences is not None for own in steps[1].groups):
             group.attend(_with_codes(steps[1], keys), rows)
@@ -322,29 +251,3 @@ def _with_codes(step: DeviceStep, keys: int) -> DeviceStep:
             sequences = replace(sequences, changes=changes)
         groups.append(replace(group, sequences=sequences))
     return replace(step, groups=tuple(groups))
-
-
-def _decode_batch(
-    rows: int, keys: int, longest: int, kv_cache: torch.Tensor
-) -> CommonAttentionMetadata:
-    """Requests that decode, each with blocks of its own."""
-    device, block_size = kv_cache.device, kv_cache.shape[2]
-    blocks = -(-keys // block_size)
-    # As wide as a multiple of 16, like most of vLLM's: kernels are compiled for that.
-    table = torch.zeros((rows, -(-blocks // 16) * 16), dtype=torch.int32, device=device)
-    own = torch.arange(1, rows * blocks + 1, dtype=torch.int32, device=device)
-    table[:, :blocks] = own.view(rows, blocks)
-    lengths = torch.full((rows,), keys, dtype=torch.int32)
-    starts = torch.arange(rows + 1, dtype=torch.int32)
-    return CommonAttentionMetadata(
-        query_start_loc=starts.to(device),
-        query_start_loc_cpu=starts,
-        seq_lens=lengths.to(device),
-        seq_lens_cpu_upper_bound=lengths,
-        num_reqs=rows,
-        num_actual_tokens=rows,
-        max_query_len=1,
-        max_seq_len=longest,
-        block_table_tensor=table,
-        slot_mapping=torch.full((rows,), -1, dtype=torch.int64, device=device),
-    )

@@ -50,6 +50,8 @@ def test_report() -> None:
 class Builder:
     """Knows nothing that could be measured."""
 
+    is_captured = True
+
 
 @pytest.mark.parametrize(
     ("options", "graphs"),

@@ -271,9 +271,16 @@ def _hook_sleep() -> None:
     replace_once(Worker, "sleep", wrap)
 
 
-def _measure_steps(vllm_config: VllmConfig) -> None:
+def _run_dummy_steps(vllm_config: VllmConfig) -> None:
+    from vllm.platforms import current_platform
+
     config = serving_config(vllm_config)
-    if config is not None and decides_per_step(config):
+    if config is None or not current_platform.is_cuda():
+        return
+    from vllm_sparse_plugin.compile_kernels import compile_kernels  # which needs vLLM's layers
+
+    compile_kernels(vllm_config)
+    if decides_per_step(config):
         from vllm_sparse_plugin import measure_costs  # which needs vLLM's layers
 
         measure_costs.measure_engine(vllm_config)
@@ -282,8 +289,8 @@ def _measure_steps(vllm_config: VllmConfig) -> None:
 def _hook_cache_allocation() -> None:
     """Looks at the caches as soon as there are any, before the first request.
 
-    On CPUs, layers prepare them; on CUDA, what steps cost is measured. vLLM tells backends of a
-    cache only when a request's keys are written into it.
+    On CPUs, layers prepare them; on CUDA, kernels are compiled, and what steps cost is measured.
+    vLLM tells backends of a cache only when a request's keys are written into it.
     """
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
@@ -300,7 +307,7 @@ def _hook_cache_allocation() -> None:
             # Takes a second or two for each GiB.
             for layer in tqdm(layers, desc="sparse attention: preparing the cache", disable=None):
                 layer.impl.prepare_cache(layer)
-            _measure_steps(self.vllm_config)
+            _run_dummy_steps(self.vllm_config)
 
         return initialize_from_config
 

@@ -17,7 +17,8 @@ With `tests.plugin.cuda.dry_cuda` in front it does so on the GPU that is not the
 
 The result has for each engine: `runner`, `platform`, `tokens` and their `logprobs` (batches of
 requests), `captured` and `replays` (CUDA graphs), `preemptions`, `prefix_hits` (tokens), `steps`
-(of all batches), `calls` (their answers) and `costs` (what was found, by engine).
+(of all batches), `calls` (their answers), `costs` (what was found, by engine) and `late` (kernels
+that requests had to wait for, see `interpreted_launches.COMPILED`).
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from unittest import mock
 
 from tests.plugin.cuda.dry_clock import measuring
 from tests.plugin.cuda.graphs import DryGraph
+from tests.plugin.cuda.interpreted_launches import COMPILED
 
 
 def run_engine(engine: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def run_engine(engine: dict[str, Any]) -> dict[str, Any]:
         "logprobs": [],
         "steps": 0,
     }
-    replayed = DryGraph.replayed
+    replayed, compiled = DryGraph.replayed, set(COMPILED)
     counted = _counted(llm)
     for batch in engine["batches"]:
         answers, steps = _ask(llm.llm_engine, batch)
@@ -61,6 +63,7 @@ def run_engine(engine: dict[str, Any]) -> dict[str, Any]:
         result["logprobs"].append([_logprobs(answer) for answer in answers])
         result["steps"] += steps
     result["replays"] = DryGraph.replayed - replayed
+    result["late"] = sorted(COMPILED - compiled)
     after = _counted(llm)
     result["preemptions"] = after["vllm:num_preemptions"] - counted["vllm:num_preemptions"]
     result["prefix_hits"] = after["vllm:prefix_cache_hits"] - counted["vllm:prefix_cache_hits"]

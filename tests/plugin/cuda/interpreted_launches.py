@@ -57,6 +57,7 @@ def prepare(executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lau
         name: value if name in executor.constexprs else interpreter._implicit_cvt(value)
         for name, value in given.items()
     }
+    COMPILED.add(_variant(executor, given))
     grid = tuple(executor.grid(arguments) if callable(executor.grid) else executor.grid)
     return Launch(
         function=executor.fn,
@@ -66,6 +67,20 @@ def prepare(executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lau
             (name, tensor) for name, value in given.items() for tensor in tensors_in(value)
         ),
     )
+
+
+COMPILED: set[str] = set()
+"""What Triton would have compiled for the launches of this process, if it were not interpreted."""
+
+
+def _variant(executor: Any, given: dict[str, Any]) -> str:
+    """A kernel with what it is compiled for, but for the alignment of its arguments."""
+    parts = [
+        f"{name}={value}" if name in executor.constexprs else f"{name}:{value.dtype}"
+        for name, value in given.items()
+        if name in executor.constexprs or isinstance(value, torch.Tensor)
+    ]
+    return f"{executor.fn.__module__}.{executor.fn.__name__} {' '.join(parts)}"
 
 
 class _NothingToRestore:

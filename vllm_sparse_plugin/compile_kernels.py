@@ -1,0 +1,94 @@
+"""Compiles, when a worker starts on CUDA, kernels that no graph and no measured step launches.
+
+Triton compiles a kernel when it is first launched, some seconds for each, while all requests wait;
+the results stay in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+from vllm.config import VllmConfig
+
+from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed import (
+    LocalMaskerConfig,
+    SinkMaskerConfig,
+)
+from sparse_attention_hub.sparse_attention.serialization import config_to_json
+from vllm_sparse_plugin import compat
+from vllm_sparse_plugin.dummy_steps import LayerGroup, decode_batch, layers_of
+from vllm_sparse_plugin.row_parameters import row_table
+from vllm_sparse_plugin.serving_config import ServingConfig
+
+if TYPE_CHECKING:
+    from vllm_sparse_plugin.device_metadata import DeviceMetadataBuilder
+
+logger = logging.getLogger(__name__)
+
+_NUM_KEYS = 40
+_SLOW_S = 5.0
+
+
+def compile_kernels(vllm_config: VllmConfig) -> None:
+    """Runs every layer once with each list of maskers that the server's configuration names.
+
+    Its own maskers only where they would be compiled later: graphs and measured steps launch them
+    too, but not what learns. Those of `index` as most requests bring them, behind a sink and a
+    window.
+
+    Args:
+        vllm_config: Of the engine, whose caches are there and empty.
+    """
+    config, table = compat.serving_config(vllm_config), row_table(vllm_config)
+    if config is None or not config.fast_path or table.graphs.is_always_dense:
+        return
+    has_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+    started = time.monotonic()
+    with torch.inference_mode():
+        for builder in list(table.builders.values()):
+            is_launched = builder.is_captured and (has_graphs or config.is_automatic)
+            with_own = not is_launched or builder.learns
+            lists = list(_lists(config, with_own))
+            if lists:
+                _compile(vllm_config, builder, lists)
+    seconds = time.monotonic() - started
+    if seconds > _SLOW_S:
+        logger.info(
+            "sparse attention: compiled kernels in %.0f s; next time they are kept", seconds
+        )
+
+
+def _lists(config: ServingConfig, with_own: bool) -> Iterator[ResearchAttentionConfig]:
+    if with_own and not config.attention.is_dense:
+        yield config.attention
+    for masker in config.index.masker_configs:
+        yield ResearchAttentionConfig([SinkMaskerConfig(1), LocalMaskerConfig(1), masker])
+
+
+def _compile(
+    vllm_config: VllmConfig, builder: DeviceMetadataBuilder, lists: list[ResearchAttentionConfig]
+) -> None:
+    layers = layers_of(vllm_config, builder)
+    num_blocks, _, block_size, _ = layers[0].kv_cache.shape
+    keys = min(_NUM_KEYS, vllm_config.model_config.max_model_len, (num_blocks - 1) * block_size)
+    used = -(-keys // block_size)
+    group = LayerGroup.of(layers, 1)
+    common = decode_batch(1, keys, keys, layers[0].kv_cache)
+    group.fill(used, vllm_config.scheduler_config.max_num_batched_tokens)
+    try:
+        for own in tqdm(lists, desc="sparse attention: compiling kernels", disable=None):
+            try:
+                step = builder.build_dummy(common, config_to_json(own))
+                if step is not None:
+                    group.attend(step, 1)
+            except ValueError as error:  # a file that knows other layers than these
+                logger.warning("sparse attention: kernels of %s not compiled: %s", own, error)
+    finally:
+        builder.forget_reads()
+        group.empty(used)
