@@ -72,6 +72,15 @@ def test_the_same_lists_as_by_flags(
     check(scores, page_size, kv_heads, wanted, lengths, np.zeros((2, len(lengths))), every)
 
 
+def test_large_pages_of_long_rows() -> None:
+    """A chunk of 2,048 pages of 256 tokens: both counts together have more than 32 bits."""
+    lengths = np.array([700, 1300, 257], np.int32)
+    random = np.random.default_rng(0)
+    scores = random.standard_normal((3, 2, 2048)).astype(np.float32)
+    ranges = np.stack([lengths * 0, lengths * 0 + 3, lengths - 300, lengths])
+    check(scores, 256, 1, np.array([1, 2, 1]), lengths, ranges)
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     length=st.integers(0, 70),

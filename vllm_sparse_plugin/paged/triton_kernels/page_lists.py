@@ -65,6 +65,58 @@ def _sizes_of(
     return size, tl.where(is_every, size, covered)
 
 
+@triton.jit
+def _write_edge(tokens, first, end, ranges, stride, WIDTH: tl.constexpr, RANGES: tl.constexpr):
+    """Lists what ranges cover of a page.
+
+    Args:
+        tokens: Pointer to where the page's first token goes.
+        first: Its first key.
+        end: The one after its last.
+        ranges: See `count_covered`; so the next one and the last.
+        stride: As there.
+        WIDTH: Keys of a page as an axis.
+        RANGES: As there.
+    """
+    key = first + tl.arange(0, WIDTH)
+    key_end = tl.minimum(key + 1, end)
+    is_covered = count_covered(key, key_end, ranges, stride, RANGES)
+    place = tl.cumsum(is_covered, 0) - 1
+    tl.store(tokens + place, key, mask=(is_covered > 0) & (key < end))
+
+
+@triton.jit
+def _complete_pages(
+    tokens,
+    starts,
+    number,
+    length,
+    PAGE_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WRITTEN: tl.constexpr,
+):
+    """Lists all tokens of the pages of which the first one is listed.
+
+    Args:
+        tokens: Pointer to the list.
+        starts: Pointer to where in the list each of these pages begins, int32.
+        number: How many they are.
+        length: Keys that the query sees: the last page may have fewer than others.
+        PAGE_SIZE: Keys of a page.
+        WIDTH: The same as an axis.
+        WRITTEN: Pages at once.
+    """
+    in_page = tl.arange(0, WIDTH)
+    for first in range(0, number, WRITTEN):
+        some = first + tl.arange(0, WRITTEN)
+        is_page = some < number
+        place = tl.load(starts + some, mask=is_page, other=0)
+        key = tl.load(tokens + place, mask=is_page, other=length)
+        keys = key[:, None] + in_page[None, :]
+        is_listed = (keys < length) & (in_page < PAGE_SIZE)[None, :]
+        tl.store(tokens + place[:, None] + in_page[None, :], keys, mask=is_listed)
+
+
 @launched
 def _list_pages_kernel(
     scores,
@@ -110,7 +162,6 @@ def _list_pages_kernel(
         # Pages' scores make way for their numbers, and those for places in the list.
         memory = scores.to(tl.pointer_type(tl.int32))
         pages, inside = tl.cdiv(length, PAGE_SIZE), tl.arange(0, CHUNK)
-        in_page = tl.arange(0, WIDTH)
         shifts = (scale,)
         if HEADS > 1:
             shifts = shifts_of_row(scores, row_stride, pages, scale, HEADS, AT_ONCE, CHUNK)
@@ -158,29 +209,23 @@ def _list_pages_kernel(
                     page = edges[edge + 1]
                     if (page >= chunk) & (page < chunk + CHUNK):
                         is_edge = (places == page) & (is_whole == 0)
-                        # 0 where it is listed whole.
                         place = tl.sum(tl.where(is_edge, start + 1, 0), 0) - 1
-                        key = page * PAGE_SIZE + in_page
-                        last = tl.minimum((page + 1) * PAGE_SIZE, length)
-                        key_end = tl.minimum(key + 1, last)
-                        is_covered = count_covered(key, key_end, ranges, ranges_stride, RANGES)
-                        behind = tl.where(place < 0, 0, last)
-                        place += tl.cumsum(is_covered, 0) - 1
-                        is_listed = (is_covered > 0) & (key < behind)
-                        tl.store(tokens + place, key, mask=is_listed)
+                        if place >= 0:  # else it is listed whole
+                            _write_edge(
+                                tokens + place,
+                                page * PAGE_SIZE,
+                                tl.minimum((page + 1) * PAGE_SIZE, length),
+                                ranges,
+                                ranges_stride,
+                                WIDTH,
+                                RANGES,
+                            )
             all_of_chunk = tl.sum(count, 0)
             total += (all_of_chunk & ((1 << BITS) - 1)).to(tl.int32)
             num_whole += (all_of_chunk >> BITS).to(tl.int32)
         if PAGE_SIZE > 1:
             tl.debug_barrier()  # what one thread has written, another one reads
-            for first in range(0, num_whole, WRITTEN):
-                some = first + tl.arange(0, WRITTEN)
-                is_page = some < num_whole
-                place = tl.load(memory + some, mask=is_page, other=0)
-                key = tl.load(tokens + place, mask=is_page, other=length)
-                keys = key[:, None] + in_page[None, :]
-                is_listed = (keys < length) & (in_page < PAGE_SIZE)[None, :]
-                tl.store(tokens + place[:, None] + in_page[None, :], keys, mask=is_listed)
+            _complete_pages(tokens, memory, num_whole, length, PAGE_SIZE, WIDTH, WRITTEN)
         more = total.to(tl.int64)
         tl.atomic_add(reads + index * reads_stride, more * HEADS, sem="relaxed")
         tl.atomic_add(reads + index * reads_stride + 1, more, sem="relaxed")
