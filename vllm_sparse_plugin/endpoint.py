@@ -65,7 +65,8 @@ class SparseAttentionEndpoint:
         """The counts of one tagged request, or the configuration and all counts.
 
         `min_sparse_keys` is the number that "auto" has come to: on CUDA, where steps decide, keys
-        below which a query is dense in any of them. None: the server's maskers never pay.
+        below which a query is dense in any of them. None: the server's maskers never pay
+        (or it is not known: the engine is none of vLLM's own).
 
         Raises:
             HTTPException: 404 where the backend is not selected, or the tag was never seen.

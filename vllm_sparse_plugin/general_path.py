@@ -71,13 +71,20 @@ def attend_generally(
         result = None
         try:
             result = attend_row(attention_of(config_json), *arguments)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             _say_no_memory(config_json)
         if result is None:  # not in the block, which holds on to what the first try had
             result = attend_row(attention_of(_DENSE), *arguments)
         target = output[part]
         target.copy_(result.output.view_as(target))
         counts.add_general(place, result.read_keys, result.visible_keys, shape)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Of a GPU, or of a CPU, for which PyTorch has no error of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -36,8 +36,8 @@ MOST_CHARACTERS = 1 << 16
 """Of a request's maskers as JSON."""
 MOST_MASKERS = 16
 """Of a request, in any one layer."""
-MOST_DIFFERENT_MASKERS = 64
-"""Of a request, in all layers: each is tried before the request is admitted."""
+MOST_MASKERS_OF_LAYERS = 256
+"""Of a request, in all lists together: they are tried before the request is admitted."""
 
 _ALLOWED = (MODE, DENSE_PREFIX, CONFIG, TAG, MIN_KEYS)
 _SHOWN_CHARACTERS = 600
@@ -207,11 +207,11 @@ def _config(value: object, server: ServingConfig) -> ResearchAttentionConfig:
                 f"vllm_xargs.{CONFIG} must have at most {MOST_MASKERS} maskers in a layer, got "
                 f"{len(maskers)}"
             )
-    different = len({repr(masker) for masker in config.all_masker_configs()})
-    if different > MOST_DIFFERENT_MASKERS:
+    together = len(config.all_masker_configs())
+    if together > MOST_MASKERS_OF_LAYERS:
         raise ValueError(
-            f"vllm_xargs.{CONFIG} must have at most {MOST_DIFFERENT_MASKERS} different maskers in "
-            f"all layers, got {different}"
+            f"vllm_xargs.{CONFIG} must have at most {MOST_MASKERS_OF_LAYERS} maskers in all layers "
+            f"together, got {together}"
         )
     return config
 

@@ -167,7 +167,7 @@ def _names(value: Mapping[str, Any], field: str, what: str) -> tuple[str, ...]:
 
 def _import(name: str) -> None:
     where = f"{NAMESPACE}.imports: cannot import {name!r}"
-    if not all(part.isidentifier() for part in name.split(".")):
+    if not all(name.split(".")):
         raise ValueError(f"{where}: that is no module's name")
     try:
         importlib.import_module(name)

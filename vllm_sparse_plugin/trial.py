@@ -33,13 +33,14 @@ _SMALL_FIELDS: dict[str, Any] = {
     "page_size": 4,
     "init_offset": 0,
     "local_offset": 0,
+    "pq_bits": 1,
     "kmeans_iterations": 1,
     "lsh_l": 2,
     "lsh_k": 4,
     "L": 1,
     "K": 4,
 }
-"""With which this project's maskers leave keys to the ones behind them, and take no time."""
+"""With which this project's maskers leave keys to the ones behind them, and take little time."""
 _OWN_PACKAGE = "sparse_attention_hub."
 
 
@@ -62,7 +63,7 @@ class AttentionShape:
 
 @functools.lru_cache(maxsize=1024)
 def try_maskers(config_json: str, shape: AttentionShape) -> None:
-    """Runs every layer's maskers on a few random keys: together, and each by itself.
+    """Runs every layer's maskers on a few random keys: together, and this project's one by one too.
 
     Args:
         config_json: The maskers.

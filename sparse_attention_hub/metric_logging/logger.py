@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import os
 import random
 import sys
 import threading
@@ -160,13 +161,13 @@ class MicroMetricLogger:
 
         Args: as in the constructor.
         """
-        self.flush()
-        Path(log_path).mkdir(parents=True, exist_ok=True)
         with self._lock:
+            self.flush()
+            Path(log_path).mkdir(parents=True, exist_ok=True)
+            self._limit(max_records, sampling_factor)
             if self._queue:
                 logger.warning("%d metrics of %s are lost", len(self._queue), self.log_path)
                 self._queue = []
-            self._limit(max_records, sampling_factor)
             self.log_path = log_path
         self.enable_metrics(enabled_metrics)
 
@@ -266,5 +267,6 @@ def _append(path: Path, content: bytes) -> None:
             while written < len(content):
                 written += file.write(content[written:])
         except OSError:
-            file.truncate(start)
+            if os.fstat(file.fileno()).st_size == start + written:  # nobody else has written
+                file.truncate(start)
             raise

@@ -197,6 +197,9 @@ def test_what_waits_for_a_file_has_a_limit_and_stays_with_it(tmp_path, monkeypat
     for value in range(5):
         metrics.log(DENSITY, value)
     assert "1 metrics are lost" in caplog.text
+    with pytest.raises(ValueError, match="max_records"):
+        metrics.configure_logging(str(tmp_path / "other"), max_records=-1)
+    assert len(metrics._queue) == 3
     metrics.configure_logging(str(tmp_path / "other"), enabled_metrics="all")
     assert f"3 metrics of {folder} are lost" in caplog.text
     metrics.log(DENSITY, 9)

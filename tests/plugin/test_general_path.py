@@ -57,6 +57,26 @@ def test_a_row_without_the_memory_for_its_maskers_is_dense(
     assert "not enough memory" in caplog.text
 
 
+def test_more_memory_than_a_cpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = torch.randn(2, 4, 16), torch.randn(1, 2, 40, 16)
+
+    def attend(attention, *arguments):
+        if attention.maskers:
+            torch.empty(1 << 60)
+        return attend_row(attention, *arguments)
+
+    monkeypatch.setattr(general_path, "attend_row", attend)
+    _, counts = attended(query, key)
+    assert counts.keys.tolist() == counts.visible.tolist()
+
+    def fails(*arguments):
+        raise RuntimeError("another one")
+
+    monkeypatch.setattr(general_path, "attend_row", fails)
+    with pytest.raises(RuntimeError, match="another one"):
+        attended(query, key)
+
+
 def test_the_longest_row_is_attended_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 

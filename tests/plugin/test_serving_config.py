@@ -67,6 +67,8 @@ def test_a_module_that_fails_is_not_one_that_is_missing(
     assert ("PYTHONPATH" in str(error.value)) is hints
     with pytest.raises(ValueError, match="PYTHONPATH"):
         ServingConfig.parse({**SINK_LOCAL, "imports": ["json.no_such_part"]})
+    (tmp_path / "2 of-mine.py").write_text("")
+    ServingConfig.parse({**SINK_LOCAL, "imports": ["2 of-mine"]})  # as importlib has it
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,8 @@ def interpreted() -> Iterator[None]:
                 replaced.enter_context(mock.patch.object(place, name, value))
             yield
     finally:
+        # Functions that were rewritten know names that are about to go.
+        interpreter.InterpretedFunction.rewritten_fn.clear()
         for place, attributes in before:
             for name in set(vars(place)) - set(attributes):
                 delattr(place, name)

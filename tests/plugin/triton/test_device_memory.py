@@ -210,6 +210,20 @@ def test_memory_of_the_general_path_is_taken_once_for_each_list(
         assert taken == [(3, limits)]
 
 
+def test_dense_layers_take_no_path_and_no_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(planners, "take_memory", lambda *arguments: pytest.fail("memory"))
+    held, _ = planner(SINK_LOCAL)
+    config = config_from_dict({"maskers": SINK_LOCAL, "dense_layers": [1]})
+    held = DevicePlanner(held.layout, held.limits, held.device, config)
+    with caplog.at_level(logging.WARNING):
+        for layer in (0, 1):
+            held.reserve(layer)
+            held.reserve(layer, is_shared=layer == 1)
+    assert caplog.text == ""
+
+
 def test_nothing_is_kept_for_lists_that_blocks_have_no_index_for() -> None:
     held, _ = planner(SINK_LOCAL, BlockLayout(shape_of(), ()), brings_maskers=True)
     held.reserve(0)

@@ -74,11 +74,81 @@ def test_the_same_lists_as_by_flags(
 
 def test_large_pages_of_long_rows() -> None:
     """A chunk of 2,048 pages of 256 tokens: both counts together have more than 32 bits."""
-    lengths = np.array([700, 1300, 257], np.int32)
-    random = np.random.default_rng(0)
-    scores = random.standard_normal((3, 2, 2048)).astype(np.float32)
-    ranges = np.stack([lengths * 0, lengths * 0 + 3, lengths - 300, lengths])
-    check(scores, 256, 1, np.array([1, 2, 1]), lengths, ranges)
+    pages, page_size = 2048, 256
+    length = pages * page_size - 3
+    for every, count in ((length, length), (0, 3 * page_size)):
+        scores = torch.zeros(1, 1, pages, device=DEVICE)
+        found, reads = lists_of(1, 1, pages * page_size), reads_of(1)
+        ends = torch.tensor([every], dtype=torch.int32, device=DEVICE)
+        ones = torch.ones(1, dtype=torch.int32, device=DEVICE)
+        ranges = torch.empty(0, 1, dtype=torch.int32, device=DEVICE)
+        list_pages(scores, page_size, 1, 3 * ones, 1.0, length * ones, ranges, ends, found, reads)
+        assert found.counts.tolist() == [count]
+        assert torch.equal(found.tokens[0, :count].cpu(), torch.arange(count, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("page_size", [4, 5])
+def test_pages_partly_covered_at_ends_of_chunks(
+    page_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(row_selection, "CHUNK", 128)
+    random = np.random.default_rng(page_size)
+    places = np.array([126, 127, 128, 129, 255, 256])
+    lengths = np.full(len(places), 270 * page_size + 1, np.int32)
+    scores = random.standard_normal((len(places), 2, 272)).astype(np.float32)
+    for before, behind in ((1, 2), (2, 1), (page_size, 1)):
+        ends = places * page_size + before
+        ranges = np.stack([lengths * 0 + 1, ends, ends + page_size, lengths - behind])
+        check(scores, page_size, 1, np.full(len(places), 9), lengths, ranges)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 4, 5, 7, 12])
+def test_pages_of_any_group_are_those_of_its_shares(heads: int) -> None:
+    """Of scores whose shares are far from equal, so that roundings decide nothing."""
+    random = np.random.default_rng(heads)
+    pages, kv_heads, wanted = 70, 2, 11
+    scores = 3 * random.standard_normal((2, kv_heads * heads, pages)).astype(np.float32)
+    lengths = np.array([pages * 4, 61 * 4 - 1], np.int32)
+    found, reads = lists_of(2, kv_heads, pages * 4), reads_of(2)
+    list_pages(
+        on_device(np.pad(scores, ((0, 0), (0, 0), (0, 10)))),
+        4,
+        kv_heads,
+        on_device(np.full(2, wanted, np.int32)),
+        SCALING,
+        on_device(lengths),
+        on_device(np.zeros((0, 2), np.int32)),
+        None,
+        found,
+        reads,
+    )
+    for item, count in enumerate(found.counts.tolist()):
+        query, group = divmod(item, kv_heads)
+        own = torch.tensor(scores[query, group * heads : (group + 1) * heads]).double()
+        seen = -(-int(lengths[query]) // 4)
+        shares = torch.softmax(own[:, :seen] * SCALING, 1).mean(0)
+        best, chosen = shares.topk(wanted + 1)
+        assert best[wanted - 1] > best[wanted] * (1 + 1e-5)
+        keys = (4 * chosen[:wanted].sort().values[:, None] + torch.arange(4)).flatten()
+        assert found.tokens[item, :count].tolist() == keys[keys < lengths[query]].tolist()
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, 0xFFFFFFFF])
+@pytest.mark.parametrize("number", [2, 3, 5, 32])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_whatever_a_model_computes_a_list_ends(bits: int, number: int, heads: int) -> None:
+    """NaNs of any kind: what a GPU's arithmetic gives has all bits set, and ranks as it may."""
+    scores = np.random.default_rng(number).standard_normal((1, heads, 32)).astype(np.float32)
+    scores[:, :, :number] = np.array(bits, np.uint32).view(np.float32)
+    found, reads = lists_of(1, 1, 512), reads_of(1)
+    ones = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    ranges = torch.empty(0, 1, dtype=torch.int32, device=DEVICE)
+    for wanted in (1, 3):
+        list_pages(
+            on_device(scores), 16, 1, wanted * ones, 1.0, 500 * ones, ranges, None, found, reads
+        )
+        (count,) = found.counts.tolist()
+        assert count <= 16 * wanted
 
 
 @settings(deadline=None, max_examples=25)

@@ -80,7 +80,8 @@ class DevicePlanner:
     """Finds, for a configuration and layer, the attention that serves it; and keeps it.
 
     All lists of maskers share one piece of scratch memory, as they run one after the other. The
-    engine's own say how much it is; those that requests bring take as many queries at once as fit.
+    engine's own say how much it is, those of this planner or of the one whose memory it has; those
+    that requests bring take as many queries at once as fit.
 
     Attributes:
         layout: Of the engine's blocks.
@@ -132,8 +133,9 @@ class DevicePlanner:
             if self.limits.brings_maskers:
                 self._take_memory(COSTLY_MASKERS, 0)
         configs = _configs(self._own_json, layer_index)
-        is_fast = not is_shared and self.attention(self._own_json, layer_index) is not None
-        if configs and not is_fast and repr(configs) not in self._general:
+        if not configs or repr(configs) in self._general:
+            return
+        if is_shared or self.attention(self._own_json, layer_index) is None:
             self._general.add(repr(configs))
             self._take_memory(self._own_json, layer_index)
 

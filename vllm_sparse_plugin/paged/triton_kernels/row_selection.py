@@ -176,13 +176,17 @@ def bound_of(
     """
     reached = tl.sum(counts, 0)
     wanted = tl.minimum(tl.maximum(wanted, 0), reached)
-    # Enough numbers reach the bound, and too few the end.
-    bound, end = tl.min(lowest, 0), tl.max(highest, 0) + 1
+    # Enough numbers reach the bound, and too few are above the last one.
+    bound, last = tl.min(lowest, 0), tl.max(highest, 0)
     is_any = wanted > 0
     bound = tl.where(is_any, bound, 0xFFFFFFFF).to(tl.uint32)
     reached = tl.where(is_any, reached, 0)
-    while (reached > wanted) & (end - bound > 1):
-        step = tl.maximum((end - bound) // 5, 1).to(tl.uint32)
+    while (reached > wanted) & (last > bound):
+        # Never above the last one: behind what computing with no numbers gives, nothing is left.
+        between = last - bound
+        step = tl.maximum(between // 5, 1).to(tl.uint32)
+        second, third = tl.minimum(2 * step, between), tl.minimum(3 * step, between)
+        fourth = tl.minimum(4 * step, between)
         # Two counts in one number, and both numbers in one sum, for which all threads wait once.
         BITS: tl.constexpr = 32 if IS_LONG else 16
         PAIR: tl.constexpr = tl.int64 if IS_LONG else tl.int32
@@ -190,9 +194,9 @@ def bound_of(
         for chunk in range(0, pages, CHUNK):
             own, _ = load_numbers(numbers, chunk, pages, CHUNK)
             low_pairs += (own >= bound + step).to(PAIR)
-            low_pairs += (own >= bound + 2 * step).to(PAIR) << BITS
-            high_pairs += (own >= bound + 3 * step).to(PAIR)
-            high_pairs += (own >= bound + 4 * step).to(PAIR) << BITS
+            low_pairs += (own >= bound + second).to(PAIR) << BITS
+            high_pairs += (own >= bound + third).to(PAIR)
+            high_pairs += (own >= bound + fourth).to(PAIR) << BITS
         low_pair, high_pair = tl.split(tl.sum(tl.join(low_pairs, high_pairs), 0))
         taken = tl.zeros_like(step)
         for place in tl.static_range(4):
@@ -200,8 +204,8 @@ def bound_of(
             count = (count & ((1 << BITS) - 1)).to(tl.int32)
             taken += (count >= wanted).to(tl.uint32)
             reached = tl.where(count >= wanted, count, reached)
-        bound += taken * step
-        end = tl.where(taken < 4, bound + step, end)
+        last = tl.where(taken < 4, bound + tl.minimum((taken + 1) * step, between) - 1, last)
+        bound += tl.minimum(taken * step, between)
     room = tl.full([], -1, tl.int32)
     if reached > wanted:
         counts = tl.zeros([CHUNK], tl.int32)

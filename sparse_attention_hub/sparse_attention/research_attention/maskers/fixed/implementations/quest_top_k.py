@@ -52,6 +52,9 @@ from sparse_attention_hub.sparse_attention.visibility import visible_keys
 MIN_PAGES = 3
 """Pages that are read at least, whatever the budget (as in the field's API)."""
 
+_MOST_KEYS_OF_PAGE = 1 << 16
+"""The last page is filled up to so many, however short a sequence is."""
+
 
 def _search_space() -> dict[str, Any]:
     return {
@@ -65,7 +68,7 @@ class QuestTopKMaskerConfig(TopKMaskerConfig):
     """How many keys are read, in whole pages.
 
     Attributes:
-        page_size: Keys of a page; independent of the block size of a paged cache.
+        page_size: Keys of a page, at most 65,536; independent of the block size of a paged cache.
         label_bits: Of each stored page minimum and maximum, 1 to 16; 16 = as the keys are.
         search_space: For tuners; no part of what the masker does.
     """
@@ -81,7 +84,7 @@ class QuestTopKMaskerConfig(TopKMaskerConfig):
             ValueError: Names the field, its value and what is allowed.
         """
         super().__post_init__()
-        check_integer_field(self, "page_size", 1)
+        check_integer_field(self, "page_size", 1, _MOST_KEYS_OF_PAGE)
         check_integer_field(self, "label_bits", 1, 16)
 
 

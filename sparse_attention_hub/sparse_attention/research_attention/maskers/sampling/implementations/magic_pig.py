@@ -75,7 +75,7 @@ class MagicPigConfig(SamplingMaskerConfig):
             bits altogether.
         lsh_k: Bits of a table, 1 to 62.
         center: Whether keys are centred before they are hashed.
-        packing: "int64" or "float32", as in the field's API; signatures are int64 with both.
+        packing: "int64" or "float32", as in the field's API; signatures are integers with both.
         seed: Of the projections, an integer in [0, 2**63).
         search_space: For tuners; no part of what the masker does.
     """
