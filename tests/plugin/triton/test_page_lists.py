@@ -98,8 +98,8 @@ def test_pages_partly_covered_at_ends_of_chunks(
     scores = random.standard_normal((len(places), 2, 272)).astype(np.float32)
     for before, behind in ((1, 2), (2, 1), (page_size, 1)):
         ends = places * page_size + before
-        ranges = np.stack([lengths * 0 + 1, ends, ends + page_size, lengths - behind])
-        check(scores, page_size, 1, np.full(len(places), 9), lengths, ranges)
+        ranges = np.stack([lengths * 0 + 1, ends, ends + page_size, ends + page_size + behind])
+        check(scores, page_size, 1, np.full(len(places), 3), lengths, ranges)
 
 
 @pytest.mark.parametrize("heads", [1, 3, 4, 5, 7, 12])
@@ -131,6 +131,19 @@ def test_pages_of_any_group_are_those_of_its_shares(heads: int) -> None:
         assert best[wanted - 1] > best[wanted] * (1 + 1e-5)
         keys = (4 * chosen[:wanted].sort().values[:, None] + torch.arange(4)).flatten()
         assert found.tokens[item, :count].tolist() == keys[keys < lengths[query]].tolist()
+
+
+def test_a_score_far_above_those_of_later_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its power, relative to the largest of those, would be infinite."""
+    monkeypatch.setattr(row_selection, "CHUNK", 128)
+    scores = np.zeros((1, 2, 144), np.float32)
+    scores[:, :, 3] = 1000
+    lengths = np.array([140 * 4], np.int32)
+    found, reads = lists_of(1, 1, 144 * 4), reads_of(1)
+    one, nothing = np.ones(1, np.int32), np.zeros((0, 1), np.int32)
+    arguments = (on_device(one), SCALING, on_device(lengths), on_device(nothing), None)
+    list_pages(on_device(scores), 4, 1, *arguments, found, reads)
+    assert found.tokens[0, : int(found.counts)].tolist() == [12, 13, 14, 15]
 
 
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, 0xFFFFFFFF])
