@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import extract_layer_index
 
 from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
 from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed import (
@@ -36,7 +37,7 @@ _SLOW_S = 5.0
 
 
 def compile_kernels(vllm_config: VllmConfig) -> None:
-    """Runs every layer once with each list of maskers that the server's configuration names.
+    """Runs a layer once with each list of maskers that the server's configuration names.
 
     Its own maskers only where they would be compiled later: graphs and measured steps launch them
     too, but not what learns. Those of `index` as most requests bring them, behind a sink and a
@@ -78,17 +79,26 @@ def _compile(
     num_blocks, _, block_size, _ = layers[0].kv_cache.shape
     keys = min(_NUM_KEYS, vllm_config.model_config.max_model_len, (num_blocks - 1) * block_size)
     used = -(-keys // block_size)
-    group = LayerGroup.of(layers, 1)
-    common = decode_batch(1, keys, keys, layers[0].kv_cache)
-    group.fill(used, vllm_config.scheduler_config.max_num_batched_tokens)
-    try:
-        for own in tqdm(lists, desc="sparse attention: compiling kernels", disable=None):
-            try:
-                step = builder.build_dummy(common, config_to_json(own))
-                if step is not None:
-                    group.attend(step, 1)
-            except ValueError as error:  # a file that knows other layers than these
-                logger.warning("sparse attention: kernels of %s not compiled: %s", own, error)
-    finally:
-        builder.forget_reads()
-        group.empty(used)
+    for own in tqdm(lists, desc="sparse attention: compiling kernels", disable=None):
+        group = LayerGroup.of(_with_different_maskers(layers, own), 1)
+        group.fill(used, vllm_config.scheduler_config.max_num_batched_tokens)
+        try:
+            common = decode_batch(1, keys, keys, layers[0].kv_cache)
+            step = builder.build_dummy(common, config_to_json(own))
+            if step is not None:
+                group.attend(step, 1)
+        except ValueError as error:  # a file that knows other layers than these
+            logger.warning("sparse attention: kernels of %s not compiled: %s", own, error)
+        finally:
+            builder.forget_reads()
+            group.empty(used)
+
+
+def _with_different_maskers(layers: list[Any], config: ResearchAttentionConfig) -> list[Any]:
+    """Of layers with the same maskers, the first one: others launch the same kernels."""
+    found: dict[str, Any] = {}
+    for layer in layers:
+        own = extract_layer_index(layer.layer_name)
+        maskers = config.layer_masker_configs.get(own, config.masker_configs)
+        found.setdefault("dense" if own in config.dense_layers else repr(maskers), layer)
+    return list(found.values())
