@@ -7,9 +7,8 @@ the results stay in the user's cache folder.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -24,6 +23,8 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed impo
 from sparse_attention_hub.sparse_attention.serialization import config_to_json
 from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.dummy_steps import LayerGroup, decode_batch, layers_of
+from vllm_sparse_plugin.paged.served import configs_of_layer
+from vllm_sparse_plugin.paged.warm_up import compiling
 from vllm_sparse_plugin.row_parameters import row_table
 from vllm_sparse_plugin.serving_config import ServingConfig
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NUM_KEYS = 40
-_SLOW_S = 5.0
 
 
 def compile_kernels(vllm_config: VllmConfig) -> None:
@@ -50,19 +50,16 @@ def compile_kernels(vllm_config: VllmConfig) -> None:
     if config is None or not config.fast_path or table.graphs.is_always_dense:
         return
     has_graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
-    started = time.monotonic()
-    with torch.inference_mode():
+    with torch.inference_mode(), compiling():
         for builder in list(table.builders.values()):
             is_launched = builder.is_captured and (has_graphs or config.is_automatic)
             with_own = not is_launched or builder.learns
             lists = list(_lists(config, with_own))
-            if lists:
-                _compile(vllm_config, builder, lists)
-    seconds = time.monotonic() - started
-    if seconds > _SLOW_S:
-        logger.info(
-            "sparse attention: compiled kernels in %.0f s; next time they are kept", seconds
-        )
+            for own in tqdm(lists, desc="sparse attention: compiling kernels", disable=None):
+                try:
+                    _run_once(vllm_config, builder, config_to_json(own))
+                except ValueError as error:  # a file that knows other layers than these
+                    logger.warning("sparse attention: kernels of %s not compiled: %s", own, error)
 
 
 def _lists(config: ServingConfig, with_own: bool) -> Iterator[ResearchAttentionConfig]:
@@ -72,33 +69,22 @@ def _lists(config: ServingConfig, with_own: bool) -> Iterator[ResearchAttentionC
         yield ResearchAttentionConfig([SinkMaskerConfig(1), LocalMaskerConfig(1), masker])
 
 
-def _compile(
-    vllm_config: VllmConfig, builder: DeviceMetadataBuilder, lists: list[ResearchAttentionConfig]
-) -> None:
+def _run_once(vllm_config: VllmConfig, builder: DeviceMetadataBuilder, config_json: str) -> None:
     layers = layers_of(vllm_config, builder)
     num_blocks, _, block_size, _ = layers[0].kv_cache.shape
     keys = min(_NUM_KEYS, vllm_config.model_config.max_model_len, (num_blocks - 1) * block_size)
     used = -(-keys // block_size)
-    for own in tqdm(lists, desc="sparse attention: compiling kernels", disable=None):
-        group = LayerGroup.of(_with_different_maskers(layers, own), 1)
-        group.fill(used, vllm_config.scheduler_config.max_num_batched_tokens)
-        try:
-            common = decode_batch(1, keys, keys, layers[0].kv_cache)
-            step = builder.build_dummy(common, config_to_json(own))
-            if step is not None:
-                group.attend(step, 1)
-        except ValueError as error:  # a file that knows other layers than these
-            logger.warning("sparse attention: kernels of %s not compiled: %s", own, error)
-        finally:
-            builder.forget_reads()
-            group.empty(used)
-
-
-def _with_different_maskers(layers: list[Any], config: ResearchAttentionConfig) -> list[Any]:
-    """Of layers with the same maskers, the first one: others launch the same kernels."""
-    found: dict[str, Any] = {}
-    for layer in layers:
-        own = extract_layer_index(layer.layer_name)
-        maskers = config.layer_masker_configs.get(own, config.masker_configs)
-        found.setdefault("dense" if own in config.dense_layers else repr(maskers), layer)
-    return list(found.values())
+    # Of layers with the same maskers, one: others launch the same kernels.
+    different = {
+        repr(configs_of_layer(config_json, extract_layer_index(layer.layer_name))): layer
+        for layer in reversed(layers)
+    }
+    group = LayerGroup.of(list(different.values()), 1)
+    group.fill(used, vllm_config.scheduler_config.max_num_batched_tokens)
+    try:
+        step = builder.build_dummy(decode_batch(1, keys, keys, layers[0].kv_cache), config_json)
+        if step is not None:
+            group.attend(step, 1)
+    finally:
+        builder.forget_reads()
+        group.empty(used)

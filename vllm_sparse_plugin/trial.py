@@ -84,13 +84,11 @@ def try_maskers(config_json: str, shape: AttentionShape) -> None:
     tried: dict[str, ResearchAttention] = {}
     where = "they"
     try:
-        attention_of(config_json)
+        whole = attention_of(config_json)
         with torch.inference_mode():
             for layer in range(shape.num_layers):
-                if layer in config.dense_layers:
-                    continue
-                maskers = config.layer_masker_configs.get(layer, config.masker_configs)
-                for called, some in _lists(maskers):
+                maskers = [masker.config for masker in whole.maskers_of_layer(layer)]
+                for called, some in _lists(maskers) if maskers else ():
                     where = f"layer {layer}{called}"
                     name = repr(some)
                     if name not in tried:

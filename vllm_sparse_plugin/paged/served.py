@@ -33,7 +33,7 @@ def paged_attention_of(
         layer_index: Of the attention layer.
     """
     try:
-        attention = PagedAttention(_configs(config_json, layer_index), layout.shape)
+        attention = PagedAttention(configs_of_layer(config_json, layer_index), layout.shape)
         require_indices(attention.maskers, layout)
     except Unsupported as reason:
         say_once(config_json, str(reason))
@@ -64,8 +64,15 @@ def say_once(config_json: str, reason: str) -> None:
     )
 
 
-def _configs(config_json: str, layer_index: int) -> list[MaskerConfig]:
-    return [masker.config for masker in attention_of(config_json).maskers_of_layer(layer_index)]
+def configs_of_layer(config_json: str, layer_index: int) -> tuple[MaskerConfig, ...]:
+    """The maskers of one layer; none where it is dense.
+
+    Args:
+        config_json: The maskers of all layers.
+        layer_index: Of the attention layer.
+    """
+    maskers = attention_of(config_json).maskers_of_layer(layer_index)
+    return tuple(masker.config for masker in maskers)
 
 
 def is_dense_layer(config_json: str, layer_index: int) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from tqdm import tqdm
@@ -33,7 +34,6 @@ def warm_up(configs: Iterable[ResearchAttentionConfig], layout: BlockLayout) -> 
         configs: Of the server.
         layout: Of its blocks.
     """
-    started = time.monotonic()
     lists = [
         (layer, maskers)
         for config in configs
@@ -42,17 +42,27 @@ def warm_up(configs: Iterable[ResearchAttentionConfig], layout: BlockLayout) -> 
             *config.layer_masker_configs.items(),
         )
     ]
-    for layer, maskers in tqdm(lists, desc="sparse attention: compiling kernels", disable=None):
-        row = random_row(layout, _NUM_KEYS, layer)
-        attend_dense(row.query, row.cache, row.batch, 1.0)
-        stored_rows(row.cache, torch.from_numpy(row.batch.block_table[0]), 1, 0, 1)
-        try:
-            attention = PagedAttention(maskers, layout.shape)
-            attention.attend(row.query, row.cache, row.batch, 1.0)
-        except Unsupported:
-            continue  # the general path, which is not compiled
-        except ValueError as error:  # a file that knows other layers than this one
-            logger.warning("sparse attention: kernels of %s not compiled yet: %s", maskers, error)
+    with compiling():
+        for layer, maskers in tqdm(lists, desc="sparse attention: compiling kernels", disable=None):
+            row = random_row(layout, _NUM_KEYS, layer)
+            attend_dense(row.query, row.cache, row.batch, 1.0)
+            stored_rows(row.cache, torch.from_numpy(row.batch.block_table[0]), 1, 0, 1)
+            try:
+                attention = PagedAttention(maskers, layout.shape)
+                attention.attend(row.query, row.cache, row.batch, 1.0)
+            except Unsupported:
+                continue  # the general path, which is not compiled
+            except ValueError as error:  # a file that knows other layers than this one
+                logger.warning(
+                    "sparse attention: kernels of %s not compiled yet: %s", maskers, error
+                )
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Says how long what is done inside has taken, if it was long."""
+    started = time.monotonic()
+    yield
     seconds = time.monotonic() - started
     if seconds > _SLOW_S:
         logger.info(

@@ -13,14 +13,13 @@ from sparse_attention_hub.sparse_attention.research_attention import ResearchAtt
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import MaskerConfig
 from sparse_attention_hub.sparse_attention.serialization import config_to_json
 from vllm_sparse_plugin.general_path import COSTLY_MASKERS, take_memory
-from vllm_sparse_plugin.masked_attention import attention_of
 from vllm_sparse_plugin.paged.attention import scanned_bytes_per_block
 from vllm_sparse_plugin.paged.device.attention import DeviceAttention, device_maskers
 from vllm_sparse_plugin.paged.device.space import DeviceMemory, DeviceSpace, queries_within
 from vllm_sparse_plugin.paged.layout import BlockLayout
 from vllm_sparse_plugin.paged.learned_index import LearnedIndex
 from vllm_sparse_plugin.paged.maskers.base import Unsupported
-from vllm_sparse_plugin.paged.served import require_indices, say_once
+from vllm_sparse_plugin.paged.served import configs_of_layer, require_indices, say_once
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +131,7 @@ class DevicePlanner:
             self._reserve_scratch()
             if self.limits.brings_maskers:
                 self._take_memory(COSTLY_MASKERS, 0)
-        configs = _configs(self._own_json, layer_index)
+        configs = configs_of_layer(self._own_json, layer_index)
         if not configs or repr(configs) in self._general:
             return
         if is_shared or self.attention(self._own_json, layer_index) is None:
@@ -165,7 +164,7 @@ class DevicePlanner:
         """
         of_layers = self._configuration(config_json).of_layers
         if layer_index not in of_layers:
-            configs = _configs(config_json, layer_index)
+            configs = configs_of_layer(config_json, layer_index)
             of_layers[layer_index] = self._attention(config_json, configs)
         return of_layers[layer_index]
 
@@ -191,7 +190,7 @@ class DevicePlanner:
         return configuration.uses[key]
 
     def _use(self, config_json: str, layers: Sequence[int]) -> LayerUse:
-        masked = [layer for layer in layers if _configs(config_json, layer)]
+        masked = [layer for layer in layers if configs_of_layer(config_json, layer)]
         found = [self.attention(config_json, layer) for layer in masked]
         fast = [attention for attention in found if attention is not None]
         return LayerUse(
@@ -296,8 +295,3 @@ def sequences_within(budget: int, most: int, layout: BlockLayout, num_layers: in
 def _lists_of(own: ResearchAttentionConfig) -> list[tuple[MaskerConfig, ...]]:
     lists = (own.masker_configs, *own.layer_masker_configs.values())
     return [tuple(maskers) for maskers in lists if maskers]
-
-
-def _configs(config_json: str, layer_index: int) -> tuple[MaskerConfig, ...]:
-    maskers = attention_of(config_json).maskers_of_layer(layer_index)
-    return tuple(masker.config for masker in maskers)

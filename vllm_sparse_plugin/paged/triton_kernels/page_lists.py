@@ -29,10 +29,9 @@ from vllm_sparse_plugin.paged.triton_kernels.row_selection import (
     extremes_of,
     no_extremes,
     row_capacity,
-    shifts_of_row,
     sizes_of_chunks,
-    values_of_chunk,
 )
+from vllm_sparse_plugin.paged.triton_kernels.row_shares import shifts_of_row, values_of_chunk
 
 _TOKENS_AT_ONCE = 8192
 
