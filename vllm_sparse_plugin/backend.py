@@ -91,6 +91,16 @@ class SparseAttentionBackend(_DenseBackend):  # type: ignore[misc, valid-type]
         """False: the prefix of that attention is not known to maskers."""
         return False
 
+    @staticmethod
+    def is_laid_out(spec: AttentionSpec) -> bool:
+        """Whether `customize_spec` leaves a specification as it is.
+
+        That is so where it was laid out before, and where vLLM asks for a block of one token: it
+        then only wants to know how large a token is without what a block has besides, in order to
+        choose the size of blocks next to others (of windows, of recurrent states).
+        """
+        return spec.state_content_bytes is not None or spec.block_size == 1
+
     @classmethod
     def supports_kv_connector(cls) -> bool:
         """False: a connector's keys may not tell sparse blocks from dense ones."""
@@ -173,11 +183,24 @@ class SparseAttentionMetadataBuilder(_DenseBuilder):  # type: ignore[misc, valid
         return whole
 
     def _rows_of_batch(self, common: CommonAttentionMetadata) -> dict[int, Row]:
-        """The engine's special rows by position in this batch."""
-        if common.req_idx is None:  # runner V1: the table is kept by batch row
-            return self._table.rows
-        slots = common.req_idx.tolist()
-        return {row: self._table.rows[s] for row, s in enumerate(slots) if s in self._table.rows}
+        """The engine's special rows by position in this batch.
+
+        Raises:
+            RuntimeError: Nobody says which requests these are.
+        """
+        rows = self._table.rows
+        if common.req_idx is not None:
+            slots = common.req_idx.tolist()
+            return {row: rows[slot] for row, slot in enumerate(slots) if slot in rows}
+        if not self._table.has_slots:
+            return rows
+        if self._table.graphs.is_always_dense:  # the steps of a draft
+            return {}
+        # A guess would be some other request's parameters.
+        raise RuntimeError(
+            "sparse attention: vLLM's model runner V2 does not say which requests are in this "
+            "batch; VLLM_USE_V2_MODEL_RUNNER=0 serves this model"
+        )
 
     @staticmethod
     def _host_seq_lens(common: CommonAttentionMetadata) -> list[int]:

@@ -62,7 +62,7 @@ class DeviceAttentionBackend(SparseAttentionBackend):
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Makes room for the index in every block, in vLLM's own accounting."""
-        if spec.state_content_bytes is not None:  # done before
+        if cls.is_laid_out(spec):
             return spec
         engine = compat.engine_being_built()
         layout = planner_of(engine, compat.block_shape(spec, engine)).layout
@@ -82,6 +82,14 @@ class DeviceAttentionImpl(SparseAttentionImpl):
         self._indices: tuple[BlockLayout, dict[BlockIndex, DeviceIndex]] | None = None
         # Of the cache that was seen last; not that itself, which vLLM frees to make another.
         self._seen: Callable[[], torch.Tensor | None] = lambda: None
+
+    @property
+    def has_index(self) -> bool:
+        """Whether the layer's index is kept right.
+
+        Nobody reads that of a layer which stays dense; shared keys have one already.
+        """
+        return self.can_be_sparse and self.kv_sharing_target_layer_name is None
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """False: see `supports_quant_query_input`."""
@@ -141,7 +149,7 @@ class DeviceAttentionImpl(SparseAttentionImpl):
     ) -> None:
         """Writes the output of the queries of one configuration."""
         attention = None
-        if self.kv_sharing_target_layer_name is None:  # the index of another layer's keys is wrong
+        if self.has_index:  # that of another layer's keys would be wrong
             planner = planner_of(self._engine, cache.layout.shape)
             attention = planner.attention(group.config_json, cache.layer_index)
         if attention is None:
@@ -204,9 +212,7 @@ class DeviceAttentionImpl(SparseAttentionImpl):
         if self._indices is None or self._indices[0].shape != shape:
             planner = planner_of(self._engine, shape)
             layout, layer_index = planner.layout, extract_layer_index(layer.layer_name)
-            # Nobody reads the index of a layer that stays dense; shared keys have one already.
-            is_read = self.can_be_sparse and self.kv_sharing_target_layer_name is None
-            kept = layout.indices if is_read else ()
+            kept = layout.indices if self.has_index else ()
             self._indices = (
                 layout,
                 {index: device_index(index, layout, layer_index, planner.space) for index in kept},

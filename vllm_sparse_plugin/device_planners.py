@@ -69,12 +69,15 @@ def _planner(engine: VllmConfig, shape: BlockShape, alike: DevicePlanner | None)
         ", ".join(map(str, layout.indices)) or "none",
     )
     scheduler = engine.scheduler_config
-    most, num_layers = scheduler.max_num_seqs, compat.attention_shape(engine).num_layers
+    most = scheduler.max_num_seqs
+    # Not all have one: windows, and the recurrent layers of hybrid models.
+    layers = compat.implementations(engine)
+    num_layers = sum(getattr(layer, "has_index", False) for layer in layers)
     limits = Limits(
         max_queries=most,
         capacity=-(-engine.model_config.max_model_len // 16) * 16,
         max_tokens=scheduler.max_num_batched_tokens,
-        max_sequences=sequences_within(STATES_BYTES, most, layout, num_layers),
+        max_sequences=sequences_within(STATES_BYTES, most, layout, max(1, num_layers)),
         brings_maskers=config.allow_request_config and not is_dense,
         has_fast_path=has_fast_path,
     )

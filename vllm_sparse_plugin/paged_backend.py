@@ -69,7 +69,7 @@ class PagedAttentionBackend(SparseAttentionBackend):
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Makes room for the index in every block, in vLLM's own accounting."""
-        if spec.state_content_bytes is not None:  # done before
+        if cls.is_laid_out(spec):
             return spec
         vllm_config = compat.engine_being_built()
         shape = compat.block_shape(spec, vllm_config)

@@ -79,6 +79,7 @@ class RowTable:
 
     Attributes:
         rows: By batch row (runner V1) or request slot (runner V2).
+        has_slots: Whether they are by slot.
         statistics: What the rows' attention has read so far.
         counter: First layer of the KV cache group whose plans count queries: each is counted once,
             however many groups there are.
@@ -89,6 +90,7 @@ class RowTable:
     """
 
     rows: dict[int, Row] = field(default_factory=dict)
+    has_slots: bool = False
     statistics: Statistics = field(default_factory=Statistics)
     counter: str | None = None
     graphs: GraphState = field(default_factory=GraphState)
@@ -166,6 +168,7 @@ class RowParametersProcessor(*compat.processor_bases()):  # type: ignore[misc]
         Returns:
             False: the request's logits are not touched.
         """
+        self._table.has_slots = True
         row = _row(sampling_params, int(self._request_state.prompt_len.np[req_idx]))
         if row is None:
             self._table.rows.pop(req_idx, None)

@@ -100,9 +100,12 @@ def start_engine() -> Iterator[Callable[..., EngineReport]]:
     with ProcessPoolExecutor(1, context, set_environment, (ENVIRONMENT,)) as pool:
 
         def start(
-            folder: Path, maskers: list[dict[str, Any]], asked: dict[str, Asked]
+            folder: Path,
+            maskers: list[dict[str, Any]],
+            asked: dict[str, Asked],
+            options: dict[str, Any] | None = None,
         ) -> EngineReport:
-            return pool.submit(run_engine, str(folder), maskers, asked).result()
+            return pool.submit(run_engine, str(folder), maskers, asked, options or {}).result()
 
         yield start
 

@@ -43,6 +43,7 @@ class EngineReport:
     """What one engine did: why it did not start, or what it logged and answered."""
 
     error: str | None = None
+    block_size: int | None = None
     log: list[str] = field(default_factory=list)
     answers: dict[str, Answered] = field(default_factory=dict)
 
@@ -66,13 +67,16 @@ def set_environment(variables: dict[str, str]) -> None:
     os.environ.update(variables, VLLM_ENABLE_V1_MULTIPROCESSING="0", OMP_NUM_THREADS="1")
 
 
-def run_engine(folder: str, maskers: list[dict[str, Any]], asked: dict[str, Asked]) -> EngineReport:
+def run_engine(
+    folder: str, maskers: list[dict[str, Any]], asked: dict[str, Asked], options: dict[str, Any]
+) -> EngineReport:
     """Starts an engine with the plugin and asks it, one request after the other.
 
     Args:
         folder: Of the model; without weights in it they are random.
         maskers: The server's configuration.
         asked: By the names that their answers get.
+        options: Of vLLM's engine, besides.
     """
     from vllm.model_executor.models import registry
 
@@ -82,13 +86,13 @@ def run_engine(folder: str, maskers: list[dict[str, Any]], asked: dict[str, Aske
         mock.patch.object(gc, "collect"),
         mock.patch.object(registry, "_run_in_subprocess", lambda look: look()),
     ):
-        report = _run_engine(folder, maskers, asked)
+        report = _run_engine(folder, maskers, asked, options)
     gc.collect()
     return report
 
 
 def _run_engine(
-    folder: str, maskers: list[dict[str, Any]], asked: dict[str, Asked]
+    folder: str, maskers: list[dict[str, Any]], asked: dict[str, Asked], options: dict[str, Any]
 ) -> EngineReport:
     from vllm import LLM, SamplingParams
 
@@ -109,7 +113,9 @@ def _run_engine(
             max_num_seqs=4,
             attention_backend="CUSTOM",
             additional_config={"sparse_attention": {"maskers": maskers, "min_sparse_keys": 0}},
+            **options,
         )
+        report.block_size = engine.llm_engine.vllm_config.cache_config.block_size
         for name, request in asked.items():
             parameters = SamplingParams(
                 temperature=0,

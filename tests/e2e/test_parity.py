@@ -21,7 +21,7 @@ CONFIGS = {
     "oracle-share": [*SINK_LOCAL, {"type": "oracle_top_k", "heavy_size": 0.05}],
 }
 # Characters of the document, and about how many tokens that gives.
-CONTEXTS = {200: 800, 1500: 5500, 4000: 15200}
+CONTEXTS = {200: 800, 1500: 5500, 2500: 9300}
 QUESTIONS = [
     "\n\nWhat is this text about?",
     "\n\nName one method or statement that it describes.",
@@ -34,7 +34,7 @@ def request_of(characters: int) -> Request:
     return Request("Read this.\n\n" + text, QUESTIONS, answer_prefix="Answer:")
 
 
-CASES = [(name, 200) for name in CONFIGS] + [("oracle-count", 1500), ("oracle-share", 4000)]
+CASES = [(name, 200) for name in CONFIGS] + [("oracle-count", 1500), ("oracle-share", 2500)]
 
 
 @pytest.mark.parametrize(("name", "length"), CASES)

@@ -10,10 +10,12 @@ from transformers import (
     BertConfig,
     BloomConfig,
     DeepseekV2Config,
+    FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GptOssConfig,
+    GraniteMoeHybridConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -69,7 +71,7 @@ def _refused() -> dict[str, tuple[PretrainedConfig, str]]:
 
 
 def _served() -> dict[str, PretrainedConfig]:
-    """Each with what its architecture is known for: tied or not, GQA, MHA or MQA, windows."""
+    """Each with what its architecture is known for: GQA, MHA or MQA, windows, recurrent layers."""
 
     def shape(kv_heads: int, tied: bool, **more: Any) -> dict[str, Any]:
         return {
@@ -103,6 +105,14 @@ def _served() -> dict[str, PretrainedConfig]:
         "long_factor": [1.0 + 0.5 * i for i in range(12)],
     }
     mixed = ["sliding_attention", "full_attention", "sliding_attention"]
+    # States so large that vLLM makes blocks larger. (On CPUs it computes one chunk.)
+    recurrent = {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 32,
+        "mamba_d_state": 64,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 512,
+    }
     return {
         "llama": LlamaConfig(**shape(2, tied=False), rope_parameters=llama3_rope),
         "llama-mha": LlamaConfig(**shape(HEADS, tied=True)),
@@ -125,6 +135,19 @@ def _served() -> dict[str, PretrainedConfig]:
             query_pre_attn_scalar=32,
             sliding_window=WINDOW,
             layer_types=mixed,
+        ),
+        "granite-hybrid": GraniteMoeHybridConfig(
+            **shape(2, tied=False),
+            **recurrent,
+            layer_types=["mamba", "attention", "mamba"],
+            position_embedding_type="rope",
+            attention_multiplier=32**-0.5,
+            num_local_experts=0,
+            num_experts_per_tok=0,
+            shared_intermediate_size=256,
+        ),
+        "falcon-h1": FalconH1Config(
+            **shape(2, tied=False), **recurrent, head_dim=32, mamba_d_ssm=256
         ),
     }
 

@@ -16,6 +16,7 @@ _FLASH = "vllm.v1.attention.backends.flash_attn"
 _TRITON = "vllm.v1.attention.backends.triton_attn"
 _PROCESSOR_V2 = "vllm.v1.worker.gpu.sample.logits_processor"
 _GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
+_STATES = "vllm.v1.worker.gpu.model_states"
 
 _METADATA = (
     "num_actual_tokens",
@@ -56,6 +57,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "vllm.platforms.interface": ("DeviceCapability",),
     "vllm.v1.kv_cache_interface": ("AttentionSpec", "KVCacheLayout"),
     "vllm.v1.worker.gpu.model_runner": ("GPUModelRunner",),
+    f"{_STATES}.mamba_hybrid": ("MambaHybridModelState", "build_attn_metadata"),
     "vllm.v1.worker.gpu_worker": ("Worker",),
 }
 
@@ -84,6 +86,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "vllm.platforms.interface:DeviceCapability": ("major",),
     "vllm.platforms.interface:Platform": ("device_name", "device_type"),
     "vllm.v1.kv_cache_interface:KVCacheLayout": ("LBHNC",),
+    "vllm.v1.worker.gpu.input_batch:InputBatch": ("idx_mapping_np",),
     "vllm.v1.worker.gpu.states:RequestState": ("req_id_to_index",),
     f"{_FLASH}:FlashAttentionMetadataBuilder": ("scheduler_metadata",),
     f"{_FLASH}:FlashAttentionMetadata": (*_METADATA, "scheduler_metadata", "max_num_splits"),
@@ -166,6 +169,10 @@ REPLACED: dict[str, str] = {
     ),
     f"{_GRAPHS}:ModelCudaGraphManager.run_fullgraph": "self, desc",
     "vllm.v1.worker.gpu_worker:Worker.sleep": "self, level",
+    f"{_STATES}.mamba_hybrid:MambaHybridModelState.prepare_attn": (
+        "self, input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, "
+        "kv_cache_config, for_capture, ubatch_idx, model_specific_attn_metadata"
+    ),
 }
 
 BASES: dict[str, str] = {
@@ -210,8 +217,10 @@ PASSAGES: dict[str, tuple[str, ...]] = {
     f"{_FLASH}:FlashAttentionMetadataBuilder._store_scheduler_metadata": (
         "self.scheduler_metadata[:n] = scheduler_metadata",
     ),
-    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn": (
-        "req_idx=input_batch.idx_mapping_np",
+    # Which requests a batch has: said, or for the hook of `compat.batch_hooks` to say.
+    f"{_STATES}.default:DefaultModelState.prepare_attn": ("req_idx=input_batch.idx_mapping_np",),
+    f"{_STATES}.mamba_hybrid:MambaHybridModelState.prepare_attn": (
+        "attn_metadata = build_attn_metadata(",
     ),
     "vllm.v1.worker.gpu.sample.sampler:Sampler.add_request": (
         "processor.add_request(req_idx, sampling_params)",

@@ -268,6 +268,8 @@ def identity(vllm_config: VllmConfig) -> CompilationConfig:
 
 
 _ENGINES: dict[int, VllmConfig] = {}
+_OWNERS: dict[int, weakref.ref[CompilationConfig]] = {}
+"""By the `id` of an engine."""
 
 
 def engine_of(vllm_config: VllmConfig) -> VllmConfig:
@@ -280,9 +282,23 @@ def engine_of(vllm_config: VllmConfig) -> VllmConfig:
     if id(owner) not in _ENGINES:
         engine = copy.copy(vllm_config)
         engine.compilation_config = None
-        _ENGINES[id(owner)] = engine
+        _ENGINES[id(owner)], _OWNERS[id(engine)] = engine, weakref.ref(owner)
         weakref.finalize(owner, _ENGINES.pop, id(owner), None)
+        weakref.finalize(owner, _OWNERS.pop, id(engine), None)
     return _ENGINES[id(owner)]
+
+
+def implementations(engine: VllmConfig) -> list[Any]:
+    """The implementations of the attention layers that an engine has in this worker so far.
+
+    Layers of other kinds, such as recurrent ones, have none.
+
+    Args:
+        engine: See `engine_of`.
+    """
+    owner = _OWNERS[id(engine)]()
+    layers = owner.static_forward_context.values() if owner is not None else ()
+    return [layer.impl for layer in layers if hasattr(layer, "impl")]
 
 
 _engine_being_built: weakref.ref[VllmConfig] | None = None

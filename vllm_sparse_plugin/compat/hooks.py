@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from sparse_attention_hub.sparse_attention.serialization import config_to_json
+from vllm_sparse_plugin.compat.batch_hooks import install_batch_hooks
 from vllm_sparse_plugin.compat.engine import (
     attention_shape,
     check_engine,
@@ -65,6 +66,7 @@ def install() -> None:
     _hook_worker_statistics()
     _hook_cache_allocation()
     if is_cuda:
+        install_batch_hooks()
         install_graph_hooks()
         _hook_sleep()
 

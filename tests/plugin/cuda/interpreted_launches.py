@@ -57,8 +57,11 @@ def prepare(executor: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lau
         name: value if name in executor.constexprs else interpreter._implicit_cvt(value)
         for name, value in given.items()
     }
-    COMPILED.add(_variant(executor, given))
     grid = tuple(executor.grid(arguments) if callable(executor.grid) else executor.grid)
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor):  # vLLM's convolutions put them there with the grid
+            given[name], arguments[name] = value, interpreter._implicit_cvt(value)
+    COMPILED.add(_variant(executor, given))
     return Launch(
         function=executor.fn,
         arguments=arguments,

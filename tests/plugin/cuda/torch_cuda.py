@@ -1,6 +1,7 @@
 """`torch.cuda` and `torch.accelerator` of a machine with one H200 whose work is done at once."""
 
 import collections
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -168,6 +169,7 @@ def install() -> None:
         "current_accelerator": _gives(torch.device("cuda")),
         "current_device_index": _gives(0),
         "set_device_index": _gives(None),
+        "device_index": _gives(contextlib.nullcontext()),
         "get_memory_info": _gives((_FREE, Properties.total_memory)),
         "empty_host_cache": _gives(None),
     }

@@ -11,8 +11,8 @@ import torch
 
 from tests.plugin.paged.paged_rows import SINK_LOCAL, shape_of
 from vllm_sparse_plugin import compat, device_planners
+from vllm_sparse_plugin.paged.learned_index import LearnedIndex
 from vllm_sparse_plugin.serving_config import ServingConfig
-from vllm_sparse_plugin.trial import AttentionShape
 
 
 class Engine:
@@ -22,13 +22,14 @@ class Engine:
         self.speculative_config = changed.get("speculative_config")
         self.scheduler_config = SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=16)
         self.model_config = SimpleNamespace(max_model_len=60)
+        self.layers = changed.get("layers", [])
 
 
 @pytest.fixture
 def config(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     found = {"maskers": SINK_LOCAL}
     monkeypatch.setattr(compat, "serving_config", lambda engine: ServingConfig.parse(found))
-    monkeypatch.setattr(compat, "attention_shape", lambda engine: AttentionShape(2, 4, 2, 16))
+    monkeypatch.setattr(compat, "implementations", lambda engine: engine.layers)
     monkeypatch.setattr(compat, "device_type", lambda: "cpu")
     return found
 
@@ -71,3 +72,25 @@ def test_what_an_engine_makes_of_its_configuration(
     assert planner.limits.capacity == 64
     assert planner.device == torch.device("cpu")
     assert (planner.memory.num_bytes > 0) == planner.limits.has_fast_path
+
+
+def test_what_is_learned_is_kept_of_layers_with_an_index(
+    config: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows, and recurrent layers of hybrid models, take nothing of that memory."""
+    pq = {"type": "pq_cache", "heavy_size": 4, "pq_sub_dim": 8, "pq_bits": 2}
+    config["maskers"] = [*SINK_LOCAL, pq]
+    (index,) = device_planners.planner_of(Engine(), shape_of()).layout.indices
+    assert isinstance(index, LearnedIndex)
+    state = 4 * index.state_width(shape_of())
+    monkeypatch.setattr(device_planners, "STATES_BYTES", 2 * state)
+
+    def sequences(*layers: object) -> int:
+        planner = device_planners.planner_of(Engine(layers=layers), shape_of())
+        return planner.limits.max_sequences
+
+    own = SimpleNamespace(has_index=True)
+    assert sequences(own) == 2
+    assert sequences(own, SimpleNamespace(has_index=False), object()) == 2
+    assert sequences(own, own) == 1
+    assert sequences() == 2  # the model is not there yet

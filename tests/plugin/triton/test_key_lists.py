@@ -77,8 +77,8 @@ def check(scores, kv_heads: int, wanted, lengths, ranges, every=None) -> None:
     ("heads", "kv_heads", "spread", "peak", "programs"),
     [
         (4, 2, 1.0, 0.0, 1024),
-        (4, 2, 1.0, 55.0, 1),
-        (4, 2, 12.0, 0.0, 1024),
+        (2, 1, 1.0, 55.0, 1),
+        (2, 1, 12.0, 0.0, 1024),
         (2, 1, 0.2, 0.0, 1),
         (3, 1, 1.0, 55.0, 1024),
         (7, 1, 1.0, 0.0, 1024),

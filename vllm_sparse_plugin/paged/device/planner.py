@@ -285,7 +285,7 @@ def sequences_within(budget: int, most: int, layout: BlockLayout, num_layers: in
         budget: Bytes, of each index.
         most: Sequences of a step.
         layout: Of the blocks.
-        num_layers: With such blocks.
+        num_layers: That have indices, at least 1.
     """
     learned = [index for index in layout.indices if isinstance(index, LearnedIndex)]
     sizes = [4 * num_layers * index.state_width(layout.shape) for index in learned]
