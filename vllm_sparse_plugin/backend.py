@@ -275,6 +275,14 @@ class SparseAttentionImpl(_DenseImpl):  # type: ignore[misc, valid-type]
         self.can_be_sparse = not compat.window_restricts(sliding_window, vllm_config)
         self._statistics = row_table(vllm_config).statistics
 
+    @property
+    def has_index(self) -> bool:
+        """Whether the layer's blocks hold an index that is kept right.
+
+        Nobody reads that of a layer which stays dense; shared keys have one already.
+        """
+        return self.can_be_sparse and self.kv_sharing_target_layer_name is None
+
     def forward(
         self,
         layer: Any,

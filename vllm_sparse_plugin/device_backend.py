@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,13 +13,14 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.backend import SparseAttentionBackend, SparseAttentionImpl
+from vllm_sparse_plugin.block_room import with_room
 from vllm_sparse_plugin.device_metadata import DeviceMetadataBuilder
 from vllm_sparse_plugin.device_planners import planner_of
 from vllm_sparse_plugin.general_path import attend_generally
-from vllm_sparse_plugin.paged.device.cache import DeviceCache, require_layout
+from vllm_sparse_plugin.paged.device.cache import DeviceCache
 from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex, device_index
 from vllm_sparse_plugin.paged.device.step import DeviceGroup, DeviceStep
-from vllm_sparse_plugin.paged.layout import BlockIndex, BlockLayout, BlockShape
+from vllm_sparse_plugin.paged.layout import BlockIndex, BlockLayout, BlockShape, require_room
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import key_value_rows
 from vllm_sparse_plugin.paged_cache import gather_row, read_token_major
 
@@ -65,8 +65,7 @@ class DeviceAttentionBackend(SparseAttentionBackend):
         if cls.is_laid_out(spec):
             return spec
         engine = compat.engine_being_built()
-        layout = planner_of(engine, compat.block_shape(spec, engine)).layout
-        return replace(spec, state_content_bytes=layout.bytes_per_token)
+        return with_room(spec, engine, lambda shape: planner_of(engine, shape).layout)
 
 
 class DeviceAttentionImpl(SparseAttentionImpl):
@@ -82,14 +81,6 @@ class DeviceAttentionImpl(SparseAttentionImpl):
         self._indices: tuple[BlockLayout, dict[BlockIndex, DeviceIndex]] | None = None
         # Of the cache that was seen last; not that itself, which vLLM frees to make another.
         self._seen: Callable[[], torch.Tensor | None] = lambda: None
-
-    @property
-    def has_index(self) -> bool:
-        """Whether the layer's index is kept right.
-
-        Nobody reads that of a layer which stays dense; shared keys have one already.
-        """
-        return self.can_be_sparse and self.kv_sharing_target_layer_name is None
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """False: see `supports_quant_query_input`."""
@@ -210,13 +201,13 @@ class DeviceAttentionImpl(SparseAttentionImpl):
         self, layer: Any, shape: BlockShape
     ) -> tuple[BlockLayout, dict[BlockIndex, DeviceIndex]]:
         if self._indices is None or self._indices[0].shape != shape:
-            planner = planner_of(self._engine, shape)
-            layout, layer_index = planner.layout, extract_layer_index(layer.layer_name)
-            kept = layout.indices if self.has_index else ()
-            self._indices = (
-                layout,
-                {index: device_index(index, layout, layer_index, planner.space) for index in kept},
-            )
+            layout, indices = BlockLayout(shape), {}
+            if self.has_index:
+                planner = planner_of(self._engine, shape)
+                layout, layer_index = planner.layout, extract_layer_index(layer.layer_name)
+                for index in layout.indices:
+                    indices[index] = device_index(index, layout, layer_index, planner.space)
+            self._indices = (layout, indices)
         return self._indices
 
     def _cache(self, layer: Any, kv_cache: torch.Tensor) -> DeviceCache:
@@ -226,6 +217,6 @@ class DeviceAttentionImpl(SparseAttentionImpl):
         else:
             shape = self._shape(kv_cache.shape[2], kv_cache.dtype)
             layout, indices = self._layout_and_indices(layer, shape)
-            require_layout(kv_cache, layout)
+            require_room(kv_cache, layout)
             self._seen = weakref.ref(kv_cache)
         return DeviceCache(kv_cache, layout, extract_layer_index(layer.layer_name), indices)

@@ -66,7 +66,9 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         assert self._config is not None  # else this backend would not have been chosen
         engine = compat.engine_of(vllm_config)
         self._planner = planner_of(engine, compat.block_shape(kv_cache_spec, engine))
-        compat.check_blocks(kv_cache_spec, self._planner.layout)
+        compat.check_blocks(
+            kv_cache_spec, self._planner.layout if self._has_sparse_layers else None
+        )
         # The index of another layer's keys would be wrong: those take the general path.
         layers = get_layers_from_vllm_config(vllm_config, Attention, self._sparse_layers)
         own_cache = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from vllm_sparse_plugin.backend import (
     SparseAttentionImpl,
     SparseAttentionMetadataBuilder,
 )
+from vllm_sparse_plugin.block_room import with_room
 from vllm_sparse_plugin.general_path import attend_generally
 from vllm_sparse_plugin.paged import threads
 from vllm_sparse_plugin.paged.attention import attend_dense
@@ -71,11 +71,10 @@ class PagedAttentionBackend(SparseAttentionBackend):
         """Makes room for the index in every block, in vLLM's own accounting."""
         if cls.is_laid_out(spec):
             return spec
-        vllm_config = compat.engine_being_built()
-        shape = compat.block_shape(spec, vllm_config)
-        config = compat.serving_config(vllm_config)
+        engine = compat.engine_being_built()
+        config = compat.serving_config(engine)
         assert config is not None  # else this backend would not have been chosen
-        return replace(spec, state_content_bytes=block_layout(config, shape).bytes_per_token)
+        return with_room(spec, engine, functools.partial(block_layout, config))
 
 
 class PagedMetadataBuilder(SparseAttentionMetadataBuilder):
@@ -93,10 +92,12 @@ class PagedMetadataBuilder(SparseAttentionMetadataBuilder):
         threads.start(torch.get_num_threads())
         config = self._config
         assert config is not None  # else this backend would not have been chosen
+        if not self._has_sparse_layers:
+            compat.check_blocks(kv_cache_spec, None)
+            return
         layout = block_layout(config, compat.block_shape(kv_cache_spec, vllm_config))
         compat.check_blocks(kv_cache_spec, layout)
-        if self._has_sparse_layers:
-            warm_up(config.indexed(), layout)
+        warm_up(config.indexed(), layout)
 
     def build(
         self,

@@ -13,6 +13,7 @@ from transformers import (
     FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     GptOssConfig,
     GraniteMoeHybridConfig,
@@ -135,6 +136,15 @@ def _served() -> dict[str, PretrainedConfig]:
             query_pre_attn_scalar=32,
             sliding_window=WINDOW,
             layer_types=mixed,
+        ),
+        "gemma4": Gemma4TextConfig(
+            **shape(2, tied=False),
+            head_dim=32,
+            per_layer_config={"2": {"head_dim": 64}},  # of the layer without a window
+            sliding_window=WINDOW,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            hidden_size_per_layer_input=16,
+            vocab_size_per_layer_input=VOCABULARY["vocab_size"],
         ),
         "granite-hybrid": GraniteMoeHybridConfig(
             **shape(2, tied=False),

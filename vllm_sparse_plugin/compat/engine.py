@@ -68,20 +68,21 @@ def block_shape(spec: AttentionSpec, vllm_config: VllmConfig) -> BlockShape:
     )
 
 
-def check_blocks(spec: AttentionSpec, layout: BlockLayout) -> None:
-    """Looks whether a group's blocks are still those that the index was laid out for.
+def check_blocks(spec: AttentionSpec, layout: BlockLayout | None) -> None:
+    """Looks whether a group's blocks have room for the index.
 
     vLLM makes blocks of all layers equally large where layers have caches of different sizes, by
     more tokens or by padding. More tokens pass here, if they have as many bytes each.
 
     Args:
         spec: Of the layers, as their caches are made.
-        layout: Of blocks of so many tokens.
+        layout: Of blocks of so many tokens; None: of layers without an index.
 
     Raises:
-        ValueError: They are not.
+        ValueError: They have not, or are padded.
     """
-    if spec.page_size_padded is not None or spec.state_content_bytes != layout.bytes_per_token:
+    needed = layout.bytes_per_token if layout is not None else 0
+    if spec.page_size_padded is not None or spec.state_content_size_bytes < needed:
         raise ValueError(
             "--attention-backend CUSTOM (sparse attention): layers of this model have KV caches of "
             f"different sizes, so that vLLM pads blocks (to {spec.page_size_bytes} bytes for "

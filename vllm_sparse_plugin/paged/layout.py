@@ -117,7 +117,7 @@ class BlockLayout:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes per token and KV head."""
+        """Bytes per token and KV head that a cache has at least."""
         return self.shape.key_value_bytes + self.index_bytes_per_token
 
 
@@ -146,28 +146,15 @@ class LayerCache:
         """Views of vLLM's tensor.
 
         Args:
-            kv_cache: `[num_blocks, num_kv_heads, block_size, bytes_per_token / itemsize]`.
+            kv_cache: `[num_blocks, num_kv_heads, block_size, width]`, contiguous, with room for all
+                of the layout.
             layout: Of its blocks.
             layer_index: Of the attention layer.
 
         Raises:
             ValueError: The tensor is not of this layout.
         """
-        shape = layout.shape
-        wanted = (
-            shape.num_kv_heads,
-            shape.block_size,
-            layout.bytes_per_token // shape.dtype.itemsize,
-        )
-        if (
-            kv_cache.dtype != shape.dtype
-            or tuple(kv_cache.shape[1:]) != wanted
-            or not kv_cache.is_contiguous()
-        ):
-            raise ValueError(
-                f"the KV cache must be contiguous [*, {', '.join(map(str, wanted))}] of "
-                f"{shape.dtype}, got {tuple(kv_cache.shape)} of {kv_cache.dtype}"
-            )
+        require_room(kv_cache, layout)
         flat = kv_cache.view(*kv_cache.shape[:2], -1)
         return cls(layout, layer_index, as_elements(flat), flat.view(torch.uint8).numpy())
 
@@ -204,6 +191,31 @@ class LayerCache:
         )
         for index in self.layout.indices:
             index.update(self, places)
+
+
+def require_room(kv_cache: torch.Tensor, layout: BlockLayout) -> None:
+    """Looks whether a cache can have a layout.
+
+    Args:
+        kv_cache: See `LayerCache.of`.
+        layout: Of its blocks.
+
+    Raises:
+        ValueError: It cannot.
+    """
+    shape = layout.shape
+    heads, width = shape.num_kv_heads, layout.bytes_per_token // shape.dtype.itemsize
+    if (
+        kv_cache.dtype != shape.dtype
+        or kv_cache.shape[1:3] != (heads, shape.block_size)
+        or kv_cache.shape[3] < width
+        or not kv_cache.is_contiguous()
+    ):
+        raise ValueError(
+            f"the KV cache must be contiguous [*, {heads}, {shape.block_size}, >= {width}] of "
+            f"{shape.dtype}, got {tuple(kv_cache.shape)} of {kv_cache.dtype} with strides "
+            f"{kv_cache.stride()}"
+        )
 
 
 def as_elements(tensor: torch.Tensor) -> np.ndarray:

@@ -117,6 +117,10 @@ def install() -> None:
     warmup = ModuleType("vllm.model_executor.warmup.kernel_warmup")
     warmup.kernel_warmup = lambda worker, **_: None  # type: ignore[attr-defined]
     sys.modules[warmup.__name__] = warmup
+    # What rewrites compiled models looks up compiled kernels, for models that are never compiled.
+    passes = ModuleType("vllm.compilation.passes.pass_manager")
+    passes.PostGradPassManager = object  # type: ignore[attr-defined]
+    sys.modules[passes.__name__] = passes
     import vllm._custom_ops as custom_ops
 
     for name in _ACTIVATIONS:

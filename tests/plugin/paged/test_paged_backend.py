@@ -215,6 +215,7 @@ def test_room_is_made_in_vllms_own_accounting(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         compat.engine, "attention_shape", lambda engine: SimpleNamespace(num_heads=9)
     )
+    monkeypatch.setattr(compat, "implementations", lambda engine: [])
     spec = FullAttentionSpec(block_size=128, num_kv_heads=3, head_size=64, dtype=torch.float32)
     made = PagedAttentionBackend.customize_spec(spec)
     # Two rows of 64 float32 per page of 8, and of 16.

@@ -8,7 +8,7 @@ import torch
 
 from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex, device_index
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
-from vllm_sparse_plugin.paged.layout import BlockIndex, BlockLayout
+from vllm_sparse_plugin.paged.layout import BlockIndex, BlockLayout, require_room
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import key_value_rows
 from vllm_sparse_plugin.paged.triton_kernels.writing import write_rows
 
@@ -44,7 +44,7 @@ class DeviceCache:
         Raises:
             ValueError: The tensor is not of this layout.
         """
-        require_layout(kv_cache, layout)
+        require_room(kv_cache, layout)
         indices = {
             index: device_index(index, layout, layer_index, space) for index in layout.indices
         }
@@ -77,28 +77,3 @@ class DeviceCache:
             `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
         """
         return key_value_rows(self.kv_cache, self.layout.shape.head_size)
-
-
-def require_layout(kv_cache: torch.Tensor, layout: BlockLayout) -> None:
-    """Looks whether a cache is of a layout.
-
-    Args:
-        kv_cache: See `DeviceCache`.
-        layout: Of its blocks.
-
-    Raises:
-        ValueError: It is not.
-    """
-    shape = layout.shape
-    width = layout.bytes_per_token // shape.dtype.itemsize
-    wanted = (shape.num_kv_heads, shape.block_size, width)
-    if (
-        kv_cache.dtype != shape.dtype
-        or tuple(kv_cache.shape[1:]) != wanted
-        or not kv_cache.is_contiguous()
-    ):
-        raise ValueError(
-            f"the KV cache must be contiguous [*, {', '.join(map(str, wanted))}] of "
-            f"{shape.dtype}, got {tuple(kv_cache.shape)} of {kv_cache.dtype} with strides "
-            f"{kv_cache.stride()}"
-        )

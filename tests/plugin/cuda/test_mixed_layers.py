@@ -1,0 +1,138 @@
+"""Models whose layers are of several kinds on vLLM's CUDA code path, against the CPU's engine.
+
+Recurrent layers beside attention, for which vLLM makes blocks larger (48 tokens here, for them to
+be as large as a state); and layers with a window, whose heads are of another size than the others'.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma4TextConfig,
+    GraniteMoeHybridConfig,
+    PretrainedConfig,
+)
+
+pytest.importorskip("vllm")
+
+from tests.plugin.cuda.dry_cuda import GRAPHS
+from tests.plugin.cuda.run_engines import DRY_OPTIONS, OPTIONS, run_both
+from tests.plugin.cuda.test_sparse_engines import (
+    OFF,
+    QUEST,
+    SINK_LOCAL,
+    SPARSE_PROMPT,
+    STATISTICS,
+    V1,
+    request,
+)
+
+RUN = [
+    request(0, 40, 8),
+    request(1, 5, 9, arrives=1, **OFF),
+    request(2, 55, 6, arrives=3),
+    request(3, 20, 4, arrives=4, **SPARSE_PROMPT),
+    request(2, 55, 4, arrives=12),  # may find a block of the same prompt
+]
+CONFIG = {
+    "maskers": [*SINK_LOCAL, QUEST],
+    "min_sparse_keys": 0,
+    "allow_request_config": False,  # no memory is there but what these maskers were found to need
+}
+
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.15,  # see `write_tiny_llama`
+}
+
+
+def recurrent() -> PretrainedConfig:
+    return GraniteMoeHybridConfig(
+        **SHAPE,
+        shared_intermediate_size=256,
+        num_hidden_layers=2,
+        layer_types=["mamba", "attention"],
+        position_embedding_type="rope",
+        attention_multiplier=32**-0.5,
+        mamba_n_heads=8,
+        mamba_d_head=32,
+        mamba_d_state=16,
+        mamba_n_groups=1,
+        num_local_experts=0,
+        num_experts_per_tok=0,
+    )
+
+
+def windowed() -> PretrainedConfig:
+    return Gemma4TextConfig(
+        **SHAPE,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=16,
+        head_dim=32,
+        per_layer_config={"1": {"head_dim": 64}},
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=512,
+    )
+
+
+def write(config: PretrainedConfig, folder: Path) -> str:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("mixed")
+    models = {
+        "recurrent": write(recurrent(), folder / "recurrent"),
+        "windowed": write(windowed(), folder / "windowed"),
+    }
+
+    def engine(model: str, options: dict[str, Any], **others: Any) -> dict[str, Any]:
+        own = {
+            "model": models[model],
+            "attention_backend": "CUSTOM",
+            "additional_config": {"sparse_attention": CONFIG},
+        }
+        asked = {"batches": [RUN], "calls": STATISTICS}
+        return {"options": {**options, **own}, **asked, **others}
+
+    graphs = {**DRY_OPTIONS, "compilation_config": GRAPHS}
+    dry = {
+        # (The CPU's engine cannot keep recurrent states for prefixes.)
+        "recurrent, V2": engine("recurrent", {**graphs, "enable_prefix_caching": True}),
+        "recurrent, V1": engine("recurrent", graphs, environment=V1),
+        "windowed, V2": engine("windowed", graphs),
+    }
+    cpu, found = run_both({model: engine(model, OPTIONS) for model in models}, dry, folder)
+    return cpu | found
+
+
+@pytest.mark.parametrize("name", ["recurrent, V2", "recurrent, V1", "windowed, V2"])
+def test_each_row_has_its_own_maskers_on_pages(
+    reports: dict[str, dict[str, Any]], name: str
+) -> None:
+    found, expected = reports[name], reports[name.partition(",")[0]]
+    assert found["platform"] == "DryCudaPlatform"
+    assert found["tokens"] == expected["tokens"]
+    [counts], [right] = found["calls"][-1], expected["calls"][-1]
+    has_prefixes = name == "recurrent, V2"
+    assert found["prefix_hits"] == (48 if has_prefixes else 0)
+    # What is found is no query.
+    assert counts == {**right, "dense_queries": right["dense_queries"] - found["prefix_hits"]}
+    assert counts["sparse_queries"] > 0
+    assert counts["general_rows"] == 0
+    assert counts["density"] < 0.9
+    assert found["replays"] > 5
