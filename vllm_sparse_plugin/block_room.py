@@ -37,7 +37,7 @@ def with_room(
 
     layers = [
         need(layer.num_kv_heads, layer.head_size, layer.has_index)
-        for layer in compat.implementations(engine)
+        for layer in compat.implementations(engine).values()
         if isinstance(layer, SparseAttentionImpl)
     ]
     is_windowed = compat.window_restricts(getattr(spec, "sliding_window", None), engine)

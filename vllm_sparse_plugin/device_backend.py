@@ -139,10 +139,8 @@ class DeviceAttentionImpl(SparseAttentionImpl):
         output: torch.Tensor,
     ) -> None:
         """Writes the output of the queries of one configuration."""
-        attention = None
-        if self.has_index:  # that of another layer's keys would be wrong
-            planner = planner_of(self._engine, cache.layout.shape)
-            attention = planner.attention(group.config_json, cache.layer_index)
+        planner = planner_of(self._engine, cache.layout.shape)
+        attention = planner.attention(group.config_json, cache.layer_index)
         if attention is None:
             self._attend_generally(group, query, cache, step, output)
             return
@@ -190,9 +188,7 @@ class DeviceAttentionImpl(SparseAttentionImpl):
         for index in indices.values():
             index.reserve()
         if self.can_be_sparse:
-            is_shared = self.kv_sharing_target_layer_name is not None
-            layer_index = extract_layer_index(layer.layer_name)
-            planner_of(self._engine, shape).reserve(layer_index, is_shared)
+            planner_of(self._engine, shape).reserve(extract_layer_index(layer.layer_name))
 
     def _shape(self, block_size: int, dtype: torch.dtype) -> BlockShape:
         return BlockShape(block_size, self.num_heads, self.num_kv_heads, self.head_size, dtype)
@@ -202,11 +198,12 @@ class DeviceAttentionImpl(SparseAttentionImpl):
     ) -> tuple[BlockLayout, dict[BlockIndex, DeviceIndex]]:
         if self._indices is None or self._indices[0].shape != shape:
             layout, indices = BlockLayout(shape), {}
-            if self.has_index:
+            if self.can_be_sparse:
                 planner = planner_of(self._engine, shape)
                 layout, layer_index = planner.layout, extract_layer_index(layer.layer_name)
                 for index in layout.indices:
-                    indices[index] = device_index(index, layout, layer_index, planner.space)
+                    if self.has_index or index.is_of_keys_alone:
+                        indices[index] = device_index(index, layout, layer_index, planner.space)
             self._indices = (layout, indices)
         return self._indices
 

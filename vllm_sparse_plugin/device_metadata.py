@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig, get_layers_from_vllm_config
-from vllm.model_executor.layers.attention import Attention
+from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
@@ -69,12 +68,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         compat.check_blocks(
             kv_cache_spec, self._planner.layout if self._has_sparse_layers else None
         )
-        # The index of another layer's keys would be wrong: those take the general path.
-        layers = get_layers_from_vllm_config(vllm_config, Attention, self._sparse_layers)
-        own_cache = [
-            name for name, layer in layers.items() if not layer.kv_sharing_target_layer_name
-        ]
-        self._layers = tuple(extract_layer_index(name) for name in own_cache)
+        self._layers = tuple(extract_layer_index(name) for name in self._sparse_layers)
         self._is_speculative = vllm_config.speculative_config is not None
         compilation = vllm_config.compilation_config
         self._has_graphs = compilation.cudagraph_mode.has_full_cudagraphs()
@@ -83,7 +77,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         use = self._planner.use(own, self._layers)
         # What graphs hold: the engine's own maskers, if all layers take the fast path.
         is_captured = use.fast_layers > 0 and use.general_layers == 0
-        is_captured &= len(own_cache) == len(self._sparse_layers) and not self._is_speculative
+        is_captured &= not self._is_speculative
         self._captured: str | None = own if is_captured else None
         self.is_captured, self.learns = is_captured, use.learns
         # What all maskers together have learned of each request, if any of them learns.
@@ -101,7 +95,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         self._second_schedule: torch.Tensor | None = None
         graphs = self._table.graphs
         graphs.is_always_dense = self._is_speculative
-        if use.fast_layers or len(own_cache) < len(self._sparse_layers) or use.general_layers:
+        if use.fast_layers or use.general_layers:
             # Not where all layers stay dense in this configuration: their graphs serve it as well.
             graphs.captured[self._name] = self._captured
             if self._captured_sequences is not None:

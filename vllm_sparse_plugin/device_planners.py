@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.model_executor.models.utils import extract_layer_index
 
 from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
 from vllm_sparse_plugin import compat
@@ -70,9 +71,14 @@ def _planner(engine: VllmConfig, shape: BlockShape, alike: DevicePlanner | None)
     )
     scheduler = engine.scheduler_config
     most = scheduler.max_num_seqs
-    # Not all have one: windows, and the recurrent layers of hybrid models.
     layers = compat.implementations(engine)
-    num_layers = sum(getattr(layer, "has_index", False) for layer in layers)
+    # Not all have one: windows, and the recurrent layers of hybrid models.
+    num_layers = sum(getattr(layer, "has_index", False) for layer in layers.values())
+    shared = {
+        name
+        for name, layer in layers.items()
+        if getattr(layer, "kv_sharing_target_layer_name", None)
+    }
     limits = Limits(
         max_queries=most,
         capacity=-(-engine.model_config.max_model_len // 16) * 16,
@@ -83,4 +89,11 @@ def _planner(engine: VllmConfig, shape: BlockShape, alike: DevicePlanner | None)
     )
     own = ResearchAttentionConfig([]) if is_dense else config.attention
     device = torch.device(compat.device_type())
-    return DevicePlanner(layout, limits, device, own, alike.memory if alike else None)
+    return DevicePlanner(
+        layout,
+        limits,
+        device,
+        own,
+        alike.memory if alike else None,
+        frozenset(map(extract_layer_index, shared)),
+    )

@@ -238,9 +238,8 @@ class PagedAttentionImpl(SparseAttentionImpl):
             )
             counts.add_dense(cache.layout.shape)
             return
-        fast = None
-        if self.kv_sharing_target_layer_name is None:  # the index of another layer's keys is wrong
-            fast = paged_attention_of(group.config_json, cache.layout, cache.layer_index)
+        is_shared = self.kv_sharing_target_layer_name is not None
+        fast = paged_attention_of(group.config_json, cache.layout, cache.layer_index, is_shared)
         if fast is not None:
             taken = queries.take(query)
             result = queries.target(taken, output)

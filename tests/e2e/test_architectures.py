@@ -39,7 +39,7 @@ CONFIGS = {
     name: None if maskers is None else config_from_dict({"maskers": maskers})
     for name, maskers in MASKERS.items()
 }
-WINDOWED_LAYERS = {"mistral-window": LAYERS, "gemma3": 2, "gemma4": 2}
+WINDOWED_LAYERS = {"mistral-window": LAYERS, "gemma3": 2, "gemma4": 1}
 RECURRENT_LAYERS = {"granite-hybrid": 2}
 """Without attention; falcon-h1's have both."""
 PEAKED = {("gemma4", "oracle")}

@@ -137,12 +137,14 @@ def _served() -> dict[str, PretrainedConfig]:
             sliding_window=WINDOW,
             layer_types=mixed,
         ),
+        # The last layer reads the first one's keys, and the heads of both are larger.
         "gemma4": Gemma4TextConfig(
             **shape(2, tied=False),
             head_dim=32,
-            per_layer_config={"2": {"head_dim": 64}},  # of the layer without a window
+            per_layer_config={"0": {"head_dim": 64}, "2": {"head_dim": 64}},
+            num_kv_shared_layers=1,
             sliding_window=WINDOW,
-            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
             hidden_size_per_layer_input=16,
             vocab_size_per_layer_input=VOCABULARY["vocab_size"],
         ),

@@ -289,8 +289,8 @@ def engine_of(vllm_config: VllmConfig) -> VllmConfig:
     return _ENGINES[id(owner)]
 
 
-def implementations(engine: VllmConfig) -> list[Any]:
-    """The implementations of the attention layers that an engine has in this worker so far.
+def implementations(engine: VllmConfig) -> dict[str, Any]:
+    """The implementations of the attention layers that an engine has in this worker, by name.
 
     Layers of other kinds, such as recurrent ones, have none.
 
@@ -298,8 +298,8 @@ def implementations(engine: VllmConfig) -> list[Any]:
         engine: See `engine_of`.
     """
     owner = _OWNERS[id(engine)]()
-    layers = owner.static_forward_context.values() if owner is not None else ()
-    return [layer.impl for layer in layers if hasattr(layer, "impl")]
+    layers = owner.static_forward_context if owner is not None else {}
+    return {name: layer.impl for name, layer in layers.items() if hasattr(layer, "impl")}
 
 
 _engine_being_built: weakref.ref[VllmConfig] | None = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -58,7 +59,13 @@ class BlockIndex(ABC):
     """Something small about the keys of a block, kept with them.
 
     Implementations are frozen dataclasses: maskers that need the same index share it.
+
+    Attributes:
+        is_of_keys_alone: Whether it depends on the keys alone, not on the layer they were written
+            by: then it serves other layers that read the same cache.
     """
+
+    is_of_keys_alone: ClassVar[bool] = False
 
     @abstractmethod
     def bytes_per_block(self, shape: BlockShape) -> int:

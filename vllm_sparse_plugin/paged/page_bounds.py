@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ class PageBounds(BlockIndex):
         page_size: Tokens of a page.
         label_bits: Of a stored element, one of `STORED_BITS`.
     """
+
+    is_of_keys_alone: ClassVar[bool] = True
 
     page_size: int
     label_bits: int

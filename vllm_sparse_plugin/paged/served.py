@@ -21,7 +21,7 @@ MaskersOf = Callable[[Sequence[MaskerConfig], BlockShape], Sequence[PagedMasker]
 
 @functools.lru_cache(maxsize=4096)
 def paged_attention_of(
-    config_json: str, layout: BlockLayout, layer_index: int
+    config_json: str, layout: BlockLayout, layer_index: int, is_shared: bool = False
 ) -> PagedAttention | None:
     """The fast path of a configuration in one layer; None: the general path serves it.
 
@@ -31,29 +31,38 @@ def paged_attention_of(
         config_json: With maskers in this layer.
         layout: Of the layer's blocks.
         layer_index: Of the attention layer.
+        is_shared: Whether they are another layer's.
     """
     try:
         attention = PagedAttention(configs_of_layer(config_json, layer_index), layout.shape)
-        require_indices(attention.maskers, layout)
+        require_indices(attention.maskers, layout, is_shared)
     except Unsupported as reason:
         say_once(config_json, str(reason))
         return None
     return attention
 
 
-def require_indices(maskers: Iterable[PagedMasker], layout: BlockLayout) -> None:
+def require_indices(
+    maskers: Iterable[PagedMasker], layout: BlockLayout, is_shared: bool = False
+) -> None:
     """Looks whether blocks hold what maskers need.
+
+    Args:
+        maskers: Of a layer.
+        layout: Of its blocks.
+        is_shared: Whether they are another layer's.
 
     Raises:
         Unsupported: They do not; says what is missing.
     """
-    for masker in maskers:
-        for index in masker.indices:
-            if index not in layout.indices:
-                raise Unsupported(
-                    f"the blocks hold no {index}; name its masker in the server's own "
-                    'configuration, or in its "index"'
-                )
+    for index in (index for masker in maskers for index in masker.indices):
+        if index not in layout.indices:
+            raise Unsupported(
+                f"the blocks hold no {index}; name its masker in the server's own "
+                'configuration, or in its "index"'
+            )
+        if is_shared and not index.is_of_keys_alone:
+            raise Unsupported(f"a layer reads another one's blocks, and their {index}")
 
 
 @functools.lru_cache(maxsize=1024)

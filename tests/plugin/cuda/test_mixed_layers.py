@@ -1,7 +1,8 @@
 """Models whose layers are of several kinds on vLLM's CUDA code path, against the CPU's engine.
 
 Recurrent layers beside attention, for which vLLM makes blocks larger (48 tokens here, for them to
-be as large as a state); and layers with a window, whose heads are of another size than the others'.
+be as large as a state); and layers with a window beside others whose heads are larger, one of which
+reads the keys of another.
 """
 
 from pathlib import Path
@@ -76,11 +77,12 @@ def windowed() -> PretrainedConfig:
     return Gemma4TextConfig(
         **SHAPE,
         intermediate_size=256,
-        num_hidden_layers=2,
-        layer_types=["sliding_attention", "full_attention"],
+        num_hidden_layers=3,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        num_kv_shared_layers=1,  # the last one's keys are the first one's
         sliding_window=16,
         head_dim=32,
-        per_layer_config={"1": {"head_dim": 64}},
+        per_layer_config={"0": {"head_dim": 64}, "2": {"head_dim": 64}},
         hidden_size_per_layer_input=16,
         vocab_size_per_layer_input=512,
     )

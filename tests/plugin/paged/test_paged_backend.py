@@ -215,7 +215,7 @@ def test_room_is_made_in_vllms_own_accounting(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         compat.engine, "attention_shape", lambda engine: SimpleNamespace(num_heads=9)
     )
-    monkeypatch.setattr(compat, "implementations", lambda engine: [])
+    monkeypatch.setattr(compat, "implementations", lambda engine: {})
     spec = FullAttentionSpec(block_size=128, num_kv_heads=3, head_size=64, dtype=torch.float32)
     made = PagedAttentionBackend.customize_spec(spec)
     # Two rows of 64 float32 per page of 8, and of 16.
@@ -231,3 +231,26 @@ def test_room_is_made_in_vllms_own_accounting(monkeypatch: pytest.MonkeyPatch) -
     for changed in (replace(made, page_size_padded=1 << 20), replace(made, state_content_bytes=99)):
         with pytest.raises(ValueError, match="layers of this model have KV caches of different"):
             compat.check_blocks(changed, layout)
+
+
+@pytest.mark.parametrize(
+    ("masker", "serves"),
+    [
+        ({"type": "quest_top_k", "heavy_size": 8, "page_size": 8}, True),
+        ({"type": "oracle_top_k", "heavy_size": 8}, True),
+        ({"type": "pq_cache", "heavy_size": 8, "pq_sub_dim": 8, "pq_bits": 2}, False),
+    ],
+)
+def test_blocks_of_another_layer(masker: dict, serves: bool, caplog) -> None:
+    """What they say of the keys alone, they say for whoever reads them."""
+    from vllm_sparse_plugin.paged import served
+    from vllm_sparse_plugin.paged_backend import block_layout
+
+    config = ServingConfig.parse({"maskers": [masker]})
+    layout = block_layout(config, SHAPE)
+    config_json = config_to_json(config.attention)
+    served.say_once.cache_clear()
+    assert served.paged_attention_of(config_json, layout, 31) is not None
+    shared = served.paged_attention_of(config_json, layout, 31, is_shared=True)
+    assert (shared is not None) == serves
+    assert ("a layer reads another one's blocks" in caplog.text) != serves

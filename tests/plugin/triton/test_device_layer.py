@@ -97,13 +97,21 @@ def test_a_profiling_run_asks_for_all_memory(layer: Any) -> None:
     assert layer._indices[1] is indices
 
 
-@pytest.mark.parametrize(
-    "change", [{"can_be_sparse": False}, {"kv_sharing_target_layer_name": "a"}]
-)
-def test_an_index_is_kept_where_somebody_reads_it(layer: Any, change: dict[str, Any]) -> None:
-    for name, value in change.items():
-        setattr(layer, name, value)
+def test_nobody_reads_the_index_of_a_layer_that_stays_dense(layer: Any) -> None:
+    layer.can_be_sparse = False
+    assert not layer.has_index
     assert layer._cache(LAYER, cache_of(2)).indices == {}
+
+
+@pytest.mark.parametrize("is_of_keys_alone", [True, False])
+def test_a_layer_reads_what_another_one_s_index_says_of_the_keys_alone(
+    layer: Any, monkeypatch: pytest.MonkeyPatch, is_of_keys_alone: bool
+) -> None:
+    monkeypatch.setattr(PageBounds, "is_of_keys_alone", is_of_keys_alone)
+    layer.kv_sharing_target_layer_name = "a"
+    assert not layer.has_index
+    read = list(layer._cache(LAYER, cache_of(2)).indices)
+    assert read == (list(LAYOUT.indices) if is_of_keys_alone else [])
 
 
 def test_counts_are_taken_in_before_a_worker_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,7 @@ SAMPLE = {
     "init_offset": 0,
     "local_offset": 0,
 }
+PQ = {"type": "pq_cache", "heavy_size": 0.2, "pq_sub_dim": 8, "pq_bits": 2}
 LISTS = (
     [*SINK_LOCAL, QUEST],
     [*SINK_LOCAL, GROUPED],
@@ -53,7 +54,7 @@ def space_of(queries: int, memory: DeviceMemory | None = None) -> DeviceSpace:
 
 
 def planner(
-    own: list[dict], layout: BlockLayout | None = None, **limits: bool
+    own: list[dict], layout: BlockLayout | None = None, shared: tuple[int, ...] = (), **limits: bool
 ) -> tuple[DevicePlanner, str]:
     config = config_from_dict({"maskers": own})
     held = DevicePlanner(
@@ -61,6 +62,7 @@ def planner(
         Limits(max_queries=8, capacity=CAPACITY, max_tokens=64, **limits),
         torch.device(DEVICE),
         config,
+        shared_layers=frozenset(shared),
     )
     return held, config_to_json(config)
 
@@ -186,12 +188,12 @@ def test_memory_of_the_general_path_is_taken_once_for_each_list(
     monkeypatch.setattr(
         planners, "take_memory", lambda config_json, layer, *limits: taken.append((layer, limits))
     )
-    held, _ = planner(SINK_LOCAL)
+    held, _ = planner([*SINK_LOCAL, PQ], shared=(1, 2))
     limits = (held.layout.shape, CAPACITY, 64, held.device)
     held.reserve(0)
     assert taken == []
-    held.reserve(1, is_shared=True)  # it reads another layer's keys, and has no index
-    held.reserve(2, is_shared=True)
+    held.reserve(1)  # it reads another layer's keys, and what that one has learned of them
+    held.reserve(2)
     assert taken == [(1, limits)]
 
     taken.clear()
@@ -216,11 +218,11 @@ def test_dense_layers_take_no_path_and_no_memory(
     monkeypatch.setattr(planners, "take_memory", lambda *arguments: pytest.fail("memory"))
     held, _ = planner(SINK_LOCAL)
     config = config_from_dict({"maskers": SINK_LOCAL, "dense_layers": [1]})
-    held = DevicePlanner(held.layout, held.limits, held.device, config)
+    layers = frozenset([1])
+    held = DevicePlanner(held.layout, held.limits, held.device, config, shared_layers=layers)
     with caplog.at_level(logging.WARNING):
         for layer in (0, 1):
             held.reserve(layer)
-            held.reserve(layer, is_shared=layer == 1)
     assert caplog.text == ""
 
 
@@ -230,6 +232,20 @@ def test_nothing_is_kept_for_lists_that_blocks_have_no_index_for() -> None:
     kept = len(held.memory.kept)
     assert held.attention(json_of([QUEST]), 0) is None
     assert len(held.memory.kept) == kept
+
+
+@pytest.mark.parametrize(
+    ("own", "serves"), [([], True), ([QUEST], True), ([GROUPED, SAMPLE], True), ([PQ], False)]
+)
+def test_an_index_of_keys_alone_serves_layers_that_share_them(
+    own: list[dict], serves: bool
+) -> None:
+    held, config_json = planner([*SINK_LOCAL, *own], shared=(1,))
+    first, shared = (held.attention(config_json, layer) for layer in (0, 1))
+    assert first is not None
+    assert shared is (first if serves else None)
+    use = held.use(config_json, (0, 1))
+    assert (use.fast_layers, use.general_layers) == ((2, 0) if serves else (1, 1))
 
 
 def test_one_key_is_not_all_keys() -> None:

@@ -22,7 +22,8 @@ class Engine:
         self.speculative_config = changed.get("speculative_config")
         self.scheduler_config = SimpleNamespace(max_num_seqs=4, max_num_batched_tokens=16)
         self.model_config = SimpleNamespace(max_model_len=60)
-        self.layers = changed.get("layers", [])
+        layers = changed.get("layers", ())
+        self.layers = {f"layers.{index}.attn": layer for index, layer in enumerate(layers)}
 
 
 @pytest.fixture

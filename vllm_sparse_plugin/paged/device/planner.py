@@ -97,6 +97,7 @@ class DevicePlanner:
         device: torch.device,
         own: ResearchAttentionConfig,
         memory: DeviceMemory | None = None,
+        shared_layers: frozenset[int] = frozenset(),
     ) -> None:
         """Asks for no memory yet.
 
@@ -106,11 +107,13 @@ class DevicePlanner:
             device: Likewise.
             own: The engine's own configuration.
             memory: Of another planner of the engine; None: as much as this one needs.
+            shared_layers: Those that read another layer's cache.
         """
         self.layout = layout
         self.limits = limits
         self.device = device
         self.space = self._space(1, device)
+        self._shared_layers = shared_layers
         self._own_json = config_to_json(own)
         self._lists = _lists_of(own) if limits.has_fast_path else []
         self.memory = memory or DeviceMemory(self._scratch_bytes(), device)
@@ -118,13 +121,11 @@ class DevicePlanner:
         self._is_reserved = False
         self._general: set[str] = set()  # lists of which the general path's memory is known
 
-    def reserve(self, layer_index: int, is_shared: bool = False) -> None:
+    def reserve(self, layer_index: int) -> None:
         """Asks for all memory of a layer, which others ask for as well: to keep, or for a moment.
 
         Args:
             layer_index: Of a layer that can have maskers.
-            is_shared: Whether it reads the cache of another layer: without an index, therefore on
-                the general path.
         """
         if not self._is_reserved:
             self._is_reserved = True
@@ -134,7 +135,7 @@ class DevicePlanner:
         configs = configs_of_layer(self._own_json, layer_index)
         if not configs or repr(configs) in self._general:
             return
-        if is_shared or self.attention(self._own_json, layer_index) is None:
+        if self.attention(self._own_json, layer_index) is None:
             self._general.add(repr(configs))
             self._take_memory(self._own_json, layer_index)
 
@@ -165,8 +166,19 @@ class DevicePlanner:
         of_layers = self._configuration(config_json).of_layers
         if layer_index not in of_layers:
             configs = configs_of_layer(config_json, layer_index)
-            of_layers[layer_index] = self._attention(config_json, configs)
+            found = self._attention(config_json, configs)
+            if found is not None and layer_index in self._shared_layers:
+                found = self._of_shared_keys(config_json, found)
+            of_layers[layer_index] = found
         return of_layers[layer_index]
+
+    def _of_shared_keys(self, config_json: str, found: DeviceAttention) -> DeviceAttention | None:
+        try:
+            require_indices(found.paged, self.layout, is_shared=True)
+        except Unsupported as reason:
+            say_once(config_json, str(reason))
+            return None
+        return found
 
     def use(self, config_json: str, layers: Sequence[int]) -> LayerUse:
         """What some layers do with a configuration.
