@@ -80,10 +80,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int, default=16384, help="of the text that are used")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model)
-    ids = tokenizer(options.text.read_text())["input_ids"][: options.max_tokens]
-    data = calibrated_channels(model, ids)
+    # What is known to go wrong is said before minutes of work.
+    if options.max_tokens < 1:
+        parser.error(f"--max-tokens must be at least 1, got {options.max_tokens}")
+    if not options.output.parent.is_dir():
+        parser.error(f"--output: there is no folder {options.output.parent}")
+    try:
+        text = options.text.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"--text: {error}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model)
+    except (OSError, ValueError) as error:
+        parser.error(f"model {options.model}: {error}")
+    try:
+        ids = tokenizer(text)["input_ids"][: options.max_tokens]
+        data = calibrated_channels(model, ids)
+    except ValueError as error:
+        parser.error(str(error))
     options.output.write_text(json.dumps(data))
     logger.info("%d tokens, %d entries written to %s", len(ids), len(data), options.output)
 

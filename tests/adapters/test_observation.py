@@ -1,6 +1,7 @@
 """Channel calibration and readings of layers, on the real model."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -66,3 +67,30 @@ def test_a_text_without_tokens_is_refused(model_path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_path)
     with pytest.raises(ValueError, match="no tokens"):
         calibrate_channels.calibrated_channels(model, [])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--text": "missing.txt"}, "--text: .*missing.txt"),
+        ({"--text": "bytes.txt"}, "--text: .*utf-8"),
+        ({"--text": "empty.txt"}, "no tokens"),
+        ({"--output": "missing/channels.json"}, "--output: there is no folder .*missing"),
+        ({"--max-tokens": "0"}, "--max-tokens must be at least 1, got 0"),
+        ({"model": "missing"}, "missing"),
+    ],
+)
+def test_what_is_wrong_with_the_command_is_said(
+    model_path, tmp_path, monkeypatch, capsys, change: dict[str, str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("A text.")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "empty.txt").write_text("")
+    named = {"--text": "text.txt", "--output": "channels.json", **change}
+    model = named.pop("model", model_path)
+    with pytest.raises(SystemExit) as ended:
+        calibrate_channels.main([model, *(word for pair in named.items() for word in pair)])
+    assert ended.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "channels.json").exists()
