@@ -38,7 +38,8 @@ def with_room(
     layers = [
         need(layer.num_kv_heads, layer.head_size, layer.has_index)
         for layer in compat.implementations(engine).values()
-        if isinstance(layer, SparseAttentionImpl)
+        # Those that read another layer's cache have none.
+        if isinstance(layer, SparseAttentionImpl) and not layer.kv_sharing_target_layer_name
     ]
     is_windowed = compat.window_restricts(getattr(spec, "sliding_window", None), engine)
     own = need(spec.num_kv_heads, spec.head_size, not is_windowed)

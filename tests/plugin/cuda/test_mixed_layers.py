@@ -21,6 +21,7 @@ pytest.importorskip("vllm")
 
 from tests.plugin.cuda.dry_cuda import GRAPHS
 from tests.plugin.cuda.run_engines import DRY_OPTIONS, OPTIONS, run_both
+from tests.plugin.cuda.test_automatic_engines import ALWAYS
 from tests.plugin.cuda.test_sparse_engines import (
     OFF,
     QUEST,
@@ -40,7 +41,6 @@ RUN = [
 ]
 CONFIG = {
     "maskers": [*SINK_LOCAL, QUEST],
-    "min_sparse_keys": 0,
     "allow_request_config": False,  # no memory is there but what these maskers were found to need
 }
 
@@ -102,11 +102,13 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         "windowed": write(windowed(), folder / "windowed"),
     }
 
-    def engine(model: str, options: dict[str, Any], **others: Any) -> dict[str, Any]:
+    def engine(
+        model: str, options: dict[str, Any], least: int | str = 0, **others: Any
+    ) -> dict[str, Any]:
         own = {
             "model": models[model],
             "attention_backend": "CUSTOM",
-            "additional_config": {"sparse_attention": CONFIG},
+            "additional_config": {"sparse_attention": {**CONFIG, "min_sparse_keys": least}},
         }
         asked = {"batches": [RUN], "calls": STATISTICS}
         return {"options": {**options, **own}, **asked, **others}
@@ -114,7 +116,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     graphs = {**DRY_OPTIONS, "compilation_config": GRAPHS}
     dry = {
         # (The CPU's engine cannot keep recurrent states for prefixes.)
-        "recurrent, V2": engine("recurrent", {**graphs, "enable_prefix_caching": True}),
+        "recurrent, V2": engine(
+            "recurrent", {**graphs, "enable_prefix_caching": True}, "auto", costs=ALWAYS
+        ),
         "recurrent, V1": engine("recurrent", graphs, environment=V1),
         "windowed, V2": engine("windowed", graphs),
     }

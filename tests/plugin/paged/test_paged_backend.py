@@ -254,3 +254,46 @@ def test_blocks_of_another_layer(masker: dict, serves: bool, caplog) -> None:
     shared = served.paged_attention_of(config_json, layout, 31, is_shared=True)
     assert (shared is not None) == serves
     assert ("a layer reads another one's blocks" in caplog.text) != serves
+
+
+def test_room_beside_layers_with_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    from vllm_sparse_plugin.paged_backend import PagedAttentionBackend, PagedAttentionImpl
+
+    engine = SimpleNamespace(
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(), max_model_len=512)
+    )
+    config = ServingConfig.parse({"maskers": [{**QUEST[-1], "page_size": 2, "label_bits": 4}]})
+
+    def layer(head_size: int, can_be_sparse: bool, shares: str | None = None) -> PagedAttentionImpl:
+        made = object.__new__(PagedAttentionImpl)
+        made.num_kv_heads, made.head_size, made.can_be_sparse = 2, head_size, can_be_sparse
+        made.kv_sharing_target_layer_name = shares
+        return made
+
+    layers = {"windowed": layer(32, False), "whole": layer(64, True)}
+    monkeypatch.setattr(compat, "engine_being_built", lambda: engine)
+    monkeypatch.setattr(compat, "serving_config", lambda engine: config)
+    monkeypatch.setattr(
+        compat.engine, "attention_shape", lambda engine: SimpleNamespace(num_heads=4)
+    )
+    monkeypatch.setattr(compat, "implementations", lambda engine: layers)
+    make, common = PagedAttentionBackend.customize_spec, {"num_kv_heads": 2, "dtype": torch.float32}
+    whole = FullAttentionSpec(block_size=128, head_size=64, **common)
+    windowed = SlidingWindowSpec(block_size=128, head_size=32, sliding_window=16, **common)
+    assert make(whole).page_size_bytes == 2 * make(windowed).page_size_bytes
+    # 64 numbers of 4 bits and 16 bytes for 2 tokens; a window needs none.
+    assert make(whole).state_content_bytes == 512 + 40
+    assert make(windowed).state_content_bytes == (512 + 40) // 2
+    # A window as long as the model's sequences is none.
+    long = SlidingWindowSpec(block_size=128, head_size=64, sliding_window=512, **common)
+    assert make(long).state_content_bytes == make(whole).state_content_bytes
+    # What reads another layer's cache takes nothing; without windows there is nothing to equal.
+    layers["sharing"] = layer(48, True, "whole")
+    both = make(whole).state_content_bytes
+    del layers["windowed"], layers["sharing"]
+    assert make(whole).state_content_bytes <= both
+    layers["windowed"] = layer(48, False)
+    with pytest.raises(ValueError, match="layers with a window have caches of another size"):
+        make(whole)

@@ -1,5 +1,6 @@
 """Bytes of a token in layers whose caches differ: blocks can be made equally large."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,12 +16,23 @@ def needs(draw: st.DrawFn) -> TokenNeed:
 
 @given(st.lists(needs(), min_size=1, max_size=4))
 def test_there_is_room_and_blocks_become_equal(layers: list[TokenNeed]) -> None:
+    plain = {need: need.num_kv_heads * need.plain for need in layers}
+    indexed = {need.needed > need.plain for need in layers}
+    if len(indexed) == 1:  # vLLM's own ways do
+        assert all(shared_token_bytes(need, layers) == need.needed for need in layers)
+        return
+    if any(max(plain.values()) % size for size in plain.values()):
+        with pytest.raises(ValueError, match="layers with a window have caches of another size"):
+            shared_token_bytes(layers[0], layers)
+        return
     sizes = {need: need.num_kv_heads * shared_token_bytes(need, layers) for need in layers}
     for need, size in sizes.items():
         assert size >= need.num_kv_heads * need.needed
         assert size // need.num_kv_heads % 4 == 0
         # As vLLM makes them equal: more tokens where they are smaller.
         assert max(sizes.values()) % size == 0
+        # Keys and values then end at the same place in all blocks: no index is before it.
+        assert max(sizes.values()) // size == max(plain.values()) // plain[need]
 
 
 @given(needs())
