@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -77,6 +78,27 @@ class PagedAttentionBackend(SparseAttentionBackend):
         return with_room(spec, engine, functools.partial(block_layout, config))
 
 
+def check_shared_caches(layers: Mapping[str, Any]) -> None:
+    """Looks whether layers that share a cache store keys in the same order.
+
+    Those with a window are vLLM's, which puts them in an order of its own on CPUs.
+
+    Args:
+        layers: Of a KV cache group, by name.
+
+    Raises:
+        ValueError: One of two has a window.
+    """
+    for name, layer in layers.items():
+        target = layers.get(layer.kv_sharing_target_layer_name)
+        if target is not None and target.impl.can_be_sparse != layer.impl.can_be_sparse:
+            raise ValueError(
+                "--attention-backend CUSTOM (sparse attention): on CPUs, layers with a window and "
+                f"without one cannot share keys, as {name} does with "
+                f"{layer.kv_sharing_target_layer_name}"
+            )
+
+
 class PagedMetadataBuilder(SparseAttentionMetadataBuilder):
     """Plans each step, once for all layers of a KV cache group."""
 
@@ -89,6 +111,7 @@ class PagedMetadataBuilder(SparseAttentionMetadataBuilder):
     ) -> None:
         """Starts the kernels' threads, and compiles the kernels."""
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        check_shared_caches(get_layers_from_vllm_config(vllm_config, Attention, layer_names))
         threads.start(torch.get_num_threads())
         config = self._config
         assert config is not None  # else this backend would not have been chosen

@@ -297,3 +297,19 @@ def test_room_beside_layers_with_a_window(monkeypatch: pytest.MonkeyPatch) -> No
     layers["windowed"] = layer(48, False)
     with pytest.raises(ValueError, match="layers with a window have caches of another size"):
         make(whole)
+
+
+@pytest.mark.parametrize("can_be_sparse", [True, False])
+def test_layers_that_share_keys_store_them_in_the_same_order(can_be_sparse: bool) -> None:
+    from vllm_sparse_plugin.paged_backend import check_shared_caches
+
+    def layer(can_be_sparse: bool, target: str | None) -> SimpleNamespace:
+        impl = SimpleNamespace(can_be_sparse=can_be_sparse)
+        return SimpleNamespace(impl=impl, kv_sharing_target_layer_name=target)
+
+    layers = {"first": layer(True, None), "windowed": layer(False, None)}
+    check_shared_caches({**layers, "last": layer(True, "first")})
+    check_shared_caches({**layers, "last": layer(False, "windowed")})
+    other = "windowed" if can_be_sparse else "first"
+    with pytest.raises(ValueError, match=f"cannot share keys, as last does with {other}"):
+        check_shared_caches({**layers, "last": layer(can_be_sparse, other)})
