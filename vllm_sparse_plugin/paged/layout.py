@@ -159,7 +159,7 @@ class LayerCache:
             layer_index: Of the attention layer.
 
         Raises:
-            ValueError: The tensor is not of this layout.
+            ValueError: It has not.
         """
         require_room(kv_cache, layout)
         flat = kv_cache.view(*kv_cache.shape[:2], -1)

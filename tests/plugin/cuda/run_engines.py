@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
 from tests.plugin.cuda.dry_cuda import ENGINE_OPTIONS
 
@@ -33,24 +33,30 @@ DRY_OPTIONS: dict[str, Any] = {**OPTIONS, **ENGINE_OPTIONS, "enforce_eager": Fal
 """Graphs are captured, if a test does not say otherwise; nothing is compiled."""
 
 
-def write_tiny_llama(folder: Path) -> Path:
-    """A Llama of two layers with random weights, and no tokenizer."""
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-        # Larger than the default, so that attention is not flat and answers differ by what is read.
-        initializer_range=0.15,
-    )
+SHAPE: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    # Larger than the default, so that attention is not flat and answers differ by what is read.
+    "initializer_range": 0.15,
+}
+"""Of any tiny model."""
+
+
+def write_model(config: PretrainedConfig, folder: Path) -> Path:
+    """A model with random weights, and no tokenizer."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
+
+
+def write_tiny_llama(folder: Path) -> Path:
+    """A Llama of two layers."""
+    config = LlamaConfig(**SHAPE, intermediate_size=256, num_hidden_layers=2, head_dim=64)
+    return write_model(config, folder)
 
 
 def run_both(

@@ -16,7 +16,7 @@ CHANGING = [
         (PROMPTS[0], 3, 0),
         (PROMPTS[1], 9, 0),
         (PROMPTS[2], 3, 2),
-        (PROMPTS[0][::-1], 8, 3),
+        (PROMPTS[0][::-1], 14, 3),
         (PROMPTS[1][::-1], 4, 4),
     )
 ]
@@ -63,4 +63,4 @@ def test_answers_as_on_the_cpu(
         for found, wanted in zip(batch, expected_batch, strict=True):
             assert found == pytest.approx(wanted, abs=1e-4)
     assert report["captured"] == len(GRAPHS["cudagraph_capture_sizes"])
-    assert report["replays"] >= 5
+    assert report["replays"] >= 10

@@ -5,22 +5,15 @@ be as large as a state); and layers with a window beside others whose heads are 
 reads the keys of another.
 """
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma4TextConfig,
-    GraniteMoeHybridConfig,
-    PretrainedConfig,
-)
+from transformers import Gemma4TextConfig, GraniteMoeHybridConfig, PretrainedConfig
 
 pytest.importorskip("vllm")
 
 from tests.plugin.cuda.dry_cuda import GRAPHS
-from tests.plugin.cuda.run_engines import DRY_OPTIONS, OPTIONS, run_both
+from tests.plugin.cuda.run_engines import DRY_OPTIONS, OPTIONS, SHAPE, run_both, write_model
 from tests.plugin.cuda.test_automatic_engines import ALWAYS
 from tests.plugin.cuda.test_sparse_engines import (
     OFF,
@@ -42,17 +35,6 @@ RUN = [
 CONFIG = {
     "maskers": [*SINK_LOCAL, QUEST],
     "allow_request_config": False,  # no memory is there but what these maskers were found to need
-}
-
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.15,  # see `write_tiny_llama`
 }
 
 
@@ -88,18 +70,12 @@ def windowed() -> PretrainedConfig:
     )
 
 
-def write(config: PretrainedConfig, folder: Path) -> str:
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("mixed")
     models = {
-        "recurrent": write(recurrent(), folder / "recurrent"),
-        "windowed": write(windowed(), folder / "windowed"),
+        "recurrent": str(write_model(recurrent(), folder / "recurrent")),
+        "windowed": str(write_model(windowed(), folder / "windowed")),
     }
 
     def engine(
