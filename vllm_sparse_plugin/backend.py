@@ -68,8 +68,8 @@ class SparseAttentionBackend(_DenseBackend):  # type: ignore[misc, valid-type]
 
     @classmethod
     def supports_sink(cls) -> bool:
-        """False: maskers know no learned attention sinks."""
-        return False
+        """As the platform's dense kernel: that for CPUs has learned sinks, and does not say so."""
+        return compat.device_type() == "cpu" or bool(super().supports_sink())
 
     @classmethod
     def supports_alibi_sqrt(cls) -> bool:
@@ -276,6 +276,12 @@ class SparseAttentionImpl(_DenseImpl):  # type: ignore[misc, valid-type]
         self._statistics = row_table(vllm_config).statistics
 
     @property
+    def sink_logits(self) -> torch.Tensor | None:
+        """Of learned attention sinks, `[num_heads]`, which vLLM hands to some models' layers."""
+        logits: torch.Tensor | None = self.sinks
+        return logits
+
+    @property
     def has_index(self) -> bool:
         """Whether the layer's blocks hold an index that is kept right.
 
@@ -349,6 +355,7 @@ class SparseAttentionImpl(_DenseImpl):  # type: ignore[misc, valid-type]
             values,
             self.scale,
             layer_index,
+            self.sink_logits,
         )
         target = output[row.query_start : row.query_end]
         target.copy_(result.output.view_as(target))

@@ -156,6 +156,7 @@ class DeviceAttentionImpl(SparseAttentionImpl):
             group.reads,
             group.sequences,
             group.whole,
+            self.sink_logits,
         )
         if group.tokens is not None:
             output[group.tokens] = target.view(-1, *output.shape[1:])
@@ -179,6 +180,7 @@ class DeviceAttentionImpl(SparseAttentionImpl):
             cache.layout.shape,
             output,
             group.counts,
+            self.sink_logits,
         )
 
     def _reserve(self, layer: Any) -> None:

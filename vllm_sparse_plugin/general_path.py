@@ -47,6 +47,7 @@ def attend_generally(
     shape: BlockShape,
     output: torch.Tensor,
     counts: GroupCounts,
+    sink_logits: torch.Tensor | None = None,
 ) -> None:
     """Writes the output of some rows' queries, and counts what they read.
 
@@ -63,11 +64,12 @@ def attend_generally(
         shape: Of its cache.
         output: Of as many numbers as `query`; written.
         counts: Of the rows; added to.
+        sink_logits: `[num_heads]`, of learned attention sinks; None = the layer has none.
     """
     for place, row in enumerate(rows):
         keys, values = read(row)
         part = slice(row.query_start, row.query_end)
-        arguments = (query[part], keys, values, scaling, layer_index)
+        arguments = (query[part], keys, values, scaling, layer_index, sink_logits)
         result = None
         try:
             result = attend_row(attention_of(config_json), *arguments)

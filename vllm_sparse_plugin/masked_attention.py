@@ -72,6 +72,7 @@ def attend_row(
     value: torch.Tensor,
     scaling: float,
     layer_index: int,
+    sink_logits: torch.Tensor | None = None,
 ) -> RowResult:
     """Sparse attention of one row's last queries over all its keys.
 
@@ -85,6 +86,7 @@ def attend_row(
         value: See `key`.
         scaling: Of the scores.
         layer_index: Of the attention layer.
+        sink_logits: `[num_heads]`, of learned attention sinks; None = the layer has none.
     """
     num_queries, num_heads, _ = query.shape
     num_keys = key.shape[2]
@@ -110,6 +112,7 @@ def attend_row(
             scaling=scaling,
             dropout=0.0,
             sparse_attention_mask=selected,
+            sink_logits=sink_logits,
         )
         outputs.append(output[0])
         counts = count_read_keys(selected, mask)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
@@ -22,7 +23,7 @@ from vllm_sparse_plugin.backend import (
 from vllm_sparse_plugin.block_room import with_room
 from vllm_sparse_plugin.general_path import attend_generally
 from vllm_sparse_plugin.paged import threads
-from vllm_sparse_plugin.paged.attention import attend_dense
+from vllm_sparse_plugin.paged.attention import NO_SINKS, attend_dense
 from vllm_sparse_plugin.paged.huge_pages import prefer_huge_pages
 from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape, LayerCache
 from vllm_sparse_plugin.paged.prefill import attend_prefills, stored_rows
@@ -236,11 +237,12 @@ class PagedAttentionImpl(SparseAttentionImpl):
                 self.scale,
                 layer.isa,
                 output,
+                self.sink_logits,
             )
         if decodes is not None:
             taken = decodes.take(query)
             result = decodes.target(taken, output)
-            attend_dense(taken, cache, decodes.batch, self.scale, result)
+            attend_dense(taken, cache, decodes.batch, self.scale, result, self._sinks())
             decodes.put(result, output)
 
     def _attend_group(
@@ -266,7 +268,8 @@ class PagedAttentionImpl(SparseAttentionImpl):
         if fast is not None:
             taken = queries.take(query)
             result = queries.target(taken, output)
-            _, read = fast.attend(taken, cache, queries.batch, self.scale, result)
+            sinks = self._sinks()
+            _, read = fast.attend(taken, cache, queries.batch, self.scale, result, sinks)
             queries.put(result, output)
             counts.add(read, cache.layout.shape)
             return
@@ -297,7 +300,13 @@ class PagedAttentionImpl(SparseAttentionImpl):
             shape,
             output,
             group.counts,
+            self.sink_logits,
         )
+
+    def _sinks(self) -> np.ndarray:
+        """The logits of learned attention sinks, for kernels."""
+        logits = self.sink_logits
+        return NO_SINKS if logits is None else logits.float().numpy()
 
     def _cache(self, layer: Any, kv_cache: torch.Tensor) -> LayerCache:
         """The layer's cache as kernels see it; made anew only when vLLM moves the cache."""

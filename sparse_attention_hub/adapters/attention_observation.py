@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from sparse_attention_hub.adapters.dense_attention import dense_attention
 from sparse_attention_hub.sparse_attention.research_attention import (
     ResearchAttention,
     ResearchAttentionConfig,
@@ -34,6 +34,7 @@ class LayerInputs:
         key: `(B, G, K, D)`.
         value: `(B, G, K, Dv)`.
         scaling: Of the scores.
+        sink_logits: `(H,)`, of learned attention sinks; None = the layer has none.
     """
 
     layer: int
@@ -41,6 +42,7 @@ class LayerInputs:
     key: torch.Tensor
     value: torch.Tensor
     scaling: float
+    sink_logits: torch.Tensor | None = None
 
 
 @contextmanager
@@ -67,10 +69,8 @@ def observed_attention(
         layer = getattr(module, "layer_idx", None)
         if layer is None:
             raise ValueError(f"{type(module).__name__} has no layer_idx to tell its layers apart")
-        observe(LayerInputs(layer, query, key, value, scale))
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+        observe(LayerInputs(layer, query, key, value, scale, kwargs.get("s_aux")))
+        return dense_attention(module, query, key, value, attention_mask, scaling, **kwargs), None
 
     AttentionInterface.register(_ATTENTION, attend)
     AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
@@ -90,7 +90,7 @@ def decode_step_inputs(model: PreTrainedModel, token_ids: Sequence[int]) -> list
 
     def keep(layer: LayerInputs) -> None:
         last = layer.query[:, :, -1:].clone()
-        inputs.append(LayerInputs(layer.layer, last, layer.key, layer.value, layer.scaling))
+        inputs.append(replace(layer, query=last))
 
     with observed_attention(model, keep), torch.inference_mode():
         ids = torch.tensor([list(token_ids)], device=model.device)
@@ -128,8 +128,10 @@ def read_layers(
         for layer in inputs:
             tensors = (layer.query, layer.key, layer.value, None, layer.scaling, 0.0)
             mask = attention.select(*tensors, {}, layer_idx=layer.layer)
-            sparse = get_masked_attention_output(None, *tensors, mask)[0, 0].float()
-            dense = get_true_attention_output(None, *tensors)[0][0, 0].float()
+            sinks = layer.sink_logits
+            sparse = get_masked_attention_output(None, *tensors, mask, sink_logits=sinks)
+            dense = get_true_attention_output(None, *tensors, sinks)[0]
+            sparse, dense = sparse[0, 0].float(), dense[0, 0].float()
             weights = mask.get_dense_mask()[0, :, 0]
             readings.append(
                 LayerReading(

@@ -1,7 +1,7 @@
 """The one attention function that transformers models call for sparse adapters.
 
 It looks at a context variable for what to do: nothing there (another adapter, another thread,
-a dense pass) means the model's usual scaled-dot-product attention. So models are shared freely
+a dense pass) means the model's usual attention, see `dense_attention`. So models are shared freely
 between adapters, and no mode can leak from one to another.
 """
 
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from sparse_attention_hub.adapters.dense_attention import dense_attention
 from sparse_attention_hub.sparse_attention.density import count_read_keys
 from sparse_attention_hub.sparse_attention.research_attention import ResearchAttention
 from sparse_attention_hub.sparse_attention.utils.mask_attention_utils import (
@@ -31,7 +31,6 @@ ATTENTION_NAME = "sparse_attention_hub"
 
 _UNSUPPORTED = {
     "softcap": "a soft cap of scores",
-    "s_aux": "learned attention sinks",
     "position_bias": "a position bias",
 }
 
@@ -75,13 +74,16 @@ class AttentionSession:
     ) -> torch.Tensor:
         """Output of one layer, `(B, Q, H, D)`; arguments as in `SparseAttention`."""
         inputs = (queries, keys, values, attention_mask, scaling, dropout)
+        sink_logits = kwargs.pop("s_aux", None)
         layer = getattr(module, "layer_idx", None)
         if layer is not None:
             kwargs["layer_idx"] = layer
         mask = self.attention.select(*inputs, self.sparse_meta_data, **kwargs)
         self.add_counts(count_read_keys(mask, attention_mask))
-        output = get_masked_attention_output(module, *inputs, mask)
-        self.attention.log_metrics(module, *inputs, mask, output, kwargs.get("layer_idx"))
+        output = get_masked_attention_output(module, *inputs, mask, sink_logits=sink_logits)
+        self.attention.log_metrics(
+            module, *inputs, mask, output, kwargs.get("layer_idx"), sink_logits
+        )
         return output
 
 
@@ -147,16 +149,14 @@ def _attention(
     session = _SESSION.get()
     # Layers with a sliding window stay dense, as in the vLLM plugin.
     if session is None or _restricts(kwargs.get("sliding_window"), module.config):
-        result: tuple[torch.Tensor, torch.Tensor | None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return result
+        inputs = (module, query, key, value, attention_mask, scaling, dropout)
+        return dense_attention(*inputs, **kwargs), None
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"sparse attention does not support {what} (layer {module})")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    inputs = (module, query, key, value, attention_mask, scaling, dropout)
-    return session.attend(*inputs, **kwargs), None
+    arguments = (module, query, key, value, attention_mask, scaling, dropout)
+    return session.attend(*arguments, **kwargs), None
 
 
 def _mask(**arguments: Any) -> torch.Tensor | None:

@@ -51,7 +51,7 @@ class SparseAttention(ABC):
             dropout: Of the weights, in training only.
             sparse_meta_data: The maskers' cache, of one sequence or batch; a call with as many
                 queries as keys starts it anew for its layer.
-            kwargs: Such as `layer_idx`.
+            kwargs: Such as `layer_idx`, and `s_aux`, `(H,)`, the logits of learned attention sinks.
 
         Returns:
             The output `(B, Q, H, Dv)` and, where there are any, the weights `(B, H, Q, K)`.

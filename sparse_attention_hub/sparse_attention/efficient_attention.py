@@ -155,9 +155,10 @@ class EfficientAttention(ResearchAttention):
             The output `(B, Q, H, Dv)`, and None.
         """
         inputs = (queries, keys, values, attention_mask, scaling, dropout)
+        sink_logits = kwargs.pop("s_aux", None)
         mask = self.select(*inputs, sparse_meta_data, **kwargs)
-        output = get_masked_attention_output(module, *inputs, mask)
-        self.log_metrics(module, *inputs, mask, output, kwargs.get("layer_idx"))
+        output = get_masked_attention_output(module, *inputs, mask, sink_logits=sink_logits)
+        self.log_metrics(module, *inputs, mask, output, kwargs.get("layer_idx"), sink_logits)
         return output, None
 
 

@@ -39,7 +39,13 @@ CONFIGS = {
     name: None if maskers is None else config_from_dict({"maskers": maskers})
     for name, maskers in MASKERS.items()
 }
-WINDOWED_LAYERS = {"mistral-window": LAYERS, "gemma3": 2, "gemma4": 1}
+WINDOWED_LAYERS = {
+    "mistral-window": LAYERS,
+    "gemma3": 2,
+    "gemma4": 1,
+    "granite-swa": 1,
+    "gpt-oss": 2,
+}
 RECURRENT_LAYERS = {"granite-hybrid": 2}
 """Without attention; falcon-h1's have both."""
 PEAKED = {("gemma4", "oracle")}

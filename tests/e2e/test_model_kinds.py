@@ -12,7 +12,6 @@ from tests.e2e.tiny_models import REFUSED, write_tiny_model
 REASONS = {
     "mla": "cannot serve this model: MLA not supported",
     "encoder": "attention type AttentionType.ENCODER_ONLY not supported",
-    "sinks": "cannot serve this model: attention sinks not supported",
     "alibi": "ALiBi not supported",
     "softcap": "logits soft cap not supported",
 }

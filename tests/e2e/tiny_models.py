@@ -17,6 +17,7 @@ from transformers import (
     GemmaConfig,
     GptOssConfig,
     GraniteMoeHybridConfig,
+    GraniteSWAConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -57,12 +58,10 @@ def _refused() -> dict[str, tuple[PretrainedConfig, str]]:
         "num_experts_per_tok": 1,
         "n_shared_experts": 1,
     }
-    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 128}
     bloom = BloomConfig(**VOCABULARY, hidden_size=64, n_layer=2, n_head=2)
     return {
         "mla": (DeepseekV2Config(**SHAPE, **mla), "DeepseekV2ForCausalLM"),
         "encoder": (BertConfig(**SHAPE, intermediate_size=128), "BertModel"),
-        "sinks": (GptOssConfig(**GROUPED, head_dim=64, **experts), "GptOssForCausalLM"),
         "alibi": (bloom, "BloomForCausalLM"),
         "softcap": (
             Gemma2Config(**GROUPED, head_dim=32, attn_logit_softcapping=50.0),
@@ -160,6 +159,21 @@ def _served() -> dict[str, PretrainedConfig]:
         ),
         "falcon-h1": FalconH1Config(
             **shape(2, tied=False), **recurrent, head_dim=32, mamba_d_ssm=256
+        ),
+        # Learned attention sinks, in layers with a window and without.
+        "granite-swa": GraniteSWAConfig(
+            **shape(2, tied=False),
+            attention_multiplier=32**-0.5,
+            sliding_window=WINDOW,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+        ),
+        "gpt-oss": GptOssConfig(
+            **shape(2, tied=False),
+            head_dim=32,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            sliding_window=WINDOW,
+            layer_types=mixed,  # vLLM takes no others of this architecture
         ),
     }
 

@@ -48,8 +48,11 @@ def causal(queries: int, keys: int, kind: str) -> torch.Tensor | None:
     return torch.zeros(queries, keys).masked_fill(~allowed, lowest)[None, None]
 
 
-def loop(query, key, value, weights, mask, scaling):
-    """`sum exp(s)/p v / sum exp(s)/p`, one row at a time, from its definition."""
+def loop(query, key, value, weights, mask, scaling, sinks=None):
+    """`sum exp(s)/p v / sum exp(s)/p`, one row at a time, from its definition.
+
+    Learned sinks are one more logit of each row, whose value is nothing.
+    """
     batch, heads, queries, _ = query.shape
     group = heads // key.shape[1]
     output = torch.zeros(batch, queries, heads, value.shape[-1], dtype=torch.float64)
@@ -66,7 +69,9 @@ def loop(query, key, value, weights, mask, scaling):
                     continue
                 scores = key[b, h // group, chosen].double() @ query[b, h, q].double() * scaling
                 logits = scores - weights[b, h, q, chosen].double().log()
-                part = torch.softmax(logits, 0)
+                if sinks is not None:
+                    logits = torch.cat([logits, sinks[h : h + 1].double()])
+                part = torch.softmax(logits, 0)[: len(chosen)]
                 probabilities[b, h, q, chosen] = part
                 output[b, q, h] = part @ value[b, h // group, chosen].double()
     return output, probabilities
@@ -126,6 +131,45 @@ def test_dense_is_torch_sdpa(shape, kind: str) -> None:
     atol = ATTENTION_ATOL[torch.float32]
     assert (output - expected).abs().max() <= atol
     assert (weights.sum(-1) - 1).abs().max() <= atol
+
+
+@pytest.mark.parametrize("kind", ["none", "additive", "boolean"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_learned_sinks(shape, kind: str) -> None:
+    """About as large as scores, and far below and above them; of no weight where all is -inf."""
+    query, key, value, weights = tensors(*shape)
+    mask = causal(shape[3], shape[4], kind)
+    sparse = Mask.create_mask_from_dense_mask(tuple(weights.shape), weights, torch.float32)
+    arguments = {"attention_mask": mask, "scaling": 0.25, "dropout": 0.0}
+    atol = ATTENTION_ATOL[torch.float32]
+    plain = get_masked_attention_output(
+        None, query, key, value, **arguments, sparse_attention_mask=sparse
+    )
+    for offset in (0.0, -200.0, 200.0, -math.inf):
+        sinks = torch.linspace(-1, 2, shape[1]) + offset
+        wanted, probabilities = loop(query, key, value, weights, mask, 0.25, sinks)
+        output, found = get_masked_attention_output(
+            None,
+            query,
+            key,
+            value,
+            **arguments,
+            sparse_attention_mask=sparse,
+            return_attention_weights=True,
+            sink_logits=sinks,
+        )
+        assert (output.double() - wanted).abs().max() <= atol
+        assert (found.double() - probabilities).abs().max() <= atol
+        if offset == 0:
+            assert (output - plain).abs().max() > 100 * atol
+            inputs = {"sparse_attention_mask": sparse, "sink_logits": sinks, **arguments}
+            denominator = get_attention_denominator(None, query, key, **inputs)
+            quotient = get_attention_numerator(None, query, key, value, **inputs) / denominator
+            assert (quotient.transpose(1, 2).double() - wanted).abs().max() <= atol
+            full = torch.ones_like(weights)
+            dense, _ = get_true_attention_output(None, query, key, value, mask, 0.25, 0.0, sinks)
+            wanted, _ = loop(query, key, value, full, mask, 0.25, sinks)
+            assert (dense.double() - wanted).abs().max() <= atol
 
 
 def test_selected_keys_far_below_the_largest_score_do_not_underflow() -> None:

@@ -82,7 +82,13 @@ def served(impl, maskers: list[dict], call: LayerInputs, index: int, queries: in
     )
 
 
-def reference(maskers: list[dict], call: LayerInputs, index: int, queries: int) -> torch.Tensor:
+def reference(
+    maskers: list[dict],
+    call: LayerInputs,
+    index: int,
+    queries: int,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The same queries through `ResearchAttention`, with an additive causal mask."""
     attention = ResearchAttention.create_from_config(config_from_dict({"maskers": maskers}))
     position = torch.arange(CONTEXT)
@@ -97,6 +103,7 @@ def reference(maskers: list[dict], call: LayerInputs, index: int, queries: int) 
         0.0,
         {},
         layer_idx=index,
+        s_aux=sinks,
     )
     return output[0]
 
@@ -139,6 +146,17 @@ def test_every_layer_of_the_real_model(name: str, queries: int, impl, layer_call
     ]
     # Not `max(errors)`, which may skip a NaN.
     assert all(error <= ATTENTION_ATOL[torch.float32] for error in errors), errors
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_learned_sinks(queries: int, impl, layer_calls) -> None:
+    call, maskers = layer_calls[0], CONFIGS["oracle-count"]
+    without = reference(maskers, call, 0, queries)
+    impl.sinks = torch.linspace(-2, 4, call.query.shape[1])
+    expected = reference(maskers, call, 0, queries, impl.sinks)
+    assert (expected - without).abs().max() > 100 * ATTENTION_ATOL[torch.float32]
+    found = served(impl, maskers, call, 0, queries)
+    assert (found - expected).abs().max() <= ATTENTION_ATOL[torch.float32]
 
 
 @pytest.mark.parametrize("queries", [1, 40])

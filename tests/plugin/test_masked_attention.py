@@ -30,7 +30,7 @@ def tensors(queries: int, keys: int, heads: int, kv_heads: int, dtype=torch.floa
     )
 
 
-def brute_force(maskers: list[dict], query, key, value, scaling: float):
+def brute_force(maskers: list[dict], query, key, value, scaling: float, sinks=None):
     """One query and head at a time, with sets, in float64."""
     num_queries, num_heads, _ = query.shape
     num_keys = key.shape[2]
@@ -53,9 +53,9 @@ def brute_force(maskers: list[dict], query, key, value, scaling: float):
                     rest = [k for k in range(last + 1) if k not in chosen]
                     chosen |= set(sorted(rest, key=lambda k: -scores[k])[:count])
             keys = sorted(chosen)
-            weights = torch.softmax(
-                torch.tensor([scores[k] * scaling for k in keys], dtype=torch.float64), 0
-            )
+            own = [] if sinks is None else [float(sinks[head])]
+            logits = [*[scores[k] * scaling for k in keys], *own]
+            weights = torch.softmax(torch.tensor(logits, dtype=torch.float64), 0)[: len(keys)]
             output[i, head] = weights @ value[0, head // group, keys].double()
             read, visible = read + len(keys), visible + last + 1
     return output, read, visible
@@ -72,6 +72,17 @@ def test_against_float64_loop(name: str, queries, keys, heads, kv_heads) -> None
     result = attend_row(attention(name), query, key, value, 0.25, layer_index=0)
     assert (result.output.double() - expected).abs().max() <= ATTENTION_ATOL[torch.float32]
     assert (result.read_keys, result.visible_keys) == (read, visible)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("queries", [1, 5])
+def test_learned_sinks_take_part_in_attention_alone(name: str, queries: int) -> None:
+    query, key, value = tensors(queries, 40, 8, 2)
+    sinks = torch.linspace(-2, 4, 8)
+    expected, read, _ = brute_force(CONFIGS[name], query, key, value, 0.25, sinks)
+    result = attend_row(attention(name), query, key, value, 0.25, 0, sinks)
+    assert (result.output.double() - expected).abs().max() <= ATTENTION_ATOL[torch.float32]
+    assert result.read_keys == read
 
 
 @pytest.mark.parametrize("name", CONFIGS)

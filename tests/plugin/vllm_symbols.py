@@ -60,7 +60,14 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 """What is imported, by module."""
 
-IMPL = ("head_size", "kv_sharing_target_layer_name", "num_heads", "num_kv_heads", "scale")
+IMPL = (
+    "head_size",
+    "kv_sharing_target_layer_name",
+    "num_heads",
+    "num_kv_heads",
+    "scale",
+    "sinks",
+)
 
 MEMBERS: dict[str, tuple[str, ...]] = {
     "vllm.config:AttentionConfig": ("backend", "backend_per_kind"),

@@ -33,6 +33,7 @@ def cpu_attention(
     cache: torch.Tensor,
     scaling: float,
     isa: str,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of a sequence's last tokens, by vLLM's own CPU operation.
 
@@ -44,6 +45,7 @@ def cpu_attention(
             wants the keys and values; overwritten.
         scaling: Of the scores.
         isa: vLLM's name of the kernel's instruction set.
+        sink_logits: `[num_heads]`, of learned attention sinks; None = there are none.
 
     Returns:
         As `query`.
@@ -53,14 +55,18 @@ def cpu_attention(
     key_cache, value_cache = cache.chunk(2, dim=2)
     slots = torch.arange(num_keys)
     cpu_write_key_value(key, value, key_cache, value_cache, slots, isa)
-    attend = cpu_attend(
-        num_queries, num_keys, torch.arange(len(cache), dtype=torch.int32)[None], scaling, isa
-    )
+    blocks = torch.arange(len(cache), dtype=torch.int32)[None]
+    attend = cpu_attend(num_queries, num_keys, blocks, scaling, isa, sink_logits)
     return attend(query, key_cache, value_cache)
 
 
 def cpu_attend(
-    num_queries: int, num_keys: int, block_table: torch.Tensor, scaling: float, isa: str
+    num_queries: int,
+    num_keys: int,
+    block_table: torch.Tensor,
+    scaling: float,
+    isa: str,
+    sink_logits: torch.Tensor | None = None,
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """Causal attention of one sequence's last tokens on a cache of vLLM's own order.
 
@@ -70,6 +76,7 @@ def cpu_attend(
         block_table: `[1, num_blocks]`, int32.
         scaling: Of the scores.
         isa: vLLM's name of the kernel's instruction set.
+        sink_logits: `[num_heads]`, of learned attention sinks; None = there are none.
 
     Returns:
         A function of the query `[num_queries, num_heads, head_size]`, contiguous, and of the key
@@ -77,6 +84,8 @@ def cpu_attend(
     """
     from vllm import _custom_ops as ops
 
+    # The operation takes bfloat16, too, and would round its sums to that.
+    sinks = None if sink_logits is None else sink_logits.float().contiguous()
     starts = torch.tensor([0, num_queries], dtype=torch.int32)
     lengths = torch.tensor([num_keys], dtype=torch.int32)
 
@@ -111,7 +120,7 @@ def cpu_attend(
             block_table=block_table,
             softcap=0.0,
             scheduler_metadata=schedule,
-            s_aux=None,
+            s_aux=sinks,
         )
         return output
 

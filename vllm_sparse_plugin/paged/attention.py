@@ -31,6 +31,10 @@ MAX_ENTRIES = 1 << 24
 slices."""
 
 
+NO_SINKS = np.zeros(0, np.float32)
+"""The logits of learned attention sinks in a layer that has none."""
+
+
 @dataclass(frozen=True)
 class QueryBatch:
     """Which queries of a step attend, and what they see.
@@ -90,6 +94,7 @@ class PagedAttention:
         batch: QueryBatch,
         scaling: float,
         output: np.ndarray | None = None,
+        sink_logits: np.ndarray = NO_SINKS,
     ) -> tuple[np.ndarray, ReadCounts]:
         """Attention of each query over what the maskers select for it.
 
@@ -99,6 +104,7 @@ class PagedAttention:
             batch: Of the queries.
             scaling: Of the scores.
             output: As `query`; written. None = a new one.
+            sink_logits: `[num_heads]`, float32, of learned attention sinks, if the layer has some.
 
         Returns:
             The output, and what was read.
@@ -117,6 +123,7 @@ class PagedAttention:
                 scaling,
                 output[part],
                 ReadCounts(keys[part], loaded[part]),
+                sink_logits,
             )
         return output, ReadCounts(keys, loaded)
 
@@ -128,6 +135,7 @@ class PagedAttention:
         scaling: float,
         output: np.ndarray,
         read: ReadCounts,
+        sink_logits: np.ndarray,
     ) -> None:
         queries = self._select(query, cache, batch, scaling)
         lists = TokenLists.of(
@@ -139,9 +147,8 @@ class PagedAttention:
             is_sampled=any(masker.samples for masker in self.maskers),
             key_probability=queries.key_probability,
         )
-        _attend_lists(
-            query, cache, batch, scaling, lists.tokens, lists.log_weights, lists.counts, output
-        )
+        selected = (lists.tokens, lists.log_weights, lists.counts)
+        _attend_lists(query, cache, batch, scaling, *selected, output, sink_logits)
         read.keys[:] = lists.keys_read
         loaded = lists.counts.reshape(len(query), -1).sum(axis=1, dtype=np.int64)
         scanned = batch.lengths.astype(np.int64) * self._scanned_bytes_per_block
@@ -206,11 +213,13 @@ def attend_dense(
     batch: QueryBatch,
     scaling: float,
     output: np.ndarray | None = None,
+    sink_logits: np.ndarray = NO_SINKS,
 ) -> np.ndarray:
     """Attention of each query over every key that it sees; see `PagedAttention.attend`."""
     output = np.empty_like(query) if output is None else output
     counts = np.repeat(batch.lengths, cache.layout.shape.num_kv_heads)
-    _attend_lists(query, cache, batch, scaling, EVERY_KEY, NO_WEIGHTS, counts, output)
+    lists = (EVERY_KEY, NO_WEIGHTS, counts)
+    _attend_lists(query, cache, batch, scaling, *lists, output, sink_logits)
     return output
 
 
@@ -223,6 +232,7 @@ def _attend_lists(
     log_weights: np.ndarray,
     counts: np.ndarray,
     output: np.ndarray,
+    sink_logits: np.ndarray,
 ) -> None:
     shape = cache.layout.shape
     attend_lists(
@@ -237,4 +247,5 @@ def _attend_lists(
         counts,
         scaling,
         output,
+        sink_logits,
     )

@@ -31,6 +31,7 @@ def attend_prefills(
     scaling: float,
     isa: str,
     output: torch.Tensor,
+    sink_logits: torch.Tensor | None = None,
 ) -> None:
     """Attention of the dense queries of some rows over every key that they see.
 
@@ -45,6 +46,7 @@ def attend_prefills(
         scaling: Of the scores.
         isa: vLLM's name of the kernel's instruction set.
         output: As `query`; the rows' part is written.
+        sink_logits: `[num_heads]`, of learned attention sinks; None = the layer has none.
     """
     for row in rows:
         part = slice(row.query_start, row.query_end)
@@ -58,6 +60,7 @@ def attend_prefills(
             scaling,
             isa,
             output[part],
+            sink_logits,
         )
 
 
@@ -70,6 +73,7 @@ def _attend_row(
     scaling: float,
     isa: str,
     output: torch.Tensor,
+    sink_logits: torch.Tensor | None,
 ) -> None:
     shape = cache.layout.shape
     count = -(-seq_len // shape.block_size)
@@ -92,6 +96,7 @@ def _attend_row(
             _memory("prefill_blocks", size, shape.dtype),
             scaling,
             isa,
+            None if sink_logits is None else sink_logits[width],
         )
 
 

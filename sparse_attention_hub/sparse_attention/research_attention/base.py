@@ -211,13 +211,16 @@ class ResearchAttention(SparseAttention):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention over what the maskers select; see `SparseAttention.custom_attention`.
 
+        Learned attention sinks, `s_aux`, take part in the attention, and not in the selection.
+
         Returns:
             The output `(B, Q, H, Dv)`, contiguous, and the weights `(B, H, Q, K)`.
         """
         inputs = (queries, keys, values, attention_mask, scaling, dropout)
+        sink_logits = kwargs.pop("s_aux", None)
         mask = self.select(*inputs, sparse_meta_data, **kwargs)
-        output, weights = get_masked_attention_output(module, *inputs, mask, True)
-        self.log_metrics(module, *inputs, mask, output, kwargs.get("layer_idx"))
+        output, weights = get_masked_attention_output(module, *inputs, mask, True, sink_logits)
+        self.log_metrics(module, *inputs, mask, output, kwargs.get("layer_idx"), sink_logits)
         return output, weights
 
     def log_metrics(
@@ -232,6 +235,7 @@ class ResearchAttention(SparseAttention):
         mask: Mask,
         output: torch.Tensor,
         layer_idx: int | None,
+        sink_logits: torch.Tensor | None = None,
     ) -> None:
         """Logs density and output error of a call, each if its metric is enabled.
 
@@ -247,7 +251,7 @@ class ResearchAttention(SparseAttention):
             metrics.log(DENSITY, read / max(visible, 1), metadata)
         if metrics.is_metric_enabled(OUTPUT_ERROR):
             dense, _ = get_true_attention_output(
-                module, queries, keys, values, attention_mask, scaling, dropout
+                module, queries, keys, values, attention_mask, scaling, dropout, sink_logits
             )
             error = (dense - output).float().norm() / dense.float().norm()
             metrics.log(OUTPUT_ERROR, float(error), metadata)

@@ -8,6 +8,9 @@ cannot make it underflow. Half-precision inputs are computed in float32.
 
 A row that selects nothing it may see has no defined output; it gives zeros, never NaN.
 
+Models with learned attention sinks (gpt-oss) have one more logit per query head, of a key that
+everybody sees and that has no value: `exp(sink)` is added to the denominator, whatever S is.
+
 In training, dropout takes weights of the numerator alone: softmax first, then dropout, as models
 have it. (The field's API drops weights of both sums, each by a draw of its own.)
 """
@@ -25,7 +28,7 @@ from sparse_attention_hub.sparse_attention.utils.kv_utils import (
     grouped_sum,
 )
 from sparse_attention_hub.sparse_attention.utils.mask import Mask
-from sparse_attention_hub.sparse_attention.utils.row_attention import attend_rows
+from sparse_attention_hub.sparse_attention.utils.row_attention import attend_rows, sink_mass
 from sparse_attention_hub.sparse_attention.visibility import add_bias, visible_keys
 
 
@@ -48,6 +51,17 @@ def _compute_masked_exp_attention_weights(
     Returns:
         `(B, H, Q, K)`, at least float32.
     """
+    return _weights_and_largest(queries, keys, attention_mask, scaling, sparse_attention_mask)[0]
+
+
+def _weights_and_largest(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    sparse_attention_mask: Mask,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights of `_compute_masked_exp_attention_weights`, and m, `(B, H, Q, 1)`."""
     logits = add_bias(grouped_scores(queries, keys) * scaling, attention_mask)
     visible = visible_keys(attention_mask, keys.shape[2])
     if visible is not None:
@@ -58,7 +72,16 @@ def _compute_masked_exp_attention_weights(
         # log 0 = -inf takes the keys that are not selected out.
         logits = logits - _log_or_inf(sparse_attention_mask.get_dense_mask().to(logits.dtype))
     largest = logits.amax(dim=-1, keepdim=True)
-    return torch.exp(logits - largest.masked_fill(largest == -torch.inf, 0))
+    largest = largest.masked_fill(largest == -torch.inf, 0)
+    return torch.exp(logits - largest), largest
+
+
+def _denominator(
+    weights: torch.Tensor, largest: torch.Tensor, sink_logits: torch.Tensor | None
+) -> torch.Tensor:
+    """The sum of weights, and the learned sinks' share; `(B, H, Q, 1)`."""
+    total = weights.sum(dim=-1, keepdim=True)
+    return total if sink_logits is None else total + sink_mass(sink_logits, largest)
 
 
 def _log_or_inf(probabilities: torch.Tensor) -> torch.Tensor:
@@ -84,6 +107,7 @@ def get_attention_denominator(
     scaling: float,
     dropout: float,
     sparse_attention_mask: Mask,
+    sink_logits: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """The denominator of the formula above, up to the row constant `exp(-m)`.
@@ -92,12 +116,12 @@ def get_attention_denominator(
 
     Returns:
         `(B, H, Q, 1)`, at least float32, with the row constant that `get_attention_numerator` of
-        the same arguments has; 0 in a row that selects nothing.
+        the same arguments has; 0 in a row that selects nothing, where there are no sinks.
     """
-    weights = _compute_masked_exp_attention_weights(
+    weights, largest = _weights_and_largest(
         queries, keys, attention_mask, scaling, sparse_attention_mask
     )
-    return weights.sum(dim=-1, keepdim=True)
+    return _denominator(weights, largest, sink_logits)
 
 
 def get_attention_numerator(
@@ -137,6 +161,7 @@ def get_masked_attention_output(
     dropout: float,
     sparse_attention_mask: Mask,
     return_attention_weights: Literal[False] = False,
+    sink_logits: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor: ...
 
@@ -152,6 +177,7 @@ def get_masked_attention_output(
     dropout: float,
     sparse_attention_mask: Mask,
     return_attention_weights: Literal[True],
+    sink_logits: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -166,6 +192,7 @@ def get_masked_attention_output(
     dropout: float,
     sparse_attention_mask: Mask,
     return_attention_weights: bool = False,
+    sink_logits: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention over the selected keys.
@@ -180,20 +207,22 @@ def get_masked_attention_output(
         dropout: Of the weights, in training.
         sparse_attention_mask: Of shape `(B, H, Q, K)`.
         return_attention_weights: Whether to return the weights too.
+        sink_logits: `(H,)`, of learned attention sinks; None = the model has none.
         kwargs: Ignored (the attention module's own).
 
     Returns:
         The output `(B, Q, H, Dv)`, contiguous, in the dtype of `queries`; with the weights
-        `(B, H, Q, K)` when asked for: their softmax, then dropout.
+        `(B, H, Q, K)` when asked for: their softmax, then dropout. Beside learned sinks, weights
+        of a row add up to less than 1.
     """
     drops = _drops(module, dropout)
     rows = sparse_attention_mask.rows()
     if rows is not None and attention_mask is None and not (return_attention_weights or drops):
-        return attend_rows(queries, keys, values, scaling, *rows)
-    weights = _compute_masked_exp_attention_weights(
+        return attend_rows(queries, keys, values, scaling, *rows, sink_logits)
+    weights, largest = _weights_and_largest(
         queries, keys, attention_mask, scaling, sparse_attention_mask
     )
-    denominator = weights.sum(dim=-1, keepdim=True)
+    denominator = _denominator(weights, largest, sink_logits)
     if drops:
         weights = nn.functional.dropout(weights, p=dropout)
     output = _divide(grouped_sum(weights, values), denominator)
@@ -211,6 +240,7 @@ def get_true_attention_output(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float,
+    sink_logits: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense attention over all visible keys: softmax, then dropout in training.
@@ -221,7 +251,7 @@ def get_true_attention_output(
     shape = (*queries.shape[:3], keys.shape[2])
     full = Mask.create_full_mask(shape, accumulation_dtype(queries.dtype), queries.device)
     return get_masked_attention_output(
-        module, queries, keys, values, attention_mask, scaling, dropout, full, True
+        module, queries, keys, values, attention_mask, scaling, dropout, full, True, sink_logits
     )
 
 

@@ -18,6 +18,7 @@ def attend_rows(
     scaling: float,
     indices: torch.Tensor,
     weights: torch.Tensor,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of each query over its own list of keys; the formula of `mask_attention_utils`.
 
@@ -28,6 +29,7 @@ def attend_rows(
         scaling: Of the scores.
         indices: `(B, H, Q, n)`, int64 key positions.
         weights: `(B, H, Q, n)`, their probabilities; 0 = no key.
+        sink_logits: `(H,)`, of learned attention sinks; None = the model has none.
 
     Returns:
         `(B, Q, H, Dv)`, contiguous, in the dtype of `queries`. A row without keys gives zeros.
@@ -39,14 +41,32 @@ def attend_rows(
     probabilities = weights.to(logits.dtype)
     logits = logits - torch.where(probabilities > 0, probabilities.log(), torch.inf)
     top = logits.amax(dim=-1, keepdim=True)
-    mass = torch.exp(logits - top.masked_fill(top == -torch.inf, 0))
+    top = top.masked_fill(top == -torch.inf, 0)
+    mass = torch.exp(logits - top)
     total = mass.sum(dim=-1, keepdim=True)
+    if sink_logits is not None:
+        total = total + sink_mass(sink_logits, top)
     mass = mass / total.masked_fill(total == 0, 1)
     # Rows of one KV head side by side: (B, G, group * Q, n).
     lists = indices.reshape(batch, keys.shape[1], -1, indices.shape[-1])
     output = _weighted_sums(mass.view(lists.shape), values, lists)
     output = output.view(batch, heads, num_queries, values.shape[-1]).to(queries.dtype)
     return output.transpose(1, 2).contiguous()
+
+
+def sink_mass(sink_logits: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """What learned attention sinks add to the denominators of rows.
+
+    Where a sink is far above all keys it is inf, which divides them to the zeros they come to.
+
+    Args:
+        sink_logits: `(H,)`.
+        largest: `(B, H, Q, 1)`: what was subtracted from the logits of a row.
+
+    Returns:
+        As `largest`.
+    """
+    return torch.exp(sink_logits.to(largest).view(-1, 1, 1) - largest)
 
 
 def row_scores(queries: torch.Tensor, keys: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,12 @@ SHAPE: dict[str, Any] = {
 def write_model(config: PretrainedConfig, folder: Path) -> Path:
     """A model with random weights, and no tokenizer."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):  # they begin at 0
+                parameter.normal_(mean=1.0)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -1,14 +1,20 @@
 """Models whose layers are of several kinds on vLLM's CUDA code path, against the CPU's engine.
 
 Recurrent layers beside attention, for which vLLM makes blocks larger (48 tokens here, for them to
-be as large as a state); and layers with a window beside others whose heads are larger, one of which
-reads the keys of another.
+be as large as a state); layers with a window beside others whose heads are larger, one of which
+reads the keys of another; and layers with learned attention sinks, with a window and without.
 """
 
+import json
 from typing import Any
 
 import pytest
-from transformers import Gemma4TextConfig, GraniteMoeHybridConfig, PretrainedConfig
+from transformers import (
+    Gemma4TextConfig,
+    GraniteMoeHybridConfig,
+    GraniteSWAConfig,
+    PretrainedConfig,
+)
 
 pytest.importorskip("vllm")
 
@@ -19,6 +25,7 @@ from tests.plugin.cuda.test_sparse_engines import (
     OFF,
     QUEST,
     SINK_LOCAL,
+    SOCKET,
     SPARSE_PROMPT,
     STATISTICS,
     V1,
@@ -32,10 +39,12 @@ RUN = [
     request(3, 20, 4, arrives=4, **SPARSE_PROMPT),
     request(2, 55, 4, arrives=12),  # may find a block of the same prompt
 ]
-CONFIG = {
-    "maskers": [*SINK_LOCAL, QUEST],
-    "allow_request_config": False,  # no memory is there but what these maskers were found to need
+MASKERS_OF_ITS_OWN = {
+    "sparse_attention_config": json.dumps({"maskers": [*SINK_LOCAL, SOCKET]}),
 }
+RUN_WITH_SOCKET = [*RUN, request(4, 30, 4, arrives=14, **MASKERS_OF_ITS_OWN)]
+"""The last request takes the general path."""
+CONFIG = {"maskers": [*SINK_LOCAL, QUEST]}
 
 
 def recurrent() -> PretrainedConfig:
@@ -70,23 +79,38 @@ def windowed() -> PretrainedConfig:
     )
 
 
+def with_sinks() -> PretrainedConfig:
+    return GraniteSWAConfig(
+        **SHAPE,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        layer_types=["full_attention", "sliding_attention"],
+        sliding_window=16,
+        attention_multiplier=32**-0.5,
+    )
+
+
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("mixed")
     models = {
         "recurrent": str(write_model(recurrent(), folder / "recurrent")),
         "windowed": str(write_model(windowed(), folder / "windowed")),
+        "with sinks": str(write_model(with_sinks(), folder / "sinks")),
     }
 
     def engine(
         model: str, options: dict[str, Any], least: int | str = 0, **others: Any
     ) -> dict[str, Any]:
+        is_general = model == "with sinks"
+        # Elsewhere no memory is there but what the server's maskers were found to need.
+        config = {**CONFIG, "min_sparse_keys": least, "allow_request_config": is_general}
         own = {
             "model": models[model],
             "attention_backend": "CUSTOM",
-            "additional_config": {"sparse_attention": {**CONFIG, "min_sparse_keys": least}},
+            "additional_config": {"sparse_attention": config},
         }
-        asked = {"batches": [RUN], "calls": STATISTICS}
+        asked = {"batches": [RUN_WITH_SOCKET if is_general else RUN], "calls": STATISTICS}
         return {"options": {**options, **own}, **asked, **others}
 
     graphs = {**DRY_OPTIONS, "compilation_config": GRAPHS}
@@ -97,15 +121,16 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         ),
         "recurrent, V1": engine("recurrent", graphs, environment=V1),
         "windowed, V2": engine("windowed", graphs),
+        "with sinks, V2": engine("with sinks", graphs),
     }
     cpu, found = run_both({model: engine(model, OPTIONS) for model in models}, dry, folder)
     return cpu | found
 
 
-@pytest.mark.parametrize("name", ["recurrent, V2", "recurrent, V1", "windowed, V2"])
-def test_each_row_has_its_own_maskers_on_pages(
-    reports: dict[str, dict[str, Any]], name: str
-) -> None:
+@pytest.mark.parametrize(
+    "name", ["recurrent, V2", "recurrent, V1", "windowed, V2", "with sinks, V2"]
+)
+def test_each_row_has_its_own_maskers(reports: dict[str, dict[str, Any]], name: str) -> None:
     found, expected = reports[name], reports[name.partition(",")[0]]
     assert found["platform"] == "DryCudaPlatform"
     assert found["tokens"] == expected["tokens"]
@@ -115,6 +140,6 @@ def test_each_row_has_its_own_maskers_on_pages(
     # What is found is no query.
     assert counts == {**right, "dense_queries": right["dense_queries"] - found["prefix_hits"]}
     assert counts["sparse_queries"] > 0
-    assert counts["general_rows"] == 0
+    assert (counts["general_rows"] > 0) == (name == "with sinks, V2")
     assert counts["density"] < 0.9
     assert found["replays"] > 5

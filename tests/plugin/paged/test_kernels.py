@@ -37,6 +37,28 @@ def test_dense_attention_against_float64(dtype, heads, kv_heads, head_size) -> N
         assert difference <= ATTENTION_ATOL[torch.float32]
 
 
+@pytest.mark.parametrize("offset", [0.0, -300.0, 300.0])
+def test_learned_sinks(offset: float) -> None:
+    """One more logit per query head, without a value, in rows of one part and of many."""
+    rows = make_rows(
+        BlockLayout(shape_of(6, 2, 32, dtype=torch.bfloat16)), lengths=(1, 40, 2000), exact=False
+    )
+    sinks = torch.linspace(-2, 4, 6) + offset
+    found = attend_dense(
+        rows.query.float().numpy(), rows.cache, rows.batch, 32**-0.5, sink_logits=sinks.numpy()
+    )
+    for row, length in enumerate(rows.batch.lengths.tolist()):
+        key, value = (
+            t[0, :, :length].double().repeat_interleave(3, 0)
+            for t in (rows.keys[row], rows.values[row])
+        )
+        scores = torch.einsum("hd,hkd->hk", rows.query[row].double(), key) * 32**-0.5
+        weights = torch.cat([scores, sinks[:, None].double()], dim=1).softmax(dim=-1)[:, :-1]
+        expected = torch.einsum("hk,hkd->hd", weights, value)
+        difference = (torch.from_numpy(found[row]).double() - expected).abs().max()
+        assert difference <= ATTENTION_ATOL[torch.float32]
+
+
 def test_extreme_scores() -> None:
     """Scores far apart, all equal, and so low that plain powers would vanish."""
     layout = BlockLayout(shape_of(1, 1, 32))

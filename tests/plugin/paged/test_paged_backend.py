@@ -89,7 +89,7 @@ def row_of(name: str, maskers: list[dict] | None, prefix: int) -> Row | None:
     return Row(resolve_request(given, server)["sparse_attention_resolved"], prefix, prefix)
 
 
-def expected(name, maskers, query, key, value, before: int, prefix: int):
+def expected(name, maskers, query, key, value, before: int, prefix: int, sinks):
     """Row by row: leading queries dense, the others by the general path."""
     outputs = []
     num_dense = len(query) if maskers is None else min(max(prefix - before, 0), len(query))
@@ -109,16 +109,23 @@ def expected(name, maskers, query, key, value, before: int, prefix: int):
             value[None, :, :last],
             0.125,
             LAYER,
+            sinks,
         )
         outputs.append(result)
     return torch.cat([result.output for result in outputs]), outputs[-1]
 
 
 @pytest.mark.parametrize(
-    "order",
-    [list(range(len(ROWS))), [8, 13, 3, 1, 5, 10, 0, 12, 7, 9, 2, 11, 6, 4], [1], [3], [11], [13]],
+    ("order", "has_sinks"),
+    [
+        (list(range(len(ROWS))), False),
+        ([8, 13, 3, 1, 5, 10, 0, 12, 7, 9, 2, 11, 6, 4], True),
+        *[([row], False) for row in (1, 3, 11, 13)],
+    ],
 )
-def test_mixed_batch(impl, order: list[int]) -> None:
+def test_mixed_batch(impl, order: list[int], has_sinks: bool) -> None:
+    """Learned sinks are of a layer, and so of all its rows."""
+    impl.sinks = torch.linspace(-2, 4, 6) if has_sinks else None
     generator = torch.Generator().manual_seed(len(order))
     layer = SimpleNamespace(layer_name=f"model.layers.{LAYER}.self_attn.attn", isa="vec")
     from vllm_sparse_plugin.paged_backend import block_layout
@@ -152,7 +159,14 @@ def test_mixed_batch(impl, order: list[int]) -> None:
             rows[place] = row
         wanted.append(
             expected(
-                name, maskers, query, key.transpose(0, 1), value.transpose(0, 1), before, prefix
+                name,
+                maskers,
+                query,
+                key.transpose(0, 1),
+                value.transpose(0, 1),
+                before,
+                prefix,
+                impl.sinks,
             )
         )
     impl.do_kv_cache_update(

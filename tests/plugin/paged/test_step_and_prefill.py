@@ -64,8 +64,10 @@ def test_counts_reach_each_request() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scratch_bytes", [1 << 27, 1])
-@pytest.mark.parametrize("has_written", [False, True])
-def test_dense_prefill_against_float64(dtype, scratch_bytes, has_written, monkeypatch) -> None:
+@pytest.mark.parametrize(("has_written", "has_sinks"), [(False, True), (True, False)])
+def test_dense_prefill_against_float64(
+    dtype, scratch_bytes, has_written, has_sinks, monkeypatch
+) -> None:
     """Whole prompts and later chunks; all KV heads at once, and one at a time.
 
     With the step's own keys and values, which lie in one tensor with the queries as in vLLM, whole
@@ -93,6 +95,7 @@ def test_dense_prefill_against_float64(dtype, scratch_bytes, has_written, monkey
             stacked[part, 6:8] = rows.keys[row.row][0, :, -count:].transpose(0, 1)
             stacked[part, 8:] = rows.values[row.row][0, :, -count:].transpose(0, 1)
         written = (stacked[:, 6:8], stacked[:, 8:])
+    sinks = torch.linspace(-2, 4, 6).to(dtype) if has_sinks else None
     prefill.attend_prefills(
         dense,
         query,
@@ -102,6 +105,7 @@ def test_dense_prefill_against_float64(dtype, scratch_bytes, has_written, monkey
         64**-0.5,
         "vec",
         output,
+        sinks,
     )
     for row in dense:
         key, value = (
@@ -111,7 +115,11 @@ def test_dense_prefill_against_float64(dtype, scratch_bytes, has_written, monkey
         scores = torch.einsum("qhd,hkd->hqk", part, key) * 64**-0.5
         position = torch.arange(row.seq_len)
         future = position[None] > position[row.seq_len - len(part) :, None]
-        weights = scores.masked_fill(future, -torch.inf).softmax(dim=-1)
+        scores = scores.masked_fill(future, -torch.inf)
+        if sinks is not None:  # one more logit, of a key without a value
+            own = sinks.double()[:, None, None].expand(6, len(part), 1)
+            scores = torch.cat([scores, own], dim=-1)
+        weights = scores.softmax(dim=-1)[..., : row.seq_len]
         expected = torch.einsum("hqk,hkd->qhd", weights, value)
         found = output[row.query_start : row.query_end].view(-1, 6, 64).double()
         assert (found - expected).abs().max() <= ATTENTION_ATOL[dtype]

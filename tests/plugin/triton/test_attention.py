@@ -46,7 +46,15 @@ def random_lists(rows: DeviceRows, width: int, share: float = 0.4):
     return tokens, weights, counts
 
 
-def attend(rows: DeviceRows, tokens, weights, counts, scaling: float | None = None, whole=None):
+def attend(
+    rows: DeviceRows,
+    tokens,
+    weights,
+    counts,
+    scaling: float | None = None,
+    whole=None,
+    sinks: torch.Tensor | None = None,
+):
     num_queries, heads, size = rows.query.shape
     kv_heads = rows.kv_cache.shape[1]
     output = torch.full(rows.query.shape, torch.nan, device=DEVICE)
@@ -73,11 +81,19 @@ def attend(rows: DeviceRows, tokens, weights, counts, scaling: float | None = No
         output,
         space,
         moved(whole),
+        None if sinks is None else sinks.to(DEVICE),
     )
     return output.cpu()
 
 
-def expected(rows: DeviceRows, tokens, weights, counts, scaling: float | None = None):
+def expected(
+    rows: DeviceRows,
+    tokens,
+    weights,
+    counts,
+    scaling: float | None = None,
+    sinks: torch.Tensor | None = None,
+):
     query = rows.query.cpu().double()
     num_queries, heads, size = query.shape
     kv_heads = rows.kv_cache.shape[1]
@@ -97,7 +113,8 @@ def expected(rows: DeviceRows, tokens, weights, counts, scaling: float | None = 
                 own = torch.from_numpy(weights[item, :count, min(h, weights.shape[2] - 1)])
                 logits = (logits + own).masked_fill(own == NOT_SELECTED, -torch.inf)
             if (logits > -torch.inf).any():
-                result[row, head] = logits.softmax(0) @ value
+                own = logits if sinks is None else torch.cat([logits, sinks[head : head + 1]])
+                result[row, head] = own.softmax(0)[:count] @ value
     return result
 
 
@@ -123,6 +140,22 @@ def test_lists_with_and_without_weights(heads, kv_heads, head_size, block_size, 
             right = expected(rows, tokens, own, counts)
             assert (found.double() - right).abs().max() <= ATOL[dtype]
             assert (found[right == 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_learned_sinks(dtype: torch.dtype) -> None:
+    """One more logit per query head, without a value: by the keys' own size, and far from it."""
+    rows = device_rows(shape_of(6, 2, 32, dtype=dtype), LENGTHS, exact=False)
+    tokens, weights, counts = random_lists(rows, 3)
+    whole = np.array([n if i % 2 else 0 for i, n in enumerate(rows.lengths)], np.int32)
+    for offset in (0.0, -300.0, 300.0):
+        sinks = (torch.linspace(-2, 4, 6) + offset).to(dtype)
+        found = attend(rows, tokens, weights, counts, whole=whole, sinks=sinks)
+        right = expected(rows, tokens, weights, counts, sinks=sinks)
+        every = np.repeat(rows.lengths, 2).astype(np.int32)
+        right[whole > 0] = expected(rows, None, None, every, sinks=sinks)[whole > 0]
+        assert (found.double() - right).abs().max() <= ATOL[dtype]
+        assert (found[right == 0].abs() <= 1e-30).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -219,6 +252,7 @@ def test_what_does_not_fit_is_refused() -> None:
         "does not fit queries": {"workspace": AttentionWorkspace.of(2, 4, 2, 32, DEVICE)},
         "6, 5 lists": {"tokens": lists[:5]},
         "log weights of": {"log_weights": torch.zeros(6, 8, 3, device=DEVICE)},
+        "logits of sinks": {"sink_logits": torch.zeros(2, device=DEVICE)},
     }.items():
         with pytest.raises(ValueError, match=message):
             attend_lists(**(good | change))

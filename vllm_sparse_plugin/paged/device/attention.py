@@ -172,6 +172,7 @@ class DeviceAttention:
         counts: torch.Tensor,
         sequences: StepSequences | None = None,
         whole: torch.Tensor | None = None,
+        sink_logits: torch.Tensor | None = None,
     ) -> None:
         """Attention of each query over what the maskers select for it.
 
@@ -187,6 +188,7 @@ class DeviceAttention:
             counts: `[num_queries, 3]`, int64: added to, see `KEYS_READ`.
             sequences: Of the queries; needed if it `learns`.
             whole: `[num_queries]`, int32: see `attend_lists`. Such queries are in no count.
+            sink_logits: `[num_heads]`, of learned attention sinks; None = the layer has none.
         """
         for index in self._learned:
             held = cache.indices[index]
@@ -204,6 +206,7 @@ class DeviceAttention:
                 output[part],
                 counts[part],
                 None if whole is None else whole[part],
+                sink_logits,
             )
 
     def _attend(
@@ -216,6 +219,7 @@ class DeviceAttention:
         output: torch.Tensor,
         counts: torch.Tensor,
         whole: torch.Tensor | None,
+        sink_logits: torch.Tensor | None,
     ) -> None:
         memory = self._memory
         rows = len(query) * self._num_units
@@ -243,6 +247,7 @@ class DeviceAttention:
             output,
             memory.attention,
             self._nothing[: len(query)] if whole is None else whole,
+            sink_logits,
         )
 
     def _list(self, queries: DeviceQueries, sizes: torch.Tensor) -> None:

@@ -23,6 +23,7 @@ from vllm_sparse_plugin.paged.kernels.tile_products import (
 from vllm_sparse_plugin.paged.kernels.tiles import PART, TILE, fetch_rows, locate
 
 _NOTHING = np.float32(-1e30)
+_LARGEST_EXPONENT = np.float32(80.0)
 
 
 @njit(parallel=True, fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -38,6 +39,7 @@ def attend_lists(
     counts: np.ndarray,
     scaling: float,
     output: np.ndarray,
+    sink_logits: np.ndarray,
 ) -> None:
     """`sum_S (exp(s_i) / p_i) v_i / sum_S (exp(s_i) / p_i)` for every query head's selection S.
 
@@ -56,6 +58,8 @@ def attend_lists(
         counts: `[num_queries * num_kv_heads]`, tokens of each list.
         scaling: Of the scores.
         output: `[num_queries, num_heads, head_size]`, float32; zeros for an empty selection.
+        sink_logits: `[num_heads]`, float32, of learned attention sinks: each adds its exponential
+            to the denominator; `[0]` = the layer has none.
     """
     _, num_heads, head_size = query.shape
     num_kv_heads = elements.shape[1]
@@ -153,6 +157,9 @@ def attend_lists(
                 weight_sum += factor * mass[unit, split, h]
                 for d in range(head_size):
                     result[d] += factor * sums[unit, split, h, d]
+            if len(sink_logits):  # (fastmath knows no infinity: beyond this all is zero anyhow)
+                above = min(sink_logits[kv_head * heads + h] - peak, _LARGEST_EXPONENT)
+                weight_sum += np.float32(math.exp(above))
             if weight_sum > 0:
                 for d in range(head_size):
                     result[d] /= weight_sum

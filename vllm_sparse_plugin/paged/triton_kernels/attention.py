@@ -137,6 +137,7 @@ def _join_kernel(
     sums,
     counts,
     whole,
+    sink_logits,
     output,
     KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -144,6 +145,7 @@ def _join_kernel(
     CHANNELS: tl.constexpr,
     PARTS: tl.constexpr,
     LEAST: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     IS_OVERLAPPED: tl.constexpr,
 ):
     """The parts of one query head."""
@@ -158,8 +160,12 @@ def _join_kernel(
     is_live = parts * share_of(count, PARTS, LEAST) < count
     peaks = tl.where(is_live, peaks, float("-inf"))
     peak = tl.max(peaks, 0)
-    factors = tl.exp2(peaks - tl.where(peak == float("-inf"), 0.0, peak))
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    factors = tl.exp2(peaks - peak)
     weight = tl.sum(tl.where(is_live, factors * masses, 0.0), 0)
+    if HAS_SINKS:  # (inf where a sink is far above all keys: nothing is left of them)
+        sink = tl.load(sink_logits + row % (KV_HEADS * HEADS)).to(tl.float32)
+        weight += tl.exp2(sink * 1.4426950408889634 - peak)
     is_channel = channels < HEAD_SIZE
     inside = is_live[:, None] & is_channel[None, :]
     own = tl.load(sums + at[:, None] * HEAD_SIZE + channels[None, :], mask=inside, other=0.0)
@@ -219,6 +225,7 @@ def attend_lists(
     output: torch.Tensor,
     workspace: AttentionWorkspace,
     whole: torch.Tensor,
+    sink_logits: torch.Tensor | None = None,
 ) -> None:
     """`sum_S (exp(s_i) / p_i) v_i / sum_S (exp(s_i) / p_i)` for every query head's selection S.
 
@@ -240,6 +247,8 @@ def attend_lists(
         workspace: For as many queries.
         whole: `[num_queries]`, int32: how many keys a query reads that reads all of its keys,
             whatever its lists are; 0 for others.
+        sink_logits: `[num_heads]`, a floating type, of learned attention sinks: each adds its
+            exponential to the denominator. None = the layer has none.
 
     Raises:
         ValueError: Something does not fit the queries.
@@ -255,6 +264,12 @@ def attend_lists(
         raise ValueError(f"the output must be contiguous {tuple(query.shape)}")
     if min(len(counts), len(tokens)) < num_lists:
         raise ValueError(f"{len(counts)}, {len(tokens)} lists for queries of {num_lists}")
+    if sink_logits is not None and (
+        sink_logits.shape != (num_heads,) or not sink_logits.is_contiguous()
+    ):
+        raise ValueError(
+            f"logits of sinks must be contiguous [{num_heads}], got {tuple(sink_logits.shape)}"
+        )
     parts = workspace.sums.shape[1]
     if len(workspace.sums) < num_lists or workspace.sums.shape[2:] != (heads, head_size):
         raise ValueError(
@@ -300,6 +315,7 @@ def attend_lists(
         workspace.sums,
         counts,
         whole,
+        counts if sink_logits is None else sink_logits,
         output,
         KV_HEADS=sizes["KV_HEADS"],
         HEADS=heads,
@@ -307,5 +323,6 @@ def attend_lists(
         CHANNELS=sizes["CHANNELS"],
         PARTS=parts,
         LEAST=LEAST_PART,
+        HAS_SINKS=sink_logits is not None,
         **overlapped(kv_cache.device),
     )
