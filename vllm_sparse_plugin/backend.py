@@ -18,6 +18,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonA
 
 from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.masked_attention import attend_row, attention_of
+from vllm_sparse_plugin.named_layers import say_without_effect
 from vllm_sparse_plugin.paged_cache import (
     BlockReader,
     cpu_block_reader,
@@ -140,6 +141,9 @@ class SparseAttentionMetadataBuilder(_DenseBuilder):  # type: ignore[misc, valid
         self._name = layer_names[0]
         if self._has_sparse_layers and self._table.counter is None:
             self._table.counter = self._name
+            if self._config is not None:
+                every = get_layers_from_vllm_config(vllm_config, Attention)
+                say_without_effect(self._config.attention, every)
 
     def build(
         self,

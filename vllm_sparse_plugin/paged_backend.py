@@ -306,7 +306,7 @@ class PagedAttentionImpl(SparseAttentionImpl):
     def _sinks(self) -> np.ndarray:
         """The logits of learned attention sinks, for kernels."""
         logits = self.sink_logits
-        return NO_SINKS if logits is None else logits.float().numpy()
+        return NO_SINKS if logits is None else logits.detach().float().numpy()
 
     def _cache(self, layer: Any, kv_cache: torch.Tensor) -> LayerCache:
         """The layer's cache as kernels see it; made anew only when vLLM moves the cache."""

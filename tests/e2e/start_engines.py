@@ -76,7 +76,7 @@ def run_engine(
         folder: Of the model; without weights in it they are random.
         maskers: The server's configuration.
         asked: By the names that their answers get.
-        options: Of vLLM's engine, besides.
+        options: Of vLLM's engine, besides; in "sparse_attention", more of the configuration.
     """
     from vllm.model_executor.models import registry
 
@@ -96,7 +96,8 @@ def _run_engine(
 ) -> EngineReport:
     from vllm import LLM, SamplingParams
 
-    report = EngineReport()
+    report, options = EngineReport(), dict(options)
+    config = {"maskers": maskers, "min_sparse_keys": 0, **options.pop("sparse_attention", {})}
     collector = _Collector(report.log)
     logger = logging.getLogger("vllm_sparse_plugin")
     logger.addHandler(collector)
@@ -112,7 +113,7 @@ def _run_engine(
             max_model_len=512,
             max_num_seqs=4,
             attention_backend="CUSTOM",
-            additional_config={"sparse_attention": {"maskers": maskers, "min_sparse_keys": 0}},
+            additional_config={"sparse_attention": config},
             **options,
         )
         report.block_size = engine.llm_engine.vllm_config.cache_config.block_size

@@ -51,6 +51,8 @@ RECURRENT_LAYERS = {"granite-hybrid": 2}
 PEAKED = {("gemma4", "oracle")}
 """Its scores are not scaled down: the oracle finds all that counts."""
 HYBRID = ("granite-hybrid", "falcon-h1")
+NAMED = {kind: {"0": SINK_LOCAL} for kind in ("granite-hybrid", "gpt-oss")}
+"""Maskers for a layer that has none: recurrent, or with a window."""
 
 
 def layers_with_maskers(kind: str) -> int:
@@ -133,6 +135,7 @@ def engine_report(folders, start_engine) -> Callable[[str], EngineReport]:
             }
             # vLLM 0.32 cannot keep recurrent states for prefixes on CPUs.
             options = {"enable_prefix_caching": False} if kind in HYBRID else {}
+            options["sparse_attention"] = {"layers": NAMED.get(kind, {})}
             found[kind] = start_engine(folders[kind], MASKERS["quest"], asked, options)
         return found[kind]
 
@@ -214,6 +217,14 @@ def test_maskers_run_on_pages(kind, engine_report) -> None:
     for name, answer in report.answers.items():
         rows = (answer.statistics or {}).get("general_rows", 0)
         assert rows == 0, (name, answer.statistics)
+
+
+@pytest.mark.parametrize("kind", SERVED)
+def test_layers_that_have_no_maskers_are_named(kind, engine_report) -> None:
+    said = [message for message in engine_report(kind).log if "changes nothing" in message]
+    expected = ["says something of layers 0, and changes nothing there"] if kind in NAMED else []
+    assert len(said) == len(expected)
+    assert all(part in message for part, message in zip(expected, said, strict=True))
 
 
 @pytest.mark.parametrize("kind", HYBRID)

@@ -53,7 +53,7 @@ def write_model(config: PretrainedConfig, folder: Path) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("sinks"):  # they begin at 0
-                parameter.normal_(mean=1.0)
+                parameter.normal_(mean=3.0)
     model.save_pretrained(folder)
     return folder
 

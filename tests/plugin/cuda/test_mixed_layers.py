@@ -42,7 +42,7 @@ RUN = [
 MASKERS_OF_ITS_OWN = {
     "sparse_attention_config": json.dumps({"maskers": [*SINK_LOCAL, SOCKET]}),
 }
-RUN_WITH_SOCKET = [*RUN, request(4, 30, 4, arrives=14, **MASKERS_OF_ITS_OWN)]
+RUN_WITH_SOCKET = [*RUN, request(4, 30, 12, arrives=14, **MASKERS_OF_ITS_OWN)]
 """The last request takes the general path."""
 CONFIG = {"maskers": [*SINK_LOCAL, QUEST]}
 

@@ -1,0 +1,37 @@
+"""Layers that the configuration names, and that cannot do what it says of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.model_executor.models.utils import extract_layer_index
+
+from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
+
+logger = logging.getLogger(__name__)
+
+
+def say_without_effect(config: ResearchAttentionConfig, layers: Mapping[str, Any]) -> None:
+    """Warns of maskers for layers without attention or with a window, and of others called dense.
+
+    Recurrent layers have no attention, and some models number their attention layers apart.
+
+    Args:
+        config: The server's.
+        layers: All attention layers of the engine, by name.
+    """
+    by_index = {extract_layer_index(name): layer.impl for name, layer in layers.items()}
+    sparse = {index for index, layer in by_index.items() if layer.can_be_sparse}
+    without = [
+        *(layer for layer in config.layer_masker_configs if layer not in sparse),
+        *(layer for layer in config.dense_layers if layer not in by_index),
+    ]
+    if without:
+        logger.warning(
+            "sparse attention: the configuration says something of layers %s, and changes nothing "
+            "there: attention can be sparse in layers %s",
+            ", ".join(map(str, sorted(without))),
+            ", ".join(map(str, sorted(sparse))),
+        )
