@@ -41,6 +41,7 @@ RUN = [
 ]
 MASKERS_OF_ITS_OWN = {
     "sparse_attention_config": json.dumps({"maskers": [*SINK_LOCAL, SOCKET]}),
+    **SPARSE_PROMPT,
 }
 RUN_WITH_SOCKET = [*RUN, request(4, 30, 12, arrives=14, **MASKERS_OF_ITS_OWN)]
 """The last request takes the general path."""
