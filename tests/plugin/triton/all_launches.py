@@ -89,10 +89,9 @@ def launches(
     channels = _tensor(KV_HEADS, 8)
     compared = (own_labels, labels, batch.block_table, lengths)
 
-    def attend(weights: torch.Tensor | None) -> None:
-        attention.attend_lists(
-            query, cache, batch, found.tokens, weights, found.counts, 0.1, output, parts, lengths
-        )
+    def attend(weights: torch.Tensor | None, sinks: torch.Tensor | None = None) -> None:
+        listed = (found.tokens, weights, found.counts)
+        attention.attend_lists(query, cache, batch, *listed, 0.1, output, parts, lengths, sinks)
 
     return {
         "start_flags": lambda: flags.start_flags(marks, lengths, ranges),
@@ -129,4 +128,5 @@ def launches(
         ),
         "attend_lists, weights": lambda: attend(found.log_weights),
         "attend_lists": lambda: attend(None),
+        "attend_lists, sinks": lambda: attend(None, _tensor(num_heads, dtype=query.dtype)),
     }
