@@ -86,7 +86,7 @@ def test_served_is_reference(sparse, model_path, masker_files, name, capsys) -> 
         }
     )
     text = python_manual(["formatstrings"], 2200)
-    request = Request("Read this.\n\n" + text, ["\n\nWhat is a field?", "\n\nGive an example."])
+    request = Request("Read this.\n\n" + text, "\n\nWhat is a field?")
     arguments = {"max_new_tokens": 12}
     served = ModelAdapterVLLM(
         model_path, config, base_url=sparse.server.base_url, sparse_by_default=True

@@ -30,8 +30,10 @@ QUESTIONS = [
 
 
 def request_of(characters: int) -> Request:
+    """Several questions on a short text, and one on a long one, which takes its time."""
     text = python_manual(["string-methods"], characters)
-    return Request("Read this.\n\n" + text, QUESTIONS, answer_prefix="Answer:")
+    questions = QUESTIONS if characters < 5000 else QUESTIONS[:1]
+    return Request("Read this.\n\n" + text, questions, answer_prefix="Answer:")
 
 
 CASES = [(name, 200) for name in CONFIGS] + [("oracle-count", 1500), ("oracle-share", 2500)]
@@ -96,7 +98,7 @@ def test_density_is_what_an_independent_count_gives(sparse, model_path) -> None:
 def test_sparse_prefill_in_chunks_is_the_reference_in_one_piece(sparse, model_path) -> None:
     """Without a context nearly the whole prompt is sparse; the server cuts it into chunks."""
     config = config_from_dict({"maskers": CONFIGS["oracle-share"]})
-    request = Request("", python_manual(["formatstrings"], 4600))
+    request = Request("", python_manual(["formatstrings"], 3000))
     arguments = {"max_new_tokens": TOKENS}
     served = ModelAdapterVLLM(
         model_path, config, base_url=sparse.server.base_url, sparse_by_default=True
@@ -110,7 +112,7 @@ def test_sparse_prefill_in_chunks_is_the_reference_in_one_piece(sparse, model_pa
     ) as adapter:
         reference = adapter.process_request(request, arguments, {"return_logits": True})
     expected, found = reference.details[0], served.details[0]
-    assert found.prompt_tokens - found.context_tokens > 2 * 512
+    assert found.prompt_tokens - found.context_tokens > 512
     comparison = compare_answers(expected, found)
     assert comparison.is_equal or comparison.is_near_tie, str(comparison)
     assert found.visible_keys == expected.visible_keys

@@ -95,6 +95,23 @@ def run_both(
     return answers[0], answers[1] | answers[2]
 
 
+def run_on_cpu(
+    engines: dict[Any, dict[str, Any]], files: Path, **variables: str
+) -> dict[Any, dict[str, Any]]:
+    """What engines answered on the CPU, by their keys.
+
+    Args:
+        engines: Of the job.
+        files: Beginning of the paths of its files.
+        variables: Of the environment of its process.
+
+    Raises:
+        AssertionError: With the process's output, when it failed.
+    """
+    process = _Process(list(engines.values()), files, dry=False, **variables)
+    return dict(zip(engines, process.answers(), strict=True))
+
+
 def _tokens_of(engine: dict[str, Any]) -> int:
     """That an engine computes, about: how long it takes."""
     requests = [request for batch in engine["batches"] for request in batch]
