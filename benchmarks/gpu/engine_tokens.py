@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.engine_tokens --output FOLDER
 
 vLLM for CUDA cannot run on the CPU of the same machine, so the expected tokens are in
-`expected_tokens.json`, made by `benchmarks.gpu.expected_tokens` on a machine without a GPU. Model
-and prompts are the same bit for bit; the file holds a fingerprint of the weights.
+`expected_tokens.json`, made by `benchmarks.gpu.expected_tokens` on a machine without a GPU. Models
+and prompts are the same bit for bit; the file holds fingerprints of the weights.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from benchmarks.gpu.engine_answers import (
     prepare_environment,
     small_engine,
 )
-from benchmarks.gpu.tiny_llama import write_model
-from benchmarks.gpu.token_configs import Maskers, requests, token_configs
+from benchmarks.gpu.tiny_models import write_models
+from benchmarks.gpu.token_configs import Maskers, model_of, requests, token_configs
 
 logger = logging.getLogger(__name__)
 EXPECTED = Path(__file__).parent / "expected_tokens.json"
@@ -61,12 +61,11 @@ def measure(device: str, only: int | None = None) -> dict[str, Any]:
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = write_model(folder)
-        if found != expected["weights"]:
-            return {"records": [], "failures": ["the model has other weights on this machine"]}
-        for config, maskers in list(token_configs(folder).items())[:only]:
+        if write_models(folder) != expected["weights"]:
+            return {"records": [], "failures": ["a model has other weights on this machine"]}
+        for config, maskers in list(token_configs(folder / "llama").items())[:only]:
             try:
-                given = answers_of(folder, maskers, device)
+                given = answers_of(folder / model_of(config), maskers, device)
             except Exception as error:  # the other lists are compared anyhow
                 logger.exception("%s", config)
                 failures.append(f"{config}: {type(error).__name__}: {error}"[:500])

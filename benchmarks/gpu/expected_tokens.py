@@ -17,8 +17,8 @@ from tqdm import tqdm
 from benchmarks.gpu.command import commit
 from benchmarks.gpu.engine_answers import prepare_environment
 from benchmarks.gpu.engine_tokens import EXPECTED, answers_of
-from benchmarks.gpu.tiny_llama import write_model
-from benchmarks.gpu.token_configs import token_configs
+from benchmarks.gpu.tiny_models import write_models
+from benchmarks.gpu.token_configs import model_of, token_configs
 
 
 def main() -> None:
@@ -27,15 +27,15 @@ def main() -> None:
     prepare_environment()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        fingerprint = write_model(folder)
+        fingerprints = write_models(folder)
         found = {
             config: {
                 request: answer.to_dict()
-                for request, answer in answers_of(folder, maskers, "cpu").items()
+                for request, answer in answers_of(folder / model_of(config), maskers, "cpu").items()
             }
-            for config, maskers in tqdm(token_configs(folder).items())
+            for config, maskers in tqdm(token_configs(folder / "llama").items())
         }
-    content = {"commit": commit(), "weights": fingerprint, "answers": found}
+    content = {"commit": commit(), "weights": fingerprints, "answers": found}
     EXPECTED.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -26,7 +26,7 @@ from benchmarks.gpu.engine_answers import (
     prepare_environment,
     small_engine,
 )
-from benchmarks.gpu.tiny_llama import prompts, write_model
+from benchmarks.gpu.tiny_models import prompts, write_model
 from benchmarks.gpu.token_configs import Maskers, token_configs
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.engine_answers import Asked
-from benchmarks.gpu.tiny_llama import CHANNELS, prompts
+from benchmarks.gpu.tiny_models import CHANNELS, prompts
 
 Maskers = list[dict[str, Any]]
 FIXED: Maskers = [{"type": "sink", "sink_size": 4}, {"type": "local", "window_size": 16}]
@@ -23,11 +23,22 @@ LENGTHS = [17, 200, 333, 480]
 TOKENS = 24
 
 
+_MODELS = {
+    "Quest, with sinks and a window": "granite-swa",
+    "Quest, recurrent layers": "granite-hybrid",
+}
+
+
+def model_of(config: str) -> str:
+    """The kind of model that a list of maskers is served with."""
+    return _MODELS.get(config, "llama")
+
+
 def token_configs(folder: Path) -> dict[str, Maskers]:
     """Masker lists by name.
 
     Args:
-        folder: Of the model.
+        folder: Of the Llama.
     """
     heavy = {"type": "oracle_top_k", "heavy_size": 0.1}
     labels = {
@@ -47,6 +58,7 @@ def token_configs(folder: Path) -> dict[str, Maskers]:
         "PQCache": [*FIXED, {**heavy, "type": "pq_cache", "pq_sub_dim": 16, "pq_bits": 4}],
         "random sample": [*FIXED, {"type": "random_sampling", "sampling_rate": 0.1, "seed": 3}],
         "vAttention over Quest": [*FIXED, _PAGES | kv_head, _ADAPTIVE | kv_head],
+        **{name: [*FIXED, _PAGES | kv_head] for name in _MODELS},
     }
 
 
