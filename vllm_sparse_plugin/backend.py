@@ -115,6 +115,21 @@ class SparseAttentionMetadataBuilder(_DenseBuilder):  # type: ignore[misc, valid
     _cudagraph_support = AttentionCGSupport.NEVER
     supports_update_block_table = False
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Refuses what vLLM derives to show layers of other kinds another step than there is.
+
+        A step that is not causal, or that begins with keys of no token.
+
+        Raises:
+            ValueError: The class is not the plugin's own.
+        """
+        super().__init_subclass__(**arguments)
+        if not cls.__module__.startswith(f"{__package__}."):
+            raise ValueError(
+                "--attention-backend CUSTOM (sparse attention) cannot serve this model: some of "
+                f"its layers want a {cls.__name__}"
+            )
+
     def __init__(
         self,
         kv_cache_spec: AttentionSpec,

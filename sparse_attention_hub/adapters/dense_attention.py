@@ -36,7 +36,7 @@ def dense_attention(
         key: `(B, G, K, D)`.
         value: `(B, G, K, Dv)`.
         attention_mask: As transformers makes it for its "sdpa"; None = the queries are the last
-            positions, and see what is before them.
+            positions, and see what is before them, where the module is causal.
         scaling: Of the scores.
         dropout: Of the weights, in training.
         kwargs: The layer's; `s_aux`, `(H,)`, are the logits of learned sinks.
@@ -53,13 +53,16 @@ def dense_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     batch, heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     at_once = max(1, MAX_SCORES // (batch * heads * num_keys))
     outputs = []
     for start in range(0, num_queries, at_once):
         end = min(start + at_once, num_queries)
+        mask = None
         if attention_mask is not None:
             mask = attention_mask[:, :, start:end]
-        else:
+        elif is_causal:
             positions = torch.arange(num_keys, device=query.device)
             own = positions[num_keys - num_queries + start : num_keys - num_queries + end]
             mask = (positions <= own[:, None])[None, None]

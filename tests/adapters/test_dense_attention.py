@@ -52,6 +52,15 @@ def test_against_transformers(layer, queries, kind, at_once, monkeypatch) -> Non
     assert (found - expected).abs().max() <= ATTENTION_ATOL[torch.float32]
 
 
+def test_a_layer_that_is_not_causal(layer) -> None:
+    query, key, value = tensors(7, 7)
+    expected, _ = modeling_gpt_oss.eager_attention_forward(layer, query, key, value, None, 0.25)
+    layer.is_causal = False
+    with torch.no_grad():
+        found = dense_attention(layer, query, key, value, None, 0.25, s_aux=layer.sinks)
+    assert (found - expected).abs().max() <= ATTENTION_ATOL[torch.float32]
+
+
 def test_without_sinks_it_is_torchs(layer) -> None:
     query, key, value = tensors(40, 40)
     expected = torch.nn.functional.scaled_dot_product_attention(

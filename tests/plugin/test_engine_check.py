@@ -1,5 +1,6 @@
 """Engine options that the plugin refuses at start-up, all in one message."""
 
+import importlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 
 from vllm_sparse_plugin import compat
+from vllm_sparse_plugin.backend import SparseAttentionBackend
 from vllm_sparse_plugin.compat import hooks
+from vllm_sparse_plugin.paged_backend import PagedAttentionBackend
 from vllm_sparse_plugin.serving_config import ServingConfig
 
 PARALLEL = (
@@ -85,6 +88,31 @@ def test_refused_with_the_reason(changes: dict[str, Any], message: str) -> None:
 def test_all_reasons_at_once() -> None:
     with pytest.raises(ValueError, match="speculative decoding.*; pipeline parallelism"):
         compat.check_engine(engine(speculative_config=object(), pipeline_parallel_size=2))
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "arguments"),
+    [
+        # Whose steps are not causal, or begin with keys of no token.
+        ("encoder_only_attention", "create_encoder_only_attention_backend", ()),
+        ("static_sink_attention", "create_static_sink_attention_backend", (128,)),
+    ],
+)
+def test_layers_that_would_be_shown_another_step_are_refused(module, function, arguments) -> None:
+    home = importlib.import_module(f"vllm.model_executor.layers.attention.{module}")
+    create = getattr(home, function)
+    for backend in (SparseAttentionBackend, PagedAttentionBackend):
+        with pytest.raises(ValueError, match="some of its layers want a .*AttentionBuilder"):
+            create(backend, *arguments)
+
+
+def test_a_model_without_the_plugins_layers_is_refused() -> None:
+    own = SimpleNamespace(impl=SimpleNamespace(can_be_sparse=False))
+    others = {"recurrent": SimpleNamespace(), "another backend's": SimpleNamespace(impl=object())}
+    hooks.require_own_layers({**others, "own": own})
+    for layers in (others, {}):
+        with pytest.raises(ValueError, match="has no attention layers, or has them choose"):
+            hooks.require_own_layers(layers)
 
 
 @pytest.mark.parametrize(("keys", "says"), [(2000, False), (2049, True), (hooks.NEVER, False)])

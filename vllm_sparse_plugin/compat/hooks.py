@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -288,6 +288,22 @@ def _run_dummy_steps(vllm_config: VllmConfig) -> None:
         measure_costs.measure_engine(vllm_config)
 
 
+def require_own_layers(layers: Mapping[str, Any]) -> None:
+    """Looks whether the backend that was chosen is that of any layer.
+
+    Args:
+        layers: Of an engine, by name.
+
+    Raises:
+        ValueError: Of none: the model has no attention, or chooses another backend by itself.
+    """
+    if not any(hasattr(getattr(layer, "impl", None), "can_be_sparse") for layer in layers.values()):
+        raise ValueError(
+            "--attention-backend CUSTOM (sparse attention) cannot serve this model: it has no "
+            "attention layers, or has them choose a backend by themselves"
+        )
+
+
 def _hook_cache_allocation() -> None:
     """Looks at the caches as soon as there are any, before the first request.
 
@@ -301,6 +317,8 @@ def _hook_cache_allocation() -> None:
         def initialize_from_config(self: Any, *args: Any, **kwargs: Any) -> None:
             original(self, *args, **kwargs)
             context = self.vllm_config.compilation_config.static_forward_context
+            if is_selected(self.vllm_config):
+                require_own_layers(context)
             layers = [
                 layer
                 for layer in context.values()
