@@ -74,9 +74,12 @@ def _run_once(vllm_config: VllmConfig, builder: DeviceMetadataBuilder, config_js
     num_blocks, _, block_size, _ = layers[0].kv_cache.shape
     keys = min(_NUM_KEYS, vllm_config.model_config.max_model_len, (num_blocks - 1) * block_size)
     used = -(-keys // block_size)
-    # Of layers with the same maskers, one: others launch the same kernels.
+    # Of layers with the same maskers, one: others launch the same kernels, but for learned sinks.
     different = {
-        repr(configs_of_layer(config_json, extract_layer_index(layer.layer_name))): layer
+        (
+            repr(configs_of_layer(config_json, extract_layer_index(layer.layer_name))),
+            layer.impl.sink_logits is None,
+        ): layer
         for layer in reversed(layers)
     }
     group = LayerGroup.of(list(different.values()), 1)

@@ -19,7 +19,7 @@ from vllm_sparse_plugin.backend import SparseAttentionMetadataBuilder
 from vllm_sparse_plugin.device_planners import planner_of
 from vllm_sparse_plugin.paged.device.mixed_step import launches_of, mixed_group
 from vllm_sparse_plugin.paged.device.planner import LayerUse
-from vllm_sparse_plugin.paged.device.read_counts import CountedGroup, StepReads
+from vllm_sparse_plugin.paged.device.read_counts import CountedGroup, StepCounter
 from vllm_sparse_plugin.paged.device.sequences import SequenceStates, StepSequences
 from vllm_sparse_plugin.paged.device.step import (
     DeviceGroup,
@@ -89,8 +89,11 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         self._step_table = StepTable(
             use.attentions if is_captured else (), limits.max_queries, device
         )
-        self._reads = torch.zeros(
-            (max(limits.max_queries, limits.max_tokens), 3), dtype=torch.int64, device=device
+        self._reads = StepCounter.of(
+            max(limits.max_queries, limits.max_tokens),
+            self._planner.layout.shape,
+            self._table.statistics,
+            device,
         )
         self._second_schedule: torch.Tensor | None = None
         graphs = self._table.graphs
@@ -145,7 +148,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         self._count_queries(rows, dense, sparse)
         if not self._has_sparse_layers:
             return self._build_dense(common, fast_build)
-        self._collect_reads()
+        self._reads.collect()
         if self._name in graphs.captured:  # others have no masker in any graph
             graphs.step_is_sparse = bool(sparse)
         if self._sequences is not None and not graphs.is_dummy:
@@ -243,9 +246,8 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         return self._mixed_step(common, np.zeros(1, np.int32), False, sparse, rows, False)
 
     def forget_reads(self) -> None:
-        """Between steps: what was counted since the last one is not anyone's."""
-        self._reads.zero_()
-        self._table.statistics.pending.pop(id(self), None)
+        """See `StepCounter.forget`."""
+        self._reads.forget()
 
     def _settle(
         self,
@@ -298,7 +300,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
             tokens=None,
             batch=batch,
             sizes=table.sizes(number),
-            reads=self._reads[:number],
+            reads=self._reads.values[:number],
             rows=tuple(sparse),
             counts=GroupCounts.of(sparse),
             sequences=StepSequences(batch) if use.learns else None,
@@ -307,7 +309,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         if sparse:
             own = np.array([row.row for row in sparse])
             counted = CountedGroup(group.counts, own, lengths[own].astype(np.int64), use)
-            self._open((counted,), group.reads)
+            self._reads.open((counted,), group.reads)
         return DeviceStep(
             dense=None,
             whole=self._build_whole(common, [use], fast_build),
@@ -336,7 +338,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
         """
         groups, counted, start = [], [], 0
         for use, own in launches_of(sparse, rows, self._use, self._sequences):
-            table, reads = common.block_table_tensor, self._reads[start:]
+            table, reads = common.block_table_tensor, self._reads.values[start:]
             group, lengths = mixed_group(own, use, rows, self._sequences, table, reads)
             end = start + len(lengths)
             groups.append(group)
@@ -344,7 +346,7 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
                 CountedGroup(group.counts, np.arange(start, end), lengths.astype(np.int64), use)
             )
             start = end
-        self._open(counted, self._reads[:start])
+        self._reads.open(counted, self._reads.values[:start])
         masked = None
         if has_dense:
             masked = self._build_masked(common, upload(dense, self.device), dense, fast_build)
@@ -399,16 +401,3 @@ class DeviceMetadataBuilder(SparseAttentionMetadataBuilder):
             self._table.statistics.add_queries(
                 row.parameters.tag, sparse=0, dense=count, fallback=count
             )
-
-    def _open(self, groups: Sequence[CountedGroup], counts: torch.Tensor) -> None:
-        """Notes a step whose layers will count what they read."""
-        reads = StepReads(groups, self._planner.layout.shape, counts, self.device)
-        self._table.statistics.pending.setdefault(id(self), []).append(reads)
-
-    def _collect_reads(self) -> None:
-        """Starts to fetch the counts of the former step, and takes in what has arrived."""
-        pending = self._table.statistics.pending.get(id(self), [])
-        for reads in pending:
-            reads.fetch()
-        while pending and pending[0].has_arrived:
-            pending.pop(0).settle(self._table.statistics)

@@ -33,7 +33,9 @@ NO_SERVERS = {"total_servers": 0, "total_references": 0, "server_keys": []}
 
 
 HOLDS_A_SERVER = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
 from sparse_attention_hub.adapters.model_servers.shared_vllm import acquire_server
 from sparse_attention_hub.adapters.model_servers.vllm import ModelServerVLLM
 from tests.adapters.stand_in_server import stand_in_command

@@ -45,7 +45,7 @@ def measuring(costs: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
         assert table.costs is not None
         found.append(asdict(table.costs))
         for builder in table.builders.values():
-            assert not builder._reads.any()
+            assert not builder._reads.values.any()
         for layer in vllm_config.compilation_config.static_forward_context.values():
             held = layer.kv_cache  # recurrent layers have several states
             assert not any(part.any() for part in (held if isinstance(held, tuple) else (held,)))

@@ -89,6 +89,8 @@ def launches(
     channels = _tensor(KV_HEADS, 8)
     compared = (own_labels, labels, batch.block_table, lengths)
 
+    sink_logits = _tensor(num_heads, dtype=dtype)
+
     def attend(weights: torch.Tensor | None, sinks: torch.Tensor | None = None) -> None:
         listed = (found.tokens, weights, found.counts)
         attention.attend_lists(query, cache, batch, *listed, 0.1, output, parts, lengths, sinks)
@@ -128,5 +130,5 @@ def launches(
         ),
         "attend_lists, weights": lambda: attend(found.log_weights),
         "attend_lists": lambda: attend(None),
-        "attend_lists, sinks": lambda: attend(None, _tensor(num_heads, dtype=query.dtype)),
+        "attend_lists, sinks": lambda: attend(None, sink_logits),
     }

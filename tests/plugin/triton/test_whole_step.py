@@ -11,6 +11,7 @@ from tests.plugin.triton.device_rows import DeviceRows, device_rows, permuted
 from tests.plugin.triton.interpreter import DEVICE
 from tests.plugin.triton.unit_flags import SPLIT, poisoned
 from tests.tolerances import ATTENTION_ATOL
+from vllm_sparse_plugin.paged.attention import NO_SINKS
 from vllm_sparse_plugin.paged.kernels import attention as numba_attention
 from vllm_sparse_plugin.paged.kernels import lists as numba_lists
 from vllm_sparse_plugin.paged.kernels import sampling as numba_sampling
@@ -139,6 +140,7 @@ def test_the_same_keys_and_output_as_numba(dtype: torch.dtype, units: int) -> No
         found.counts,
         SCALING,
         result,
+        NO_SINKS,
     )
     output = step.output.cpu().numpy()
     assert np.abs(output[:count] - result).max() <= ATTENTION_ATOL[dtype]

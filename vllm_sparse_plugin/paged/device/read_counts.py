@@ -91,3 +91,51 @@ class StepReads:
         values = self._fetched.numpy()
         for group in self.groups:
             group.settle(values, self.shape, statistics)
+
+
+@dataclass(frozen=True)
+class StepCounter:
+    """Where the layers of a KV cache group count what they read, step after step.
+
+    Attributes:
+        values: `[max_queries, 3]`, int64, on the device, see `KEYS_READ`.
+        shape: Of the cache.
+        statistics: Where the counts go in the end.
+        device: Of the values.
+    """
+
+    values: torch.Tensor
+    shape: BlockShape
+    statistics: Statistics
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls, max_queries: int, shape: BlockShape, statistics: Statistics, device: torch.device
+    ) -> StepCounter:
+        """Asks for the memory."""
+        values = torch.zeros((max_queries, 3), dtype=torch.int64, device=device)
+        return cls(values, shape, statistics, device)
+
+    def open(self, groups: Sequence[CountedGroup], counts: torch.Tensor) -> None:
+        """Notes a step whose layers will count what they read.
+
+        Args:
+            groups: Of the step.
+            counts: The part of `values` that is theirs.
+        """
+        reads = StepReads(groups, self.shape, counts, self.device)
+        self.statistics.pending.setdefault(id(self), []).append(reads)
+
+    def collect(self) -> None:
+        """Starts to fetch the counts of the former step, and takes in what has arrived."""
+        pending = self.statistics.pending.get(id(self), [])
+        for reads in pending:
+            reads.fetch()
+        while pending and pending[0].has_arrived:
+            pending.pop(0).settle(self.statistics)
+
+    def forget(self) -> None:
+        """Between steps: what was counted since the last one is not anyone's."""
+        self.values.zero_()
+        self.statistics.pending.pop(id(self), None)
