@@ -8,13 +8,18 @@ TEST_PROCESSES ?= 2
 # The model of the demo: a name or folder that transformers and vLLM can load; empty = a small one.
 MODEL ?=
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint kernels bench clean
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python -m examples.demo $(if $(MODEL),--model $(MODEL))
 
-test: $(INSTALLED) lint
+test: $(INSTALLED)
+	$(MAKE) --jobs=2 lint kernels
 	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
+# Of CPUs, all at once: else each process of the tests compiles its own.
+kernels: $(INSTALLED)
+	$(VENV)/bin/python -m tests.compile_kernels
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
