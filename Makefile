@@ -32,9 +32,10 @@ bench: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks.served_throughput
 
 # The last line is reached only when everything is there, so a broken install is taken up again.
+# (Most modules are never imported: those that are get their bytecode then, see --no-compile.)
 $(INSTALLED): requirements/cpu-dev.lock.txt requirements/vllm-name/pyproject.toml pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --no-deps -r requirements/cpu-dev.lock.txt
+	$(PIP) install --no-deps --no-compile -r requirements/cpu-dev.lock.txt
 	$(PIP) install --no-deps --no-build-isolation ./requirements/vllm-name
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
