@@ -20,13 +20,18 @@ def say_without_effect(config: ResearchAttentionConfig, layers: Mapping[str, Any
 
     Args:
         config: The server's.
-        layers: All attention layers of the engine, by name.
+        layers: All attention layers of the engine, by name; some may have another backend, and a
+            draft's have the numbers of others.
     """
-    by_index = {extract_layer_index(name): layer.impl for name, layer in layers.items()}
-    sparse = {index for index, layer in by_index.items() if layer.can_be_sparse}
+    every = {extract_layer_index(name) for name in layers}
+    sparse = {
+        extract_layer_index(name)
+        for name, layer in layers.items()
+        if getattr(layer.impl, "can_be_sparse", False)
+    }
     without = [
         *(layer for layer in config.layer_masker_configs if layer not in sparse),
-        *(layer for layer in config.dense_layers if layer not in by_index),
+        *(layer for layer in config.dense_layers if layer not in every),
     ]
     if without:
         logger.warning(

@@ -53,12 +53,25 @@ def test_against_transformers(layer, queries, kind, at_once, monkeypatch) -> Non
 
 
 def test_a_layer_that_is_not_causal(layer) -> None:
+    """Said by itself, or by who calls; and its scores are scaled as torch does it by default."""
     query, key, value = tensors(7, 7)
-    expected, _ = modeling_gpt_oss.eager_attention_forward(layer, query, key, value, None, 0.25)
-    layer.is_causal = False
+    arguments = (layer, query, key, value, None)
+    expected, _ = modeling_gpt_oss.eager_attention_forward(*arguments, HEAD_SIZE**-0.5)
     with torch.no_grad():
-        found = dense_attention(layer, query, key, value, None, 0.25, s_aux=layer.sinks)
-    assert (found - expected).abs().max() <= ATTENTION_ATOL[torch.float32]
+        by_caller = dense_attention(*arguments, s_aux=layer.sinks, is_causal=False)
+        layer.is_causal = False
+        by_itself = dense_attention(*arguments, s_aux=layer.sinks)
+    for found in (by_caller, by_itself):
+        assert (found - expected).abs().max() <= ATTENTION_ATOL[torch.float32]
+
+
+def test_dropout_in_training_only(layer) -> None:
+    arguments = (layer, *tensors(7, 7), None, 0.25)
+    with torch.no_grad():
+        plain = dense_attention(*arguments, 0.0, s_aux=layer.sinks)
+        assert torch.equal(dense_attention(*arguments, 0.5, s_aux=layer.sinks), plain)
+        layer.train()
+        assert not torch.equal(dense_attention(*arguments, 0.5, s_aux=layer.sinks), plain)
 
 
 def test_without_sinks_it_is_torchs(layer) -> None:

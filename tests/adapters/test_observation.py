@@ -15,6 +15,7 @@ from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed.impl
 )
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict
 from tests.captured_attention import captured_layers
+from tests.e2e.tiny_models import write_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,21 @@ def test_calibrated_channels_beat_the_same_number_of_others(model_path, tokens, 
         errors.append(torch.stack([reading.error for reading in readings]).mean().item())
         assert all(torch.allclose(r.density, r.density[:1]) for r in readings)
     assert errors[0] < errors[1] / 2
+
+
+def test_learned_sinks_are_in_what_is_read(model_path, tokens, tmp_path) -> None:
+    """Reading every key makes no error, and reading some does."""
+    folder = write_tiny_model("granite-swa", tmp_path, model_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    inputs = decode_step_inputs(model, tokens[:100])
+    own = [layer.self_attn.sinks for layer in model.model.layers]
+    assert all(
+        torch.equal(layer.sink_logits, sinks) for layer, sinks in zip(inputs, own, strict=True)
+    )
+    for share, is_right in ((1.0, True), (0.1, False)):
+        config = config_from_dict({"maskers": [{"type": "local", "window_size": share}]})
+        errors = torch.stack([layer.error for layer in read_layers(config, inputs)])
+        assert bool((errors < 1e-5).all()) is is_right
 
 
 def test_a_text_without_tokens_is_refused(model_path) -> None:

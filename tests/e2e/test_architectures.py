@@ -110,6 +110,25 @@ def reference(folders) -> Callable[[str, str], AnswerDetails]:
     return answer
 
 
+def asked_of(folder: Path) -> dict[str, Asked]:
+    """The request, for each configuration."""
+    tokens = tokenize_request(AutoTokenizer.from_pretrained(folder), REQUEST, RequestOptions())
+    prompt = tokens.context_ids + tokens.question_ids[0]
+    return {
+        name: Asked(
+            prompt,
+            {"sparse_attention": "off"}
+            if config is None
+            else {
+                "sparse_attention_config": config_to_json(config),
+                "sparse_attention_dense_prefix": len(tokens.context_ids),
+            },
+            TOKENS,
+        )
+        for name, config in CONFIGS.items()
+    }
+
+
 @pytest.fixture(scope="module")
 def engine_report(folders, start_engine) -> Callable[[str], EngineReport]:
     """What the engine of a model answered to the same tokens, and logged."""
@@ -117,22 +136,7 @@ def engine_report(folders, start_engine) -> Callable[[str], EngineReport]:
 
     def report(kind: str) -> EngineReport:
         if kind not in found:
-            tokenizer = AutoTokenizer.from_pretrained(folders[kind])
-            tokens = tokenize_request(tokenizer, REQUEST, RequestOptions())
-            prompt = tokens.context_ids + tokens.question_ids[0]
-            asked = {
-                name: Asked(
-                    prompt,
-                    {"sparse_attention": "off"}
-                    if config is None
-                    else {
-                        "sparse_attention_config": config_to_json(config),
-                        "sparse_attention_dense_prefix": len(tokens.context_ids),
-                    },
-                    TOKENS,
-                )
-                for name, config in CONFIGS.items()
-            }
+            asked = asked_of(folders[kind])
             # vLLM 0.32 cannot keep recurrent states for prefixes on CPUs.
             options = {"enable_prefix_caching": False} if kind in HYBRID else {}
             options["sparse_attention"] = {"layers": NAMED.get(kind, {})}
@@ -225,6 +229,18 @@ def test_layers_that_have_no_maskers_are_named(kind, engine_report) -> None:
     expected = ["says something of layers 0, and changes nothing there"] if kind in NAMED else []
     assert len(said) == len(expected)
     assert all(part in message for part, message in zip(expected, said, strict=True))
+
+
+def test_windows_may_have_another_backend(folders, engine_report, start_engine) -> None:
+    """vLLM lets one be chosen for each kind of layer."""
+    expected = engine_report("gemma3").answers["oracle"]
+    asked = {"oracle": asked_of(folders["gemma3"])["oracle"]}
+    others = {"attention_config": {"backend_per_kind": {"sliding_window": "CPU_ATTN"}}}
+    report = start_engine(folders["gemma3"], MASKERS["quest"], asked, others)
+    assert report.error is None
+    assert report.answers["oracle"].token_ids == expected.token_ids
+    for name in ("sparse_queries", "read_keys", "visible_keys", "general_rows"):
+        assert report.answers["oracle"].statistics[name] == expected.statistics[name]
 
 
 @pytest.mark.parametrize("kind", HYBRID)

@@ -9,7 +9,15 @@ from tests.plugin.cuda.run_engines import OPTIONS, run_on_cpu, write_tiny_llama
 LOGPROB_ATOL = 1e-5
 """Kernels of two kinds round differently, by about 2**-24 of each sum."""
 CHUNKED = {"max_model_len": 512, "max_num_batched_tokens": 256}
-CONFIG = {"maskers": [{"type": "sink", "sink_size": 4}], "sparse_by_default": False}
+CONFIG = {
+    "maskers": [{"type": "sink", "sink_size": 4}],
+    "min_sparse_keys": 0,
+    "index": [
+        {"type": "quest_top_k", "heavy_size": 1, "page_size": 16},
+        {"type": "pq_cache", "heavy_size": 1, "pq_sub_dim": 16, "pq_bits": 4},
+    ],
+}
+OFF = {"sparse_attention": "off"}
 
 
 def selected(**fields: Any) -> dict[str, Any]:
@@ -33,10 +41,11 @@ def test_stock_installed_and_dense_are_the_same(tmp_path) -> None:
     ]
     model = str(write_tiny_llama(tmp_path / "model"))
 
+    asked_off = [{**request, "extra_args": OFF} for request in requests]
+
     def engine(**options: Any) -> dict[str, Any]:
-        return {"options": {**OPTIONS, **CHUNKED, "model": model, **options}} | {
-            "batches": [requests]
-        }
+        own = asked_off if "attention_backend" in options else requests
+        return {"options": {**OPTIONS, **CHUNKED, "model": model, **options}} | {"batches": [own]}
 
     disabled = {"SPARSE_ATTENTION_PLUGIN_DISABLED": "1", "VLLM_PLUGINS": ""}
     stock = run_on_cpu({"stock": engine()}, tmp_path / "stock", **disabled)["stock"]

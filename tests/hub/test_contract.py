@@ -113,10 +113,12 @@ def test_efficient_attention_is_its_maskers(kind, tmp_path) -> None:
     reference = ResearchAttention.create_from_config(ResearchAttentionConfig(maskers))
     query, key, value = tensors(1, 4, 2, 1, 50)
     arguments = (None, query, key, value, None, 0.25, 0.0)
-    output, weights = attention.custom_attention(*arguments, {}, layer_idx=1)
-    expected, _ = reference.custom_attention(*arguments, {}, layer_idx=1)
-    assert weights is None
-    torch.testing.assert_close(output, expected)
+    for sinks in (None, torch.linspace(-2, 4, 4)):  # learned ones
+        named = {"layer_idx": 1, "s_aux": sinks}
+        output, weights = attention.custom_attention(*arguments, {}, **named)
+        expected, _ = reference.custom_attention(*arguments, {}, **named)
+        assert weights is None
+        torch.testing.assert_close(output, expected)
 
 
 def test_efficient_attention_refuses_other_configurations(tmp_path) -> None:

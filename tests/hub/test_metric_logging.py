@@ -57,6 +57,13 @@ def test_density_and_error_of_each_call(tmp_path) -> None:
     assert [event["value"] for event in found[2:]] == [1.0, pytest.approx(0.0, abs=1e-6)]
 
 
+def test_learned_sinks_are_in_what_it_is_compared_with(tmp_path) -> None:
+    MicroMetricLogger().configure_logging(str(tmp_path), enabled_metrics=[ERROR])
+    attend(ResearchAttentionConfig([]), s_aux=torch.ones(4))
+    [found] = events(tmp_path)
+    assert found["value"] == pytest.approx(0.0, abs=1e-6)
+
+
 def test_off_measures_nothing(monkeypatch) -> None:
     def measured(*args, **kwargs):
         raise AssertionError

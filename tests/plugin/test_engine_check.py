@@ -7,9 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
+from sparse_attention_hub.sparse_attention.research_attention.maskers.fixed import (
+    SinkMaskerConfig,
+)
 from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.backend import SparseAttentionBackend
 from vllm_sparse_plugin.compat import hooks
+from vllm_sparse_plugin.named_layers import say_without_effect
 from vllm_sparse_plugin.paged_backend import PagedAttentionBackend
 from vllm_sparse_plugin.serving_config import ServingConfig
 
@@ -106,6 +111,39 @@ def test_layers_that_would_be_shown_another_step_are_refused(module, function, a
             create(backend, *arguments)
 
 
+def test_learned_sinks_are_served_where_the_dense_kernel_has_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert SparseAttentionBackend.supports_sink()  # on CPUs, whose backend does not say so
+    dense = SparseAttentionBackend.__mro__[1]
+    monkeypatch.setattr(compat, "device_type", lambda: "cuda")
+    for has_them in (False, True):
+        monkeypatch.setattr(dense, "supports_sink", lambda has_them=has_them: has_them)
+        assert SparseAttentionBackend.supports_sink() is has_them
+
+
+def test_layers_that_are_named_in_vain_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    own, window = SimpleNamespace(can_be_sparse=True), SimpleNamespace(can_be_sparse=False)
+    implementations = {0: own, 1: window, 3: object()}  # the last one's backend is another
+    layers = {
+        f"model.layers.{index}.attn": SimpleNamespace(impl=impl)
+        for index, impl in implementations.items()
+    }
+    maskers = [SinkMaskerConfig(4)]
+    fine = ResearchAttentionConfig(maskers, (1, 3), {0: maskers})
+    say_without_effect(fine, layers)
+    assert not caplog.messages
+    for config, said in (
+        (ResearchAttentionConfig(maskers, (0, 2)), "layers 2, and"),
+        (ResearchAttentionConfig(maskers, (), {1: maskers, 3: maskers}), "layers 1, 3, and"),
+    ):
+        caplog.clear()
+        say_without_effect(config, layers)
+        [message] = caplog.messages
+        assert said in message
+        assert "can be sparse in layers 0" in message
+
+
 def test_a_model_without_the_plugins_layers_is_refused() -> None:
     own = SimpleNamespace(impl=SimpleNamespace(can_be_sparse=False))
     others = {"recurrent": SimpleNamespace(), "another backend's": SimpleNamespace(impl=object())}
@@ -113,6 +151,26 @@ def test_a_model_without_the_plugins_layers_is_refused() -> None:
     for layers in (others, {}):
         with pytest.raises(ValueError, match="has no attention layers, or has them choose"):
             hooks.require_own_layers(layers)
+
+
+def test_it_is_looked_at_when_there_are_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    monkeypatch.setattr(WorkerWrapperBase, "initialize_from_config", lambda self: None)
+    monkeypatch.setattr(hooks, "is_selected", lambda config: config.is_selected)
+    monkeypatch.setattr(hooks, "_run_dummy_steps", lambda config: None)
+    hooks._hook_cache_allocation()
+    for is_selected in (False, True):
+        config = SimpleNamespace(
+            is_selected=is_selected,
+            compilation_config=SimpleNamespace(static_forward_context={"a": SimpleNamespace()}),
+        )
+        worker = SimpleNamespace(vllm_config=config)
+        if is_selected:
+            with pytest.raises(ValueError, match="has no attention layers"):
+                WorkerWrapperBase.initialize_from_config(worker)
+        else:
+            WorkerWrapperBase.initialize_from_config(worker)
 
 
 @pytest.mark.parametrize(("keys", "says"), [(2000, False), (2049, True), (hooks.NEVER, False)])

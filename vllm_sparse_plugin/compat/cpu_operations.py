@@ -84,7 +84,7 @@ def cpu_attend(
     """
     from vllm import _custom_ops as ops
 
-    # The operation takes bfloat16, too, and would round its sums to that.
+    # The operation takes these, and bfloat16, but not float16.
     sinks = None if sink_logits is None else sink_logits.float().contiguous()
     starts = torch.tensor([0, num_queries], dtype=torch.int32)
     lengths = torch.tensor([num_keys], dtype=torch.int32)
