@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
-# Processes that run tests, the first ones first (see tests/conftest.py). Each may start servers.
+# Processes that run tests, each whole files: the first ones first. Each may start servers.
 TEST_PROCESSES ?= 2
 # The model of the demo: a name or folder that transformers and vLLM can load; empty = a small one.
 MODEL ?=
@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(MAKE) --jobs=2 lint kernels
-	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # Of CPUs, all at once: else each process of the tests compiles its own.
 kernels: $(INSTALLED)

@@ -28,15 +28,8 @@ def tiny_path(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Quick tests first: a plain mistake should not wait behind a server's start.
-
-    Where several processes run them, each takes whole files; all that ask the `sparse` server are
-    one process's, since another one would start a server of its own.
-    """
+    """Quick tests first: a plain mistake should not wait behind a server's start."""
     for item in items:
         if "e2e" in Path(item.fspath).parts:
             item.add_marker(pytest.mark.e2e)
-        asks = "sparse" in getattr(item, "fixturenames", ())
-        file = item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group("sparse server" if asks else file))
     items.sort(key=lambda item: item.get_closest_marker("e2e") is not None)
