@@ -110,12 +110,12 @@ _RECURRENT: _Shapes = {
     "mamba.norm.weight": (_INNER_MIXER,),
     "mamba.out_proj.weight": (WIDTH, _INNER_MIXER),
 }
-_HYBRID_LAYERS = (_RECURRENT, _ATTENTION, _RECURRENT)
 
 
 def _layer_shapes(kind: str, layer: int) -> _Shapes:
     if kind == "granite-hybrid":
-        return _HYBRID_LAYERS[layer] | _SHARED_MLP | _NORMS
+        is_recurrent = CONFIGS[kind]["layer_types"][layer] == "mamba"
+        return (_RECURRENT if is_recurrent else _ATTENTION) | _SHARED_MLP | _NORMS
     sinks: _Shapes = {"self_attn.sinks": (HEADS,)} if kind == "granite-swa" else {}
     return _ATTENTION | _MLP | _NORMS | sinks
 

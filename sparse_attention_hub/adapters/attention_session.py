@@ -147,16 +147,15 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     session = _SESSION.get()
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    inputs = (module, query, key, value, attention_mask, scaling, dropout)
     # Layers with a sliding window stay dense, as in the vLLM plugin.
     if session is None or _restricts(kwargs.get("sliding_window"), module.config):
-        inputs = (module, query, key, value, attention_mask, scaling, dropout)
         return dense_attention(*inputs, **kwargs), None
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
             raise ValueError(f"sparse attention does not support {what} (layer {module})")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    arguments = (module, query, key, value, attention_mask, scaling, dropout)
-    return session.attend(*arguments, **kwargs), None
+    return session.attend(*inputs, **kwargs), None
 
 
 def _mask(**arguments: Any) -> torch.Tensor | None:

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from sparse_attention_hub.sparse_attention.utils.kv_utils import accumulation_dtype
+from sparse_attention_hub.sparse_attention.utils.mask import Mask
 from sparse_attention_hub.sparse_attention.utils.mask_attention_utils import (
-    get_true_attention_output,
+    get_masked_attention_output,
 )
 
 MAX_SCORES = 1 << 26
@@ -66,9 +68,9 @@ def dense_attention(
             positions = torch.arange(num_keys, device=query.device)
             own = positions[num_keys - num_queries + start : num_keys - num_queries + end]
             mask = (positions <= own[:, None])[None, None]
-        outputs.append(
-            get_true_attention_output(
-                module, query[:, :, start:end], key, value, mask, scaling, dropout, sink_logits
-            )[0]
-        )
+        # Not `get_true_attention_output`, which computes the weights, too.
+        shape = (batch, heads, end - start, num_keys)
+        every = Mask.create_full_mask(shape, accumulation_dtype(query.dtype), query.device)
+        inputs = (query[:, :, start:end], key, value, mask, scaling, dropout, every)
+        outputs.append(get_masked_attention_output(module, *inputs, sink_logits=sink_logits))
     return torch.cat(outputs, dim=1)
