@@ -204,7 +204,9 @@ def check(maskers: list[dict[str, Any]], attention: PagedAttention, layout: Bloc
     found, read = attention.attend(query.numpy(), cache, batch, SCALING)
     key, value = (
         rows.transpose(0, 1)[None]
-        for rows in stored_rows(cache, torch.from_numpy(table), num_keys, 0, KV_HEADS)
+        for rows in stored_rows(
+            cache, torch.from_numpy(table), num_keys, 0, KV_HEADS, kv_cache.dtype
+        )
     )
     config = attention_of(config_to_json(config_from_dict({"maskers": maskers})))
     wanted = attend_row(config, query, key, value, SCALING, 0)

@@ -103,6 +103,11 @@ class SparseAttentionBackend(_DenseBackend):  # type: ignore[misc, valid-type]
         return spec.state_content_bytes is not None or spec.block_size == 1
 
     @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
+        """False: a layer's keys have one scale."""
+        return False
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         """False: a connector's keys may not tell sparse blocks from dense ones."""
         return False

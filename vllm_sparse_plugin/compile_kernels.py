@@ -82,7 +82,7 @@ def _run_once(vllm_config: VllmConfig, builder: DeviceMetadataBuilder, config_js
         ): layer
         for layer in reversed(layers)
     }
-    group = LayerGroup.of(list(different.values()), 1)
+    group = LayerGroup.of(list(different.values()), 1, vllm_config.model_config.dtype)
     group.fill(used, vllm_config.scheduler_config.max_num_batched_tokens)
     try:
         step = builder.build_dummy(decode_batch(1, keys, keys, layers[0].kv_cache), config_json)

@@ -20,9 +20,16 @@ from vllm_sparse_plugin.general_path import attend_generally
 from vllm_sparse_plugin.paged.device.cache import DeviceCache
 from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex, device_index
 from vllm_sparse_plugin.paged.device.step import DeviceGroup, DeviceStep
-from vllm_sparse_plugin.paged.layout import BlockIndex, BlockLayout, BlockShape, require_room
+from vllm_sparse_plugin.paged.layout import (
+    BlockIndex,
+    BlockLayout,
+    BlockShape,
+    read_into,
+    require_room,
+)
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import key_value_rows
 from vllm_sparse_plugin.paged_cache import gather_row, read_token_major
+from vllm_sparse_plugin.step_plan import DenseRow, SparseRow
 
 if TYPE_CHECKING:
     from vllm.platforms.interface import DeviceCapability
@@ -77,6 +84,8 @@ class DeviceAttentionImpl(SparseAttentionImpl):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         """See `SparseAttentionImpl`."""
         super().__init__(*arguments, **named)
+        # One of vLLM's sets it for each layer.
+        self.supports_quant_query_input = False
         self._engine = compat.remember_engine_being_built()
         self._indices: tuple[BlockLayout, dict[BlockIndex, DeviceIndex]] | None = None
         # Of the cache that was seen last; not that itself, which vLLM frees to make another.
@@ -169,10 +178,18 @@ class DeviceAttentionImpl(SparseAttentionImpl):
         step: DeviceStep,
         output: torch.Tensor,
     ) -> None:
-        rows, table = cache.rows(), step.block_table
+        rows, table, scales = cache.rows(), step.block_table, cache.scales
+
+        def read(row: DenseRow | SparseRow) -> tuple[torch.Tensor, torch.Tensor]:
+            key, value = gather_row(read_token_major, rows, table[row.row], row.seq_len)
+            if key.dtype.itemsize > 1:
+                return key, value
+            wide = [torch.empty_like(key, dtype=query.dtype) for _ in range(2)]
+            return read_into(wide[0], key, scales.key), read_into(wide[1], value, scales.value)
+
         attend_generally(
             group.rows,
-            lambda row: gather_row(read_token_major, rows, table[row.row], row.seq_len),
+            read,
             group.config_json,
             query,
             self.scale,
@@ -185,7 +202,8 @@ class DeviceAttentionImpl(SparseAttentionImpl):
 
     def _reserve(self, layer: Any) -> None:
         """Asks for all memory that the layer takes besides its cache."""
-        shape = self._shape(self._engine.cache_config.block_size, layer.kv_cache_torch_dtype)
+        dtype = compat.element_type(layer.kv_cache_torch_dtype)
+        shape = self._shape(self._engine.cache_config.block_size, dtype)
         _, indices = self._layout_and_indices(layer, shape)
         for index in indices.values():
             index.reserve()
@@ -211,11 +229,15 @@ class DeviceAttentionImpl(SparseAttentionImpl):
 
     def _cache(self, layer: Any, kv_cache: torch.Tensor) -> DeviceCache:
         """The layer's cache."""
-        if self._indices is not None and self._seen() is kv_cache:
-            layout, indices = self._indices
-        else:
-            shape = self._shape(kv_cache.shape[2], kv_cache.dtype)
-            layout, indices = self._layout_and_indices(layer, shape)
-            require_room(kv_cache, layout)
+        is_known = self._indices is not None and self._seen() is kv_cache
+        if not is_known:
             self._seen = weakref.ref(kv_cache)
-        return DeviceCache(kv_cache, layout, extract_layer_index(layer.layer_name), indices)
+        scales = compat.cache_scales(layer, kv_cache.dtype)
+        kv_cache = kv_cache.view(compat.element_type(kv_cache.dtype))
+        if not is_known:
+            shape = self._shape(kv_cache.shape[2], kv_cache.dtype)
+            require_room(kv_cache, self._layout_and_indices(layer, shape)[0])
+        assert self._indices is not None
+        layout, indices = self._indices
+        layer_index = extract_layer_index(layer.layer_name)
+        return DeviceCache(kv_cache, layout, layer_index, indices, scales)

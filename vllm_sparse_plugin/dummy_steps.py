@@ -44,8 +44,8 @@ class LayerGroup:
     random: torch.Generator
 
     @classmethod
-    def of(cls, layers: list[Any], max_rows: int) -> LayerGroup:
-        """Random queries for some layers."""
+    def of(cls, layers: list[Any], max_rows: int, dtype: torch.dtype) -> LayerGroup:
+        """Random queries for some layers, of the model's type."""
         cache, shape = layers[0].kv_cache, layers[0].impl
         random = torch.Generator(cache.device).manual_seed(0)
         query, key = (
@@ -54,7 +54,7 @@ class LayerGroup:
                 heads,
                 shape.head_size,
                 generator=random,
-                dtype=cache.dtype,
+                dtype=dtype,
                 device=cache.device,
             )
             for heads in (shape.num_heads, shape.num_kv_heads)

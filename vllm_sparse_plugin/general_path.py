@@ -119,9 +119,11 @@ def take_memory(
     """
     count = min(max_queries, num_keys, queries_at_once(shape.num_heads, num_keys))
     random = torch.Generator(device).manual_seed(0)  # maskers may not like zeros
+    # Keys of 8 bits are read as the model's numbers, which have 16 as a rule.
+    dtype = torch.bfloat16 if shape.dtype.itemsize == 1 else shape.dtype
     try:
         query, key, value = (
-            torch.randn(size, dtype=shape.dtype, device=device, generator=random)
+            torch.randn(size, dtype=dtype, device=device, generator=random)
             for size in (
                 (count, shape.num_heads, shape.head_size),
                 *[(1, shape.num_kv_heads, num_keys, shape.head_size)] * 2,

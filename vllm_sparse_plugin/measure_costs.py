@@ -199,7 +199,7 @@ def _of_group(
     chosen = places(scheduler.max_num_seqs, longest, available)
     chosen = [(rows, keys) for rows, keys in chosen if rows * -(-keys // block_size) < num_blocks]
     used = max(rows * -(-keys // block_size) for rows, keys in chosen)
-    group = LayerGroup.of(layers, max(rows for rows, _ in chosen))
+    group = LayerGroup.of(layers, max(rows for rows, _ in chosen), vllm_config.model_config.dtype)
     group.fill(used, scheduler.max_num_batched_tokens)
     clock = clock or DeviceClock()
     try:

@@ -287,7 +287,7 @@ class PagedAttentionImpl(SparseAttentionImpl):
 
         def read(row: DenseRow | SparseRow) -> tuple[torch.Tensor, torch.Tensor]:
             blocks = step.block_table[row.row]
-            key, value = stored_rows(cache, blocks, row.seq_len, 0, shape.num_kv_heads)
+            key, value = stored_rows(cache, blocks, row.seq_len, 0, shape.num_kv_heads, query.dtype)
             return key.transpose(0, 1)[None], value.transpose(0, 1)[None]
 
         attend_generally(
@@ -309,8 +309,14 @@ class PagedAttentionImpl(SparseAttentionImpl):
         return NO_SINKS if logits is None else logits.detach().float().numpy()
 
     def _cache(self, layer: Any, kv_cache: torch.Tensor) -> LayerCache:
-        """The layer's cache as kernels see it; made anew only when vLLM moves the cache."""
-        if self._views is None or self._views[0] != kv_cache.data_ptr():
+        """The layer's cache as kernels see it; made anew only where vLLM has moved it."""
+        scales = compat.cache_scales(layer, kv_cache.dtype)
+        if (
+            self._views is None
+            or self._views[0] != kv_cache.data_ptr()
+            or self._views[1].scales != scales
+        ):
+            kv_cache = kv_cache.view(compat.element_type(kv_cache.dtype))
             shape = BlockShape(
                 block_size=kv_cache.shape[2],
                 num_heads=self.num_heads,
@@ -318,9 +324,11 @@ class PagedAttentionImpl(SparseAttentionImpl):
                 head_size=self.head_size,
                 dtype=kv_cache.dtype,
             )
-            cache = LayerCache.of(
-                kv_cache, block_layout(self._config, shape), extract_layer_index(layer.layer_name)
+            layout, layer_index = (
+                block_layout(self._config, shape),
+                extract_layer_index(layer.layer_name),
             )
+            cache = LayerCache.of(kv_cache, layout, layer_index, scales)
             self._views = (kv_cache.data_ptr(), cache)
             prefer_huge_pages(kv_cache)
         return self._views[1]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 
 from vllm_sparse_plugin import compat
+from vllm_sparse_plugin.paged.layout import gathered
 
 BlockReader = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """`(kv_cache, block_ids)` to keys and values, each `[num_kv_heads, num_tokens, head_size]`, for
@@ -47,7 +48,7 @@ def read_token_major(
 
     See `BlockReader` for the shapes.
     """
-    blocks = kv_cache[block_ids].transpose(0, 1)
+    blocks = gathered(kv_cache, block_ids).transpose(0, 1)
     num_kv_heads, _, _, width = blocks.shape
     rows = blocks.reshape(num_kv_heads, -1, width)
     return rows[..., : width // 2], rows[..., width // 2 :]

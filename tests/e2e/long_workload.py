@@ -236,7 +236,7 @@ class Workload:
         blocks = torch.tensor(list(filled), dtype=torch.int32)
         num_kv_heads = cache.layout.shape.num_kv_heads
         count = len(blocks) * BLOCK_SIZE
-        keys, values = stored_rows(cache, blocks, count, 0, num_kv_heads)
+        keys, values = stored_rows(cache, blocks, count, 0, num_kv_heads, cache.layout.shape.dtype)
         anew = torch.zeros(len(blocks), *kv_cache.shape[1:])
         again = LayerCache.of(anew, cache.layout, cache.layer_index)
         slots = torch.cat(

@@ -7,6 +7,8 @@ import os
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllm_sparse_plugin.serving_config import NAMESPACE, ServingConfig
 from vllm_sparse_plugin.trial import AttentionShape
 
@@ -15,9 +17,11 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder
     from vllm.v1.kv_cache_interface import AttentionSpec
 
-    from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape
+    from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape, CacheScales
 
-SUPPORTED_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+EIGHT_BITS = ("fp8", "fp8_e4m3")
+"""vLLM's names of the one type with which it makes caches of bytes that the plugin reads."""
+SUPPORTED_CACHE_DTYPES = ("auto", "float16", "bfloat16", *EIGHT_BITS)
 _CPU_BLOCK_SIZE = 128
 """What both versions ask the CPU backend for where the user says nothing."""
 
@@ -64,8 +68,35 @@ def block_shape(spec: AttentionSpec, vllm_config: VllmConfig) -> BlockShape:
         num_heads=attention_shape(vllm_config).num_heads,
         num_kv_heads=spec.num_kv_heads,
         head_size=spec.head_size,
-        dtype=spec.dtype,
+        dtype=element_type(spec.dtype),
     )
+
+
+def element_type(dtype: torch.dtype) -> torch.dtype:
+    """What a cache holds that vLLM makes with a type: bytes are E4M3, see `EIGHT_BITS`."""
+    return torch.float8_e4m3fn if dtype == torch.uint8 else dtype
+
+
+def cache_dtype(vllm_config: VllmConfig) -> torch.dtype:
+    """What the caches of this engine hold."""
+    if vllm_config.cache_config.cache_dtype in EIGHT_BITS:
+        return torch.float8_e4m3fn
+    dtype: torch.dtype = vllm_config.model_config.dtype
+    return dtype
+
+
+def cache_scales(layer: Any, dtype: torch.dtype) -> CacheScales:
+    """What a layer's keys and values are divided by in its cache: a model may say it.
+
+    Args:
+        layer: Of vLLM, whose weights are loaded.
+        dtype: With which vLLM makes the cache.
+    """
+    from vllm_sparse_plugin.paged.layout import UNSCALED, CacheScales  # which import this package
+
+    if dtype != torch.uint8:
+        return UNSCALED
+    return CacheScales(layer._k_scale_float, layer._v_scale_float)
 
 
 def check_blocks(spec: AttentionSpec, layout: BlockLayout | None) -> None:
@@ -141,9 +172,19 @@ def check_engine(vllm_config: VllmConfig) -> None:
                 "pipeline parallelism: only the last stage learns the request's parameters",
             ),
             (
-                # Kernels do not convert between the two: keys are stored as they come.
-                cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
-                f"--kv-cache-dtype {cache.cache_dtype} (allowed: auto, or the model's own type)",
+                # Kernels do not convert between 16-bit types: keys are stored as they come.
+                cache.cache_dtype
+                not in ("auto", str(model.dtype).removeprefix("torch."), *EIGHT_BITS),
+                f"--kv-cache-dtype {cache.cache_dtype} (allowed: auto, the model's own type, fp8)",
+            ),
+            (
+                cache.cache_dtype in EIGHT_BITS and _is_flash_attention(),
+                f"--kv-cache-dtype {cache.cache_dtype} beside FlashAttention, which wants queries "
+                f"of 8 bits ({_DENSE_BACKEND}=TRITON_ATTN serves it)",
+            ),
+            (
+                cache.cache_dtype in EIGHT_BITS and bool(cache.kv_cache_dtype_skip_layers),
+                "--kv-cache-dtype-skip-layers: layers with caches of different types",
             ),
             (
                 model.attention_chunk_size is not None,
@@ -239,6 +280,11 @@ def _default_dense_backend() -> str:
     except (ImportError, OSError, AssertionError):
         is_there = False
     return "FLASH_ATTN" if is_there else "TRITON_ATTN"
+
+
+def _is_flash_attention() -> bool:
+    """Whether dense rows are FlashAttention's."""
+    return device_type() == "cuda" and dense_backend()[0].get_name() == "FLASH_ATTN"
 
 
 def device_type() -> str:

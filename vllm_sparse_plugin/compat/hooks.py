@@ -13,6 +13,7 @@ from sparse_attention_hub.sparse_attention.serialization import config_to_json
 from vllm_sparse_plugin.compat.batch_hooks import install_batch_hooks
 from vllm_sparse_plugin.compat.engine import (
     attention_shape,
+    cache_dtype,
     check_engine,
     current_vllm_config,
     is_selected,
@@ -149,7 +150,7 @@ def _break_even(vllm_config: VllmConfig, config: ServingConfig) -> int:
         config.attention,
         attention_shape(vllm_config),
         served_block_size(vllm_config),
-        vllm_config.model_config.dtype,
+        cache_dtype(vllm_config),
         config.imports,
     )
     longest = vllm_config.model_config.max_model_len

@@ -110,6 +110,7 @@ class PagedAttention:
             The output, and what was read.
         """
         output = np.empty_like(query) if output is None else output
+        scaling *= cache.scales.key
         num_queries = len(batch.lengths)
         keys, loaded = np.empty(num_queries, np.int64), np.empty(num_queries, np.int64)
         capacity = -(-int(batch.lengths.max()) // 8) * 8
@@ -217,6 +218,7 @@ def attend_dense(
 ) -> np.ndarray:
     """Attention of each query over every key that it sees; see `PagedAttention.attend`."""
     output = np.empty_like(query) if output is None else output
+    scaling *= cache.scales.key
     counts = np.repeat(batch.lengths, cache.layout.shape.num_kv_heads)
     lists = (EVERY_KEY, NO_WEIGHTS, counts)
     _attend_lists(query, cache, batch, scaling, *lists, output, sink_logits)
@@ -249,3 +251,5 @@ def _attend_lists(
         output,
         sink_logits,
     )
+    if cache.scales.value != 1:
+        output *= np.float32(cache.scales.value)

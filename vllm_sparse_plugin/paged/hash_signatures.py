@@ -166,6 +166,8 @@ class HashSignatures(BlockIndex):
             places = written[start : start + _TOKENS_AT_ONCE]
             keys = np.empty((shape.num_kv_heads, len(places), shape.head_size), np.float32)
             read_keys(cache.elements, shape.kind, shape.block_size, places, keys)
+            if cache.scales.key != 1:
+                keys *= np.float32(cache.scales.key)  # networks know no scale
             rows = self.rows_per_head(shape) * shape.num_kv_heads
             signatures = self.signatures(keys, cache.layer_index, "key", rows)
             write_signatures(

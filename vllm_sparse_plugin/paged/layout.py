@@ -17,10 +17,17 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from vllm_sparse_plugin.paged.kernels.rows import BFLOAT16, FLOAT16, FLOAT32
+from vllm_sparse_plugin.paged.kernels.rows import BFLOAT16, E4M3, FLOAT16, FLOAT32
 from vllm_sparse_plugin.paged.kernels.writing import write_rows
 
-_KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+_KINDS = {
+    torch.float32: FLOAT32,
+    torch.bfloat16: BFLOAT16,
+    torch.float16: FLOAT16,
+    torch.float8_e4m3fn: E4M3,
+}
+_ARRAYS = {4: torch.float32, 2: torch.uint16, 1: torch.uint8}
+"""What kernels take elements of so many bytes for."""
 _ALIGNMENT_BYTES = 16
 """Of each index of a KV head: what GPUs load at once. Not more: what lies between the indices of
 heads is loaded with them, since memory comes in larger pieces (48 of 192 bytes in Quest's case)."""
@@ -35,7 +42,7 @@ class BlockShape:
         num_heads: Query heads.
         num_kv_heads: KV heads.
         head_size: Channels of a key, and of a value.
-        dtype: Of the cache: float32, bfloat16 or float16.
+        dtype: Of the cache: float32, bfloat16, float16 or float8_e4m3fn.
     """
 
     block_size: int
@@ -133,23 +140,47 @@ def _aligned(size: int) -> int:
 
 
 @dataclass(frozen=True)
+class CacheScales:
+    """What a model's keys and values are divided by before they are stored in 8 bits.
+
+    Attributes:
+        key: Of keys, and so of what indices hold of them.
+        value: Of values.
+    """
+
+    key: float = 1.0
+    value: float = 1.0
+
+
+UNSCALED = CacheScales()
+
+
+@dataclass(frozen=True)
 class LayerCache:
     """One layer's cache, as kernels see it: views of one memory.
 
     Attributes:
         layout: Of the blocks.
         layer_index: Of the attention layer.
-        elements: `[num_blocks, num_kv_heads, width]`, float32 or uint16; see `kernels`.
+        elements: `[num_blocks, num_kv_heads, width]`, float32, uint16 or uint8; see `kernels`.
         records: The same as uint8.
+        scales: Of the elements.
     """
 
     layout: BlockLayout
     layer_index: int
     elements: np.ndarray
     records: np.ndarray
+    scales: CacheScales = UNSCALED
 
     @classmethod
-    def of(cls, kv_cache: torch.Tensor, layout: BlockLayout, layer_index: int) -> LayerCache:
+    def of(
+        cls,
+        kv_cache: torch.Tensor,
+        layout: BlockLayout,
+        layer_index: int,
+        scales: CacheScales = UNSCALED,
+    ) -> LayerCache:
         """Views of vLLM's tensor.
 
         Args:
@@ -157,13 +188,15 @@ class LayerCache:
                 of the layout.
             layout: Of its blocks.
             layer_index: Of the attention layer.
+            scales: Of its elements.
 
         Raises:
             ValueError: It has not.
         """
         require_room(kv_cache, layout)
         flat = kv_cache.view(*kv_cache.shape[:2], -1)
-        return cls(layout, layer_index, as_elements(flat), flat.view(torch.uint8).numpy())
+        records = flat.view(torch.uint8).numpy()
+        return cls(layout, layer_index, as_elements(flat), records, scales)
 
     def stored(self, index: BlockIndex) -> torch.Tensor:
         """An index as bytes, `[num_blocks, num_kv_heads, bytes]`: a view.
@@ -188,10 +221,10 @@ class LayerCache:
             value: See `key`.
             slots: `[num_tokens]`, int64; negative = padding.
         """
-        places = slots[: key.shape[0]].numpy()
+        places, dtype = slots[: key.shape[0]].numpy(), self.layout.shape.dtype
         write_rows(
-            as_elements(key.contiguous()),
-            as_elements(value.contiguous()),
+            as_elements(stored_as(key, dtype, self.scales.key).contiguous()),
+            as_elements(stored_as(value, dtype, self.scales.value).contiguous()),
             self.elements,
             self.layout.shape.block_size,
             places,
@@ -226,7 +259,47 @@ def require_room(kv_cache: torch.Tensor, layout: BlockLayout) -> None:
 
 
 def as_elements(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor's memory as float32, or uint16 for half-precision types."""
-    if tensor.dtype == torch.float32:
-        return tensor.numpy()
-    return tensor.view(torch.uint16).numpy()
+    """A tensor's memory as float32, or as integers where its type has less bits; see `kernels`."""
+    elements: np.ndarray = tensor.view(_ARRAYS[tensor.dtype.itemsize]).numpy()
+    return elements
+
+
+def stored_as(rows: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
+    """Keys or values as a cache holds them; of 8 bits, the nearest numbers that it can hold.
+
+    Args:
+        rows: Of any shape and floating type.
+        dtype: Of the cache; with more than 8 bits, the rows' own.
+        scale: What they are divided by, where the cache has 8 bits.
+    """
+    if dtype.itemsize > 1:
+        return rows
+    largest = torch.finfo(dtype).max  # what is beyond it would become NaN
+    return (rows.float() / scale).clamp(-largest, largest).to(dtype)
+
+
+def gathered(rows: torch.Tensor, *places: slice | torch.Tensor) -> torch.Tensor:
+    """`rows[places]`, of any type: torch gathers bytes on every device, but not E4M3.
+
+    Args:
+        rows: Of a cache.
+        places: As in an index expression.
+    """
+    if rows.dtype.itemsize > 1:
+        return rows[places]
+    return rows.view(torch.uint8)[places].view(rows.dtype)
+
+
+def read_into(target: torch.Tensor, rows: torch.Tensor, scale: float) -> torch.Tensor:
+    """What `stored_as` has stored, in a model's type.
+
+    Args:
+        target: Of the model's type; written.
+        rows: Of a cache of 8 bits; of as many axes.
+        scale: See `stored_as`.
+
+    Returns:
+        The target.
+    """
+    target.copy_(rows)
+    return target if scale == 1 else target.mul_(scale)

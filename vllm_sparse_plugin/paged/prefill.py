@@ -14,7 +14,7 @@ import torch
 
 from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.paged.kernels.reading import read_rows
-from vllm_sparse_plugin.paged.layout import LayerCache, as_elements
+from vllm_sparse_plugin.paged.layout import LayerCache, as_elements, read_into
 from vllm_sparse_plugin.paged.scratch import scratch
 from vllm_sparse_plugin.step_plan import DenseRow, SparseRow
 
@@ -39,8 +39,8 @@ def attend_prefills(
         rows: Of the step.
         query: `[num_tokens, num_heads, head_size]`, of the whole step.
         written: Keys and values of the step, each `[num_tokens, num_kv_heads, head_size]`: a row
-            that begins in this step needs no others, and nothing is read back for it. None = the
-            layer reads another one's.
+            that begins in this step needs no others, and nothing is read back for it, unless the
+            cache holds less of them. None = the layer reads another one's.
         cache: Of the layer.
         block_table: `[num_rows, max_blocks]`, int32.
         scaling: Of the scores.
@@ -48,6 +48,8 @@ def attend_prefills(
         output: As `query`; the rows' part is written.
         sink_logits: `[num_heads]`, of learned attention sinks; None = the layer has none.
     """
+    if cache.layout.shape.dtype != query.dtype:
+        written = None  # an answer is the same in one piece and in several
     for row in rows:
         part = slice(row.query_start, row.query_end)
         is_whole = row.query_end - row.query_start == row.seq_len
@@ -77,14 +79,14 @@ def _attend_row(
 ) -> None:
     shape = cache.layout.shape
     count = -(-seq_len // shape.block_size)
-    block_bytes = shape.block_size * shape.key_value_bytes
+    block_bytes = 2 * shape.block_size * shape.head_size * query.dtype.itemsize
     heads = min(shape.num_kv_heads, max(1, MAX_SCRATCH_BYTES // (count * block_bytes)))
     group = shape.num_heads // shape.num_kv_heads
     view = output.view_as(query)
     for first in range(0, shape.num_kv_heads, heads):
         last = min(first + heads, shape.num_kv_heads)
         if written is None:
-            key, value = stored_rows(cache, blocks, seq_len, first, last)
+            key, value = stored_rows(cache, blocks, seq_len, first, last, query.dtype)
         else:
             key, value = (rows[:, first:last] for rows in written)
         width = slice(first * group, last * group)
@@ -93,7 +95,7 @@ def _attend_row(
             query[:, width].contiguous(),
             key,
             value,
-            _memory("prefill_blocks", size, shape.dtype),
+            _memory("prefill_blocks", size, query.dtype),
             scaling,
             isa,
             None if sink_logits is None else sink_logits[width],
@@ -101,7 +103,12 @@ def _attend_row(
 
 
 def stored_rows(
-    cache: LayerCache, blocks: torch.Tensor, num_keys: int, first_head: int, last_head: int
+    cache: LayerCache,
+    blocks: torch.Tensor,
+    num_keys: int,
+    first_head: int,
+    last_head: int,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of a sequence, in memory that the next call uses again.
 
@@ -111,9 +118,10 @@ def stored_rows(
         num_keys: Of the sequence.
         first_head: Of the KV heads that are wanted.
         last_head: After the last one.
+        dtype: Of the model.
 
     Returns:
-        Two `[num_keys, heads, head_size]`, of the cache's type.
+        Two `[num_keys, heads, head_size]`, of the model's type.
     """
     shape = cache.layout.shape
     size = (num_keys, last_head - first_head, shape.head_size)
@@ -126,7 +134,11 @@ def stored_rows(
         as_elements(key),
         as_elements(value),
     )
-    return key, value
+    if dtype == shape.dtype:
+        return key, value
+    scales = cache.scales
+    wide = [_memory(name, size, dtype) for name in ("prefill_wide_keys", "prefill_wide_values")]
+    return read_into(wide[0], key, scales.key), read_into(wide[1], value, scales.value)
 
 
 def _memory(name: str, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

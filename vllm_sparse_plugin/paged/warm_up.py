@@ -46,7 +46,8 @@ def warm_up(configs: Iterable[ResearchAttentionConfig], layout: BlockLayout) -> 
         for layer, maskers in tqdm(lists, desc="sparse attention: compiling kernels", disable=None):
             row = random_row(layout, _NUM_KEYS, layer)
             attend_dense(row.query, row.cache, row.batch, 1.0)
-            stored_rows(row.cache, torch.from_numpy(row.batch.block_table[0]), 1, 0, 1)
+            dtype = layout.shape.dtype
+            stored_rows(row.cache, torch.from_numpy(row.batch.block_table[0]), 1, 0, 1, dtype)
             try:
                 attention = PagedAttention(maskers, layout.shape)
                 attention.attend(row.query, row.cache, row.batch, 1.0)

@@ -16,12 +16,13 @@ from tests.plugin.paged.paged_rows import (
     attend,
     general,
     make_rows,
+    model_dtype,
     paged_attention,
     shape_of,
 )
 from tests.tolerances import ATTENTION_ATOL
 from vllm_sparse_plugin.paged.attention import PagedAttention
-from vllm_sparse_plugin.paged.layout import BlockLayout, LayerCache
+from vllm_sparse_plugin.paged.layout import UNSCALED, BlockLayout, CacheScales, LayerCache
 from vllm_sparse_plugin.paged.maskers.base import PagedQueries
 from vllm_sparse_plugin.paged.prefill import stored_rows
 
@@ -43,27 +44,34 @@ def rebuilt(rows: Rows) -> LayerCache:
     """The same cache, with every row written again from its cached keys, at once."""
     old = rows.cache
     kv_cache = torch.full_like(rows.kv_cache, torch.nan)
-    cache = LayerCache.of(kv_cache, old.layout, old.layer_index)
+    cache = LayerCache.of(kv_cache, old.layout, old.layer_index, old.scales)
     shape = old.layout.shape
     every = torch.arange(len(rows.kv_cache), dtype=torch.int32)
     count = len(every) * shape.block_size
-    keys, values = stored_rows(old, every, count, 0, shape.num_kv_heads)
+    keys, values = stored_rows(old, every, count, 0, shape.num_kv_heads, model_dtype(shape))
     for row in range(len(rows.keys)):
         slots = slots_of(rows, row)
         cache.write(keys[slots], values[slots], slots)
     return cache
 
 
-def assert_same_keys(maskers: list[dict], exact: bool = True, near_ties: int = 0, **shape) -> None:
+def assert_same_keys(
+    maskers: list[dict],
+    exact: bool = True,
+    near_ties: int = 0,
+    scales: CacheScales = UNSCALED,
+    **shape,
+) -> None:
     """The fast path selects what the general path does, up to `near_ties` rows."""
     attention, layout = paged_attention(maskers, shape_of(**shape))
     different = 0
     for spare_keys in (0, 5):
-        rows = make_rows(layout, exact=exact, layer_index=1, spare_keys=spare_keys)
+        rows = make_rows(layout, exact=exact, layer_index=1, spare_keys=spare_keys, scales=scales)
         output, read = attend(attention, rows)
         expected, counts = general(maskers, rows)
         assert read.keys.tolist() == counts
-        far = (output - expected).abs().amax(dim=(1, 2)) > ATTENTION_ATOL[layout.shape.dtype]
+        atol = ATTENTION_ATOL[model_dtype(layout.shape)]
+        far = (output - expected).abs().amax(dim=(1, 2)) > atol
         different += int(far.sum())
     assert different <= near_ties
 

@@ -8,7 +8,14 @@ import torch
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict, config_to_json
 from vllm_sparse_plugin.masked_attention import attend_row, attention_of
 from vllm_sparse_plugin.paged.attention import PagedAttention, QueryBatch, ReadCounts
-from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape, LayerCache
+from vllm_sparse_plugin.paged.layout import (
+    UNSCALED,
+    BlockLayout,
+    BlockShape,
+    CacheScales,
+    LayerCache,
+    stored_as,
+)
 
 SINK_LOCAL = [{"type": "sink", "sink_size": 4}, {"type": "local", "window_size": 12}]
 # One token, both sides of a page of 8 or 16 and of a block of 32, and several blocks.
@@ -49,19 +56,27 @@ def make_rows(
     exact: bool = True,
     layer_index: int = 0,
     spare_keys: int = 0,
+    scales: CacheScales = UNSCALED,
 ) -> Rows:
     """Writes rows in chunks of random size; each has one query, its last key's.
 
-    `spare_keys` more are stored than the query sees, as for a query in the middle of a chunk.
+    `spare_keys` more are stored than the query sees, as for a query in the middle of a chunk. Of a
+    cache of 8 bits, the rows' keys and values are those that are stored, as float32.
     """
     shape = layout.shape
+    dtype = model_dtype(shape)
     generator = torch.Generator().manual_seed(seed)
     random = np.random.default_rng(seed)
 
     def numbers(*size: int) -> torch.Tensor:
         if exact:
-            return integers(*size, generator=generator).to(shape.dtype)
-        return torch.randn(*size, generator=generator).to(shape.dtype)
+            return integers(*size, generator=generator).to(dtype)
+        return torch.randn(*size, generator=generator).to(dtype)
+
+    def kept(rows: torch.Tensor, scale: float) -> torch.Tensor:
+        if shape.dtype.itemsize > 1:
+            return rows
+        return stored_as(rows, shape.dtype, scale).float() * scale
 
     stored = [length + spare_keys for length in lengths]
     counts = [-(-length // shape.block_size) for length in stored]
@@ -70,7 +85,7 @@ def make_rows(
     kv_cache = torch.full(
         (num_blocks, shape.num_kv_heads, shape.block_size, width), torch.nan, dtype=shape.dtype
     )
-    cache = LayerCache.of(kv_cache, layout, layer_index)
+    cache = LayerCache.of(kv_cache, layout, layer_index, scales)
     blocks = random.permutation(num_blocks)
     table = np.full((len(stored), max(counts) + 2), num_blocks + 1000, np.int32)
     keys, values, used = [], [], 0
@@ -78,7 +93,7 @@ def make_rows(
         table[row, :count] = blocks[used : used + count]
         used += count
         key = numbers(length, shape.num_kv_heads, shape.head_size)
-        value = torch.randn(key.shape, generator=generator).to(shape.dtype)
+        value = torch.randn(key.shape, generator=generator).to(dtype)
         place = torch.arange(length)
         slots = torch.from_numpy(table[row])[place // shape.block_size].long() * shape.block_size
         slots += place % shape.block_size
@@ -89,13 +104,18 @@ def make_rows(
             padded = torch.cat([slots[start:end], torch.tensor([-1, -1])])
             cache.write(key[start:end], value[start:end], padded)
             start = end
-        keys.append(key.transpose(0, 1)[None])
-        values.append(value.transpose(0, 1)[None])
+        keys.append(kept(key, scales.key).transpose(0, 1)[None])
+        values.append(kept(value, scales.value).transpose(0, 1)[None])
     batch = QueryBatch(
         table, np.arange(len(stored), dtype=np.int32), np.array(lengths, dtype=np.int32)
     )
     query = numbers(len(stored), shape.num_heads, shape.head_size)
     return Rows(cache, kv_cache, batch, query, keys, values)
+
+
+def model_dtype(shape: BlockShape) -> torch.dtype:
+    """Of queries and keys, before these are stored."""
+    return torch.float32 if shape.dtype.itemsize == 1 else shape.dtype
 
 
 def paged_attention(maskers: list[dict], shape: BlockShape) -> tuple[PagedAttention, BlockLayout]:

@@ -46,9 +46,23 @@ CASES = (
     ),
     (Engine(32, 8, 64, torch.float16, 4096), (8,), ("quest 16, kv_head",)),
     (Engine(4, 2, 64, torch.float32, 4096), (8,), ("sampling, kv_head",)),
+    (
+        Engine(has_eight_bits=True),
+        (64,),
+        (
+            "quest 4, kv_head",
+            "quest 16, query_head",
+            "double sparsity 4, kv_head",
+            "double sparsity 16, query_head",
+            "hash silu, kv_head",
+            "oracle, adaptive sampling, kv_head",
+            "pq 6, kv_head",
+            "magic pig 75 x 8",
+        ),
+    ),
 )
 """Those that differ most: split rows and others, lists of query heads and of KV heads, groups and
-heads of no power of 2."""
+heads of no power of 2, caches of 8 bits."""
 
 
 def launches_of(cases: Iterator[tuple[Engine, tuple[int, ...], str]]) -> list[Launch]:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict
-from tests.plugin.paged.paged_rows import SINK_LOCAL, paged_attention, shape_of
+from tests.plugin.paged.paged_rows import SINK_LOCAL, model_dtype, paged_attention, shape_of
 from tests.plugin.triton.interpreter import DEVICE
 from tests.tolerances import ATTENTION_ATOL
 from vllm_sparse_plugin.paged.attention import QueryBatch
@@ -21,7 +21,7 @@ from vllm_sparse_plugin.paged.device.cache import DeviceCache
 from vllm_sparse_plugin.paged.device.indices.learned import DeviceLearnedIndex
 from vllm_sparse_plugin.paged.device.sequences import SequenceStates, StepSequences
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
-from vllm_sparse_plugin.paged.layout import BlockShape, LayerCache
+from vllm_sparse_plugin.paged.layout import UNSCALED, BlockShape, CacheScales, LayerCache
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 from vllm_sparse_plugin.paged.triton_kernels.learned_blocks import digest_keys
 from vllm_sparse_plugin.request_parameters import RequestParameters
@@ -60,20 +60,21 @@ class Twins:
         self.host, layout = paged_attention(maskers, shape)
         width = layout.bytes_per_token // shape.dtype.itemsize
         size = (BLOCKS, shape.num_kv_heads, shape.block_size, width)
-        self.host_cache = LayerCache.of(torch.zeros(size, dtype=shape.dtype), layout, 0)
+        scales = CacheScales(0.5, 0.25) if shape.dtype.itemsize == 1 else UNSCALED
+        self.host_cache = LayerCache.of(torch.zeros(size, dtype=shape.dtype), layout, 0, scales)
         device = torch.device(DEVICE)
         space = DeviceSpace(shape, 8, CAPACITY, 64, device, PLACES)
         configs = config_from_dict({"maskers": maskers}).masker_configs
         self.device = DeviceAttention(configs, space)
         kv_cache = torch.zeros(size, dtype=shape.dtype, device=device)
-        self.cache = DeviceCache.of(kv_cache, layout, 0, space)
+        self.cache = DeviceCache.of(kv_cache, layout, 0, space, scales)
         self.states = SequenceStates(PLACES)
         self._generator = torch.Generator().manual_seed(0)
         [self.index] = self.cache.indices.values()
         assert isinstance(self.index, DeviceLearnedIndex)
 
     def numbers(self, *size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=self._generator).to(self.shape.dtype)
+        return torch.randn(*size, generator=self._generator).to(model_dtype(self.shape))
 
     def write(self, sequence: Sequence, count: int, start: int | None = None) -> None:
         """Writes keys; those behind them are gone."""
@@ -115,7 +116,7 @@ class Twins:
         )
         assert counts[:, KEYS_READ].tolist() == read.keys.tolist()
         error = np.abs(output.cpu().numpy() - expected).max()
-        assert error <= ATTENTION_ATOL[self.shape.dtype]
+        assert error <= ATTENTION_ATOL[model_dtype(self.shape)]
         return output, steps
 
 
@@ -128,6 +129,8 @@ SHAPES = [
     ([SINK, {**PQ, "pq_sub_dim": 32, "heavy_size": 0.2}], shape_of(3, 1, 64, 16, torch.float16)),
     ([SINK, {**PIG, "lsh_k": 9}], shape_of(3, 1, 40, 32, torch.bfloat16)),
     ([SINK, {**PIG, "center": False, "lsh_l": 5}], shape_of(2, 2, 32, 16, torch.float16)),
+    ([SINK, PQ], shape_of(4, 2, 32, 16, torch.float8_e4m3fn)),
+    ([SINK, PIG], shape_of(3, 1, 40, 32, torch.float8_e4m3fn)),
 ]
 BOTH = [SHAPES[0], ([SINK, PIG], shape_of(2, 1, 32, 16))]
 
@@ -241,13 +244,17 @@ def test_more_sequences_than_places_learn_again() -> None:
 def digest_of(keys: torch.Tensor, blocks: list[int], count: int, size: int) -> int:
     """Of keys `[count, heads, head_size]` in such blocks."""
     _, heads, head_size = keys.shape
-    cache = torch.full((8, heads, size, 2 * head_size), torch.nan, dtype=keys.dtype)
+    dtype = keys.dtype
+    kind = torch.uint8 if keys.dtype.itemsize == 1 else keys.dtype
+    cache = torch.full((8, heads, size, 2 * head_size), torch.nan, dtype=keys.dtype).view(kind)
+    keys = keys.view(kind)
     for place in range(count):
         cache[blocks[place // size], :, place % size, :head_size] = keys[place]
     digest = torch.tensor([99], device=DEVICE)
     table = torch.tensor([[0, 0, 0], blocks], dtype=torch.int32, device=DEVICE)
     rows = torch.ones(1, dtype=torch.int32, device=DEVICE)
-    digest_keys(cache.to(DEVICE), table, rows, count, head_size, digest)
+    cache = cache.view(dtype).to(DEVICE)
+    digest_keys(cache, table, rows, count, head_size, digest)
     return int(digest)
 
 
@@ -255,7 +262,7 @@ def digest_of(keys: torch.Tensor, blocks: list[int], count: int, size: int) -> i
 @given(
     count=st.integers(1, 24),
     seed=st.integers(0, 99),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]),
     data=st.data(),
 )
 def test_a_digest_is_of_keys_in_their_order_and_nothing_else(count, seed, dtype, data) -> None:
@@ -263,11 +270,12 @@ def test_a_digest_is_of_keys_in_their_order_and_nothing_else(count, seed, dtype,
     found = digest_of(keys, [3, 1, 6], count, 8)
     assert digest_of(keys, [2, 5, 4], count, 8) == found
     place = data.draw(st.integers(0, count - 1))
-    other = keys.clone()
-    other[place, 1, 23] *= -1
+    numbers = keys.float()
+    numbers[place, 1, 23] *= -1
+    other = numbers.to(dtype)
     assert digest_of(other, [3, 1, 6], count, 8) != found
     if count > 1:
-        swapped = keys.clone()
-        swapped[[place, place - 1]] = keys[[place - 1, place]]
-        assert digest_of(swapped, [3, 1, 6], count, 8) != found
+        swapped = keys.float()
+        swapped[[place, place - 1]] = keys.float()[[place - 1, place]]
+        assert digest_of(swapped.to(dtype), [3, 1, 6], count, 8) != found
         assert digest_of(keys, [3, 1, 6], count - 1, 8) != found

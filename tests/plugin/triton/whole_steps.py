@@ -44,6 +44,7 @@ class Engine:
         kv_heads: KV heads.
         head_size: Channels.
         dtype: Of queries, keys and values.
+        has_eight_bits: Whether keys and values are stored in 8 bits.
         capacity: Keys of a sequence.
         max_queries: Requests of a step.
         block_size: Keys of a block.
@@ -56,10 +57,12 @@ class Engine:
     capacity: int = 1 << 17
     max_queries: int = 64
     block_size: int = 16
+    has_eight_bits: bool = False
 
     @property
     def shape(self) -> BlockShape:
-        return BlockShape(self.block_size, self.heads, self.kv_heads, self.head_size, self.dtype)
+        stored = torch.float8_e4m3fn if self.has_eight_bits else self.dtype
+        return BlockShape(self.block_size, self.heads, self.kv_heads, self.head_size, stored)
 
 
 def masker_lists(engine: Engine, folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -158,8 +161,10 @@ class Steps:
         attention = planner.attention(config_to_json(config), 0)
         assert attention is not None, maskers
         self.engine, self.attention = engine, attention
-        width = layout.bytes_per_token // engine.dtype.itemsize
-        kv_cache = self._tensor(1 << 16, engine.kv_heads, engine.block_size, width)
+        stored = engine.shape.dtype
+        width = layout.bytes_per_token // stored.itemsize
+        size = (1 << 16, engine.kv_heads, engine.block_size, width)
+        kv_cache = self._tensor(*size, dtype=stored)
         self.cache = DeviceCache.of(kv_cache, layout, 0, planner.space)
 
     def _tensor(self, *size: int, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -190,6 +190,7 @@ class DeviceAttention:
             whole: `[num_queries]`, int32: see `attend_lists`. Such queries are in no count.
             sink_logits: `[num_heads]`, of learned attention sinks; None = the layer has none.
         """
+        scaling *= cache.scales.key
         for index in self._learned:
             held = cache.indices[index]
             assert isinstance(held, DeviceLearnedIndex)
@@ -248,6 +249,7 @@ class DeviceAttention:
             memory.attention,
             self._nothing[: len(query)] if whole is None else whole,
             sink_logits,
+            cache.scales.value,
         )
 
     def _list(self, queries: DeviceQueries, sizes: torch.Tensor) -> None:

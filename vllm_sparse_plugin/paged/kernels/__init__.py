@@ -2,10 +2,10 @@
 
 Shapes and names that all of them share (`layout.py` has the bytes):
 
-- `elements` `[num_blocks, num_kv_heads, width]`: a layer's cache, float32, or uint16 where the
-  cache is bfloat16 (`kind` 1) or float16 (`kind` 2). The last two axes are a block's memory, and
-  only their product has a meaning: of one KV head after the other, a row of key per token and a row
-  of value per token (`rows.first_key`); then the indices.
+- `elements` `[num_blocks, num_kv_heads, width]`: a layer's cache, float32, or uint16 or uint8 where
+  the cache is of a type with so many bits, which `kind` says (see `rows`). The last two axes are a
+  block's memory, and only their product has a meaning: of one KV head after the other, a row of key
+  per token and a row of value per token (`rows.first_key`); then the indices.
 - `records`: the same memory as uint8.
 - `place`: where an index is: bytes from a block's start to that of KV head 0, and from one KV
   head's to the next one's (`index_places.first_byte`).

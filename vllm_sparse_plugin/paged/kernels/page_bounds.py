@@ -1,9 +1,10 @@
 """Bounds of pages (Quest), written with the keys; `page_scores` compares them with queries.
 
 A page's record has the smallest and the largest element per channel. With `bits` 16 it holds them
-as the cache's own elements; with less, each of the two rows as codes and, before them, two float32:
-the row's smallest value and the step between codes. Codes of less than a byte share one: byte j of
-a row of D channels holds channels j, j + D / 2 (4 bits), or j, j + D / 4, ... (2 bits).
+as the cache's own elements, which may have 8; with less, each of the two rows as codes and, before
+them, two float32: the row's smallest value and the step between codes. Codes of less than a byte
+share one: byte j of a row of D channels holds channels j, j + D / 2 (4 bits), or j, j + D / 4, ...
+(2 bits).
 
 A record is written with the last key of its page: once for a page, not once for a key. Until then
 nobody reads it: a query that sees a part of a page makes that part's bounds from the keys.
@@ -15,11 +16,19 @@ import numpy as np
 from numba import njit, prange
 
 from vllm_sparse_plugin.paged.kernels.index_places import first_byte
-from vllm_sparse_plugin.paged.kernels.rows import FLOAT16, first_key, load_row
+from vllm_sparse_plugin.paged.kernels.rows import (
+    E4M3,
+    FLOAT16,
+    FLOAT32,
+    FROM_E4M3,
+    FROM_FLOAT16,
+    first_key,
+    load_row,
+)
 
 FEW = 4
 """Pages that one thread works on: waking the others would take longer."""
-_SINGLE_TO_HALF = np.float32(2.0**-112)
+_TO_FLOAT16, _TO_E4M3 = 1 / FROM_FLOAT16, 1 / FROM_E4M3
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -67,19 +76,26 @@ def encode_bounds(bounds: np.ndarray, bits: int, kind: int, record: np.ndarray) 
     """
     head_size = bounds.shape[1]
     if bits == 16:
-        if kind == 0:
+        if kind == FLOAT32:
             whole = record.view(np.float32)
             for i in range(2 * head_size):
                 whole[i] = bounds[i // head_size, i % head_size]
             return
-        halves = record.view(np.uint16)
         one = np.empty(1, np.float32)
         word = one.view(np.uint32)
+        if kind == E4M3:
+            for i in range(2 * head_size):
+                one[0] = bounds[i // head_size, i % head_size]
+                sign = (word[0] >> np.uint32(24)) & np.uint32(0x80)
+                one[0] *= _TO_E4M3
+                record[i] = sign | ((word[0] >> np.uint32(20)) & np.uint32(0x7F))
+            return
+        halves = record.view(np.uint16)
         for i in range(2 * head_size):
             one[0] = bounds[i // head_size, i % head_size]
             if kind == FLOAT16:
                 sign = (word[0] >> np.uint32(16)) & np.uint32(0x8000)
-                one[0] *= _SINGLE_TO_HALF
+                one[0] *= _TO_FLOAT16
                 halves[i] = sign | ((word[0] >> np.uint32(13)) & np.uint32(0x7FFF))
             else:
                 halves[i] = word[0] >> np.uint32(16)

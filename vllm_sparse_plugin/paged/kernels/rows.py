@@ -8,8 +8,9 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
-"""The `kind` of a cache's elements."""
+FLOAT32, BFLOAT16, FLOAT16, E4M3 = range(4)
+"""The `kind` of a cache's elements; the last one has 8 bits (Micikevicius et al. 2022, "FP8 Formats
+for Deep Learning")."""
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -40,7 +41,7 @@ def load_row(
     this body is the plain reference.)
 
     Args:
-        elements: `[n]`, float32 or uint16: a cache's, flat.
+        elements: `[n]`, float32, uint16 or uint8: a cache's, flat.
         start: First element.
         buffer: float32, as long as the row.
         kind: Of the elements.
@@ -48,15 +49,20 @@ def load_row(
     row = elements[start : start + buffer.shape[0]]
     if elements.dtype == np.float32:
         return row
-    if kind == FLOAT16:
+    if elements.dtype == np.uint8:
+        # Where a float16 has 5 bits of exponent, E4M3 has 4, which are 8 less.
+        sizes = ((row.astype(np.uint16) & 0x7F) << 7).view(np.float16).astype(np.float32)
+        buffer[:] = np.where(row & 0x80, -256 * sizes, 256 * sizes)
+    elif kind == FLOAT16:
         buffer[:] = row.view(np.float16)
     else:
         buffer[:] = (row.astype(np.uint32) << 16).view(np.float32)
     return buffer
 
 
-_HALF_TO_SINGLE = np.float32(2.0**112)
-"""float16's exponents are 112 lower than float32's; the product also makes subnormals right."""
+FROM_FLOAT16, FROM_E4M3 = np.float32(2.0**112), np.float32(2.0**120)
+"""Exponents of float16 are 112 lower than float32's, those of E4M3 120; the products also make
+subnormals right."""
 
 
 @overload(load_row, inline="always")  # type: ignore[untyped-decorator]
@@ -68,6 +74,22 @@ def _load_row(elements: Any, start: Any, buffer: Any, kind: Any) -> Any:
 
         return view
 
+    if elements.dtype == types.uint8:
+
+        def convert_bytes(elements: Any, start: Any, buffer: Any, kind: Any) -> Any:
+            row = elements[start : start + buffer.shape[0]]
+            bits = buffer.view(np.uint32)
+            for i in range(buffer.shape[0]):
+                byte = np.uint32(row[i])
+                bits[i] = (byte & np.uint32(0x7F)) << np.uint32(20) | (
+                    byte & np.uint32(0x80)
+                ) << np.uint32(24)
+            for i in range(buffer.shape[0]):
+                buffer[i] *= FROM_E4M3
+            return buffer
+
+        return convert_bytes
+
     def convert(elements: Any, start: Any, buffer: Any, kind: Any) -> Any:
         row = elements[start : start + buffer.shape[0]]
         bits = buffer.view(np.uint32)
@@ -78,7 +100,7 @@ def _load_row(elements: Any, start: Any, buffer: Any, kind: Any) -> Any:
                     half & np.uint32(0x8000)
                 ) << np.uint32(16)
             for i in range(buffer.shape[0]):
-                buffer[i] *= _HALF_TO_SINGLE
+                buffer[i] *= FROM_FLOAT16
         else:
             for i in range(buffer.shape[0]):
                 bits[i] = np.uint32(row[i]) << np.uint32(16)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import binding as llvm
 from llvmlite import ir
 from numba import types
@@ -21,7 +22,7 @@ from numba.core.datamodel import models
 from numba.core.extending import register_model
 from numba.extending import intrinsic
 
-from vllm_sparse_plugin.paged.kernels.rows import FLOAT16
+from vllm_sparse_plugin.paged.kernels.rows import FLOAT16, FROM_E4M3, FROM_FLOAT16
 
 LANES = 16
 _LINE_BYTES = 64
@@ -104,23 +105,30 @@ def _raw(context: Any, builder: Any, signature: Any, arguments: Any, count: Any)
 
 
 def _as_floats(builder: Any, array_type: Any, raw: Any, kind: Any) -> Any:
-    """float32, bfloat16 or (where `kind` is `FLOAT16`) float16 as float32."""
+    """A cache's elements as float32, see `rows`."""
     if array_type.dtype == types.float32:
         return raw
     wide = builder.zext(raw, _WORDS)
+    if array_type.dtype == types.uint8:
+        return _wider(builder, wide, 8, 20, FROM_E4M3)
+    as_half = _wider(builder, wide, 16, 13, FROM_FLOAT16)
     as_bfloat = builder.bitcast(builder.shl(wide, _words(16)), _FLOATS)
-    # As in `rows`: exponents are 112 lower in float16, subnormals come right by the product.
-    sign = builder.shl(builder.and_(wide, _words(0x8000)), _words(16))
-    rest = builder.shl(builder.and_(wide, _words(0x7FFF)), _words(13))
-    scale = ir.Constant(_FLOATS, [2.0**112] * LANES)
-    as_half = builder.fmul(builder.bitcast(builder.or_(sign, rest), _FLOATS), scale)
     is_half = builder.icmp_signed("==", kind, ir.Constant(kind.type, FLOAT16))
     return builder.select(is_half, as_half, as_bfloat)
 
 
+def _wider(builder: Any, wide: Any, width: int, shift: int, factor: np.float32) -> Any:
+    """Numbers of `width` bits, in words: the sign comes to a float32's, and the rest up to it."""
+    sign = 1 << (width - 1)
+    signs = builder.shl(builder.and_(wide, _words(sign)), _words(32 - width))
+    rest = builder.shl(builder.and_(wide, _words(sign - 1)), _words(shift))
+    number = builder.bitcast(builder.or_(signs, rest), _FLOATS)
+    return builder.fmul(number, ir.Constant(_FLOATS, [float(factor)] * LANES))
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def load(typing_context: Any, array: Any, index: Any, kind: Any) -> Any:
-    """`LANES` elements of a float32 or uint16 array (see `rows`) from `index` on, as float32."""
+    """`LANES` elements of a cache (see `rows`) from `index` on, as float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         raw = _raw(context, builder, signature, arguments, None)

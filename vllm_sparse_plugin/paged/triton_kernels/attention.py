@@ -116,6 +116,8 @@ def _attend_kernel(
             at = offsets[:, None] + HEAD_SIZE + channels[None, :]
             inside = mask[:, None] & (channels < HEAD_SIZE)[None, :]
             values = tl.load(cache + at, mask=inside, other=0.0)
+            if values.dtype.is_fp8():
+                values = values.to(queries.dtype)
             if IN_FLOAT32:
                 added = tl.dot(powers, values.to(tl.float32), input_precision="ieee")
             else:
@@ -139,6 +141,7 @@ def _join_kernel(
     whole,
     sink_logits,
     output,
+    value_scale,
     KV_HEADS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -169,7 +172,7 @@ def _join_kernel(
     is_channel = channels < HEAD_SIZE
     inside = is_live[:, None] & is_channel[None, :]
     own = tl.load(sums + at[:, None] * HEAD_SIZE + channels[None, :], mask=inside, other=0.0)
-    result = tl.sum(factors[:, None] * own, 0) / tl.where(weight > 0, weight, 1.0)
+    result = tl.sum(factors[:, None] * own, 0) / tl.where(weight > 0, weight, 1.0) * value_scale
     target = output + row * HEAD_SIZE + channels
     tl.store(target, result.to(output.dtype.element_ty), mask=is_channel)
 
@@ -226,11 +229,12 @@ def attend_lists(
     workspace: AttentionWorkspace,
     whole: torch.Tensor,
     sink_logits: torch.Tensor | None = None,
+    value_scale: float = 1.0,
 ) -> None:
     """`sum_S (exp(s_i) / p_i) v_i / sum_S (exp(s_i) / p_i)` for every query head's selection S.
 
     Where the cache is of a half-precision type, so are the factors of both products, on tensor
-    cores; sums are float32.
+    cores; sums are float32. Where it has 8 bits, the factors are of the queries' type.
 
     Args:
         query: `[num_queries, num_heads, head_size]`, a floating type, its heads side by side.
@@ -249,6 +253,7 @@ def attend_lists(
             whatever its lists are; 0 for others.
         sink_logits: `[num_heads]`, a floating type, of learned attention sinks: each adds its
             exponential to the denominator. None = the layer has none.
+        value_scale: Of the result: what values are multiplied with, see `CacheScales`.
 
     Raises:
         ValueError: Something does not fit the queries.
@@ -317,6 +322,7 @@ def attend_lists(
         whole,
         counts if sink_logits is None else sink_logits,
         output,
+        float(value_scale),
         KV_HEADS=sizes["KV_HEADS"],
         HEADS=heads,
         HEAD_SIZE=head_size,

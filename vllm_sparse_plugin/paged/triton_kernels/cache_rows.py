@@ -111,6 +111,8 @@ def score_keys(
 ):
     """Products of a group's queries and some keys, `[ROWS, tokens]`, float32.
 
+    Keys of 8 bits are multiplied as numbers of the queries' type, which has them all.
+
     Args:
         queries: `[ROWS, CHANNELS]`.
         cache: Pointer.
@@ -125,6 +127,8 @@ def score_keys(
     keys = tl.load(cache + offsets[None, :] + channels, mask=inside, other=0.0)
     if IN_FLOAT32:
         return tl.dot(queries.to(tl.float32), keys.to(tl.float32), input_precision="ieee")
+    elif keys.dtype.is_fp8():
+        return tl.dot(queries, keys.to(queries.dtype))
     else:
         return tl.dot(queries.to(keys.dtype), keys)
 
@@ -167,7 +171,7 @@ def block_sizes(query: torch.Tensor, kv_cache: torch.Tensor) -> dict[str, int | 
         raise ValueError("the KV cache must be contiguous")
     heads = num_heads // num_kv_heads
     channels = max(16, power_of_2(head_size))
-    is_half = kv_cache.dtype != torch.float32
+    multiplied = query.dtype if kv_cache.itemsize == 1 else kv_cache.dtype
     # Triton's interpreter multiplies bfloat16s wrongly.
     is_interpreted = kv_cache.device.type == "cpu"
     return {
@@ -178,7 +182,8 @@ def block_sizes(query: torch.Tensor, kv_cache: torch.Tensor) -> dict[str, int | 
         # Tensor cores multiply 16 rows at once.
         "ROWS": max(16, power_of_2(heads)),
         "CHANNELS": channels,
-        "IN_FLOAT32": not is_half or (is_interpreted and kv_cache.dtype == torch.bfloat16),
+        "IN_FLOAT32": multiplied == torch.float32
+        or (is_interpreted and multiplied == torch.bfloat16),
         # A tile of keys and one of values have 16 KiB: so many bytes are asked for ahead.
         "TILE": max(16, min(64, 8192 // (channels * kv_cache.dtype.itemsize))),
     }

@@ -17,7 +17,7 @@ from vllm_sparse_plugin.paged.triton_kernels.counter_random import mixed
 from vllm_sparse_plugin.paged.triton_kernels.grids import launched
 from vllm_sparse_plugin.paged.triton_kernels.tiles import block_bytes, padded, rows_at_once
 
-_BITS = {4: tl.int32, 2: tl.int16}
+_BITS = {4: tl.int32, 2: tl.int16, 1: tl.int8}
 """Integers of as many bytes as a number of the cache."""
 
 

@@ -6,10 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparse_plugin.paged.layout import UNSCALED, CacheScales
 from vllm_sparse_plugin.paged.triton_kernels.grids import await_launches, launched, overlapped
 from vllm_sparse_plugin.paged.triton_kernels.quantization import codes_of, smallest_and_step
 from vllm_sparse_plugin.paged.triton_kernels.tiles import block_bytes, padded
-from vllm_sparse_plugin.paged.triton_kernels.writing import check_rows
+from vllm_sparse_plugin.paged.triton_kernels.writing import check_rows, stored_as
 
 KEYS_AT_ONCE = 16
 """Keys of a page that are loaded together."""
@@ -90,6 +91,7 @@ def _bounds_of_new_page(
     slot,
     key,
     key_stride,
+    key_scale,
     PAGE_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     PARTS: tl.constexpr,
@@ -108,6 +110,7 @@ def _bounds_of_new_page(
         slot: The last key's.
         key: Pointer to the head's first new key.
         key_stride: From one new key to the next.
+        key_scale: Of the cache.
         PAGE_SIZE: Keys of the page.
         HEAD_SIZE: See `bounds_of_keys`.
         PARTS: Likewise.
@@ -131,7 +134,8 @@ def _bounds_of_new_page(
         new = tl.load(at, mask=inside & (back <= i), other=0.0)
         old = tl.load(elements + rows * (2 * HEAD_SIZE) + channels, mask=inside, other=0.0)
         is_new = own == slot - back
-        values = tl.where(is_new, new, old).to(tl.float32)
+        new = stored_as(new, key_scale, elements.dtype.element_ty).to(tl.float32)
+        values = tl.where(is_new, new, old.to(tl.float32))
         low = tl.minimum(low, tl.min(values, axis=0))
         high = tl.maximum(high, tl.max(values, axis=0))
     return low, high
@@ -147,6 +151,8 @@ def _update_pages(
     key_head_stride,
     value_stride,
     value_head_stride,
+    key_scale,
+    value_scale,
     WRITES: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -174,9 +180,10 @@ def _update_pages(
         mask = channels < tl.where(slot >= 0, HEAD_SIZE, 0)
         own = i.to(tl.int64)
         new_key = tl.load(key + own * key_stride + head * key_head_stride + channels, mask=mask)
+        new_key = stored_as(new_key, key_scale, cache.dtype.element_ty)
         tl.store(rows + token * (2 * HEAD_SIZE) + channels, new_key, mask=mask)
         at = value + own * value_stride + head * value_head_stride + channels
-        new_value = tl.load(at, mask=mask)
+        new_value = stored_as(tl.load(at, mask=mask), value_scale, cache.dtype.element_ty)
         tl.store(rows + token * (2 * HEAD_SIZE) + HEAD_SIZE + channels, new_value, mask=mask)
     # A page's last key does it for the page; before that, nobody reads its record.
     if (slot >= 0) & ((slot + 1) % PAGE_SIZE == 0):
@@ -189,6 +196,7 @@ def _update_pages(
                 slot,
                 key + head * key_head_stride,
                 key_stride,
+                key_scale,
                 PAGE_SIZE,
                 HEAD_SIZE,
                 PARTS,
@@ -219,6 +227,7 @@ def update_pages(
     slots: torch.Tensor,
     key: torch.Tensor | None = None,
     value: torch.Tensor | None = None,
+    scales: CacheScales = UNSCALED,
 ) -> None:
     """Writes the records of the pages that are whole now: whose last key is among those written.
 
@@ -231,8 +240,10 @@ def update_pages(
         bits: Of a code: 2, 4, 8 or 16.
         slots: Of the written tokens, those of one sequence in order; see the package.
         key: `[>= num_slots, num_kv_heads, head_size]`, of the cache's type, channels side by side:
-            new keys, to be written too, in the same launch. None: they have been written.
+            or any if that has 8 bits: new keys, to be written too, in the same launch. None: they
+            have been written.
         value: Likewise.
+        scales: Of the cache.
 
     Raises:
         ValueError: The types differ, or channels are not side by side.
@@ -249,6 +260,8 @@ def update_pages(
         slots,
         *rows,
         *(stride for row in rows for stride in row.stride()[:2]),
+        float(scales.key),
+        float(scales.value),
         WRITES=writes,
         BLOCK_BYTES=block_bytes(kv_cache),
         OFFSET=place[0],

@@ -11,7 +11,8 @@ between them, come in afterwards:
     sum_d q_d (least + step c_d) = least sum_d q_d + step sum_d q_d c_d
 
 Codes are exact in float16; queries are too, scaled by powers of 2 (float32s: as sums of three). So
-are elements of 16 bits, and queries of the same type; others are multiplied as float32s, without
+are elements of 16 or 8 bits, and queries, in the type of the queries, unless both have 16 bits and
+differ; others are multiplied as float32s, without
 tensor cores. Products are exact then, and only sums are rounded: the error is at most that of
 float32 sums in any order, where products of codes count as `|q_d| (|least| + step c_d)`. (Tensor
 cores cut off where others round to the nearest, but only once per 8 or 16 products.) Only a channel
@@ -177,8 +178,8 @@ def add_products(queries, bounds, sums, IN_FLOAT32: tl.constexpr):
     """Adds matrix products `[pages, columns]` of bounds and queries to float32 sums."""
     if IN_FLOAT32:
         return tl.dot(bounds.to(tl.float32), queries, sums, input_precision="ieee")
-    else:
-        return tl.dot(bounds, queries, sums)
+    else:  # (bounds of 8 bits are numbers of the queries' type too)
+        return tl.dot(bounds.to(queries.dtype), queries, sums)
 
 
 @triton.jit

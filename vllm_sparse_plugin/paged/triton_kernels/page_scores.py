@@ -161,7 +161,7 @@ def _score_pages(
             query,
             head_stride,
             factor,
-            tl.float16 if BITS < 16 else tl.float32 if IN_FLOAT32 else cache.dtype.element_ty,
+            tl.float16 if BITS < 16 else tl.float32 if IN_FLOAT32 else query.dtype.element_ty,
             BITS,
             PART,
             UNITS,
@@ -276,8 +276,9 @@ def score_pages(
     pages = rows_at_once(units, least=16, most=_PAGES)
     is_half = query.dtype != torch.float32
     # Triton's interpreter multiplies bfloat16s wrongly.
-    is_wrong = kv_cache.device.type == "cpu" and kv_cache.dtype == torch.bfloat16
-    in_float32 = not is_coded and (not is_half or is_wrong or query.dtype != kv_cache.dtype)
+    is_wrong = kv_cache.device.type == "cpu" and query.dtype == torch.bfloat16
+    is_other = query.dtype != kv_cache.dtype and kv_cache.itemsize > 1
+    in_float32 = not is_coded and (not is_half or is_wrong or is_other)
     _score_pages[
         (heads, num_queries, splits_of(num_queries * heads, -(-scores.shape[2] // pages)))
     ](

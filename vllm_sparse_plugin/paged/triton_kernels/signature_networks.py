@@ -47,6 +47,7 @@ def _apply_layer(
     biases,
     outputs,
     num_tokens,
+    scale,
     input_head_stride,
     input_token_stride,
     output_head_stride,
@@ -93,7 +94,7 @@ def _apply_layer(
         for i in tl.static_range(4):
             # The second one first: the numba kernel's compiler fuses the first product into it.
             step = k + ((1 - i) if i < 2 else i)
-            own = tl.load(start + step, mask=present, other=0.0).to(tl.float32)
+            own = tl.load(start + step, mask=present, other=0.0).to(tl.float32) * scale
             weights = tl.load(matrix + step * WIDTH_OUT, mask=inside, other=0.0)
             if i == 0:
                 products = own[:, None] * weights[None, :]
@@ -101,7 +102,7 @@ def _apply_layer(
                 products = tl.fma(own[:, None], weights[None, :], products)
         sums += products
     for k in tl.range(whole, WIDTH_IN):
-        own = tl.load(start + k, mask=present, other=0.0).to(tl.float32)
+        own = tl.load(start + k, mask=present, other=0.0).to(tl.float32) * scale
         weights = tl.load(matrix + k * WIDTH_OUT, mask=inside, other=0.0)
         sums = tl.fma(own[:, None], weights[None, :], sums)
     sums += tl.load(biases + network * WIDTH_OUT + columns, mask=inside, other=0.0)[None, :]
@@ -140,6 +141,7 @@ def _launch(
     blocks: tuple[bool, bool],
     pack: bool,
     activation: str,
+    scale: float = 1.0,
     place: tuple[int, int] = (0, 0),
     kv_heads: int = 1,
 ) -> None:
@@ -156,6 +158,7 @@ def _launch(
         biases,
         outputs,
         num_tokens,
+        float(scale),
         *strides,
         *target_strides,
         BY_INPUT=heads[1] // heads[0],
@@ -186,6 +189,7 @@ def write_signatures(
     activation: str,
     slots: torch.Tensor,
     hidden: Sequence[torch.Tensor],
+    scale: float = 1.0,
 ) -> None:
     """Makes and writes the signatures of new keys; bits are 1 for what is not negative.
 
@@ -201,6 +205,7 @@ def write_signatures(
         slots: Of the new keys.
         hidden: Scratch of each layer but the last: `[networks, >= num_tokens, out]`, float32, the
             last axis contiguous.
+        scale: Of the keys, see `CacheScales`.
     """
     _apply_networks(
         kv_cache,
@@ -213,6 +218,7 @@ def write_signatures(
         hidden,
         slots,
         place,
+        scale,
     )
 
 
@@ -247,6 +253,7 @@ def sign_queries(
         hidden,
         None,
         (0, 0),
+        1.0,
     )
 
 
@@ -261,6 +268,7 @@ def _apply_networks(
     hidden: Sequence[torch.Tensor],
     slots: torch.Tensor | None,
     place: tuple[int, int],
+    scale: float,
 ) -> None:
     if num_tokens == 0:
         return
@@ -285,6 +293,7 @@ def _apply_networks(
             blocks=(in_blocks and layer == 0, in_blocks and layer == last),
             pack=layer == last,
             activation="" if layer == last else activation,
+            scale=1.0 if layer else scale,
             place=place,
             kv_heads=kv_heads,
         )

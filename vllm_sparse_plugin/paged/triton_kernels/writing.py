@@ -3,10 +3,38 @@
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 
+from vllm_sparse_plugin.paged.layout import UNSCALED, CacheScales
 from vllm_sparse_plugin.paged.triton_kernels.grids import await_launches, launched, overlapped
 from vllm_sparse_plugin.paged.triton_kernels.tiles import block_bytes, padded, rows_at_once
+
+
+@triton.jit
+def stored_as(rows, scale, KIND: tl.constexpr):
+    """See `layout.stored_as`.
+
+    Args:
+        rows: Of any shape.
+        scale: What they are divided by, where the cache has 8 bits.
+        KIND: Of the cache's elements.
+    """
+    if KIND.is_fp8():
+        numbers = rows.to(tl.float32)
+        numbers = tl.div_rn(numbers, tl.zeros_like(numbers) + scale)
+        numbers = tl.clamp(numbers, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        # Rounded here, ties to even, whatever Triton's own conversion does (that of its interpreter
+        # loses carries): from 2**(e + 20) on, float32s have the steps of E4M3s between 2**e and
+        # 2**(e + 1).
+        exponent = numbers.to(tl.int32, bitcast=True) & 0x7F800000
+        ruler = (tl.maximum(exponent, 121 << 23) + (20 << 23)).to(tl.float32, bitcast=True)
+        size = (tl.abs(numbers) + ruler) - ruler
+        sign = numbers.to(tl.uint32, bitcast=True) & 0x80000000
+        bits = size.to(tl.uint32, bitcast=True) | sign
+        return bits.to(tl.float32, bitcast=True).to(KIND)
+    else:
+        return rows
 
 
 @launched
@@ -20,6 +48,8 @@ def _write_rows(
     key_head_stride,
     value_stride,
     value_head_stride,
+    key_scale,
+    value_scale,
     BLOCK_ELEMENTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -42,20 +72,27 @@ def _write_rows(
     )
     row = heads * BLOCK_SIZE + slot % BLOCK_SIZE
     target = cache + slot // BLOCK_SIZE * BLOCK_ELEMENTS + row * (2 * HEAD_SIZE) + channels
-    tl.store(target, keys, mask=mask)
+    tl.store(target, stored_as(keys, key_scale, cache.dtype.element_ty), mask=mask)
+    values = stored_as(values, value_scale, cache.dtype.element_ty)
     tl.store(target + HEAD_SIZE, values, mask=mask)
 
 
 def write_rows(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slots: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slots: torch.Tensor,
+    scales: CacheScales = UNSCALED,
 ) -> None:
     """Writes a row of key and a row of value per token and KV head.
 
     Args:
-        key: `[num_tokens, num_kv_heads, head_size]`, of the cache's type; channels side by side.
+        key: `[num_tokens, num_kv_heads, head_size]`, of the cache's type, unless that has 8 bits;
+            channels side by side.
         value: Likewise.
         kv_cache: See the package.
         slots: `[>= num_tokens]`, int64; see the package.
+        scales: Of the cache.
 
     Raises:
         ValueError: The types differ, or channels are not side by side.
@@ -77,6 +114,8 @@ def write_rows(
         key.stride(1),
         value.stride(0),
         value.stride(1),
+        float(scales.key),
+        float(scales.value),
         BLOCK_ELEMENTS=block_bytes(kv_cache) // kv_cache.itemsize,
         BLOCK_SIZE=kv_cache.shape[2],
         HEADS=heads,
@@ -100,7 +139,8 @@ def check_rows(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor) -
     Raises:
         ValueError: The types differ, or channels are not side by side.
     """
-    if not key.dtype == value.dtype == kv_cache.dtype:
+    stored = key.dtype if kv_cache.itemsize == 1 else kv_cache.dtype
+    if not key.dtype == value.dtype == stored:
         raise ValueError(
             f"keys of {key.dtype} and values of {value.dtype} for a cache of {kv_cache.dtype}"
         )

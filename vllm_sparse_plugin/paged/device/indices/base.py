@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
-from vllm_sparse_plugin.paged.layout import BlockIndex, BlockLayout
+from vllm_sparse_plugin.paged.layout import UNSCALED, BlockIndex, BlockLayout, CacheScales
 
 
 class DeviceIndex(ABC):
@@ -46,6 +46,7 @@ class DeviceIndex(ABC):
         slots: torch.Tensor,
         key: torch.Tensor | None = None,
         value: torch.Tensor | None = None,
+        scales: CacheScales = UNSCALED,
     ) -> None:
         """Makes the index right again after keys were written.
 
@@ -55,6 +56,7 @@ class DeviceIndex(ABC):
             key: `[num_tokens, num_kv_heads, head_size]`, if it `writes_rows` and they are not in
                 the cache yet.
             value: Likewise.
+            scales: Of the cache.
         """
 
     def reserve(self) -> None:  # noqa: B027  # most indices need none

@@ -7,7 +7,7 @@ import torch
 from vllm_sparse_plugin.paged.channel_labels import ChannelLabels
 from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex, device_index_of
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
-from vllm_sparse_plugin.paged.layout import BlockLayout
+from vllm_sparse_plugin.paged.layout import UNSCALED, BlockLayout, CacheScales
 from vllm_sparse_plugin.paged.triton_kernels.channel_labels import write_labels
 
 
@@ -38,6 +38,7 @@ class DeviceChannelLabels(DeviceIndex):
         slots: torch.Tensor,
         key: torch.Tensor | None = None,
         value: torch.Tensor | None = None,
+        scales: CacheScales = UNSCALED,
     ) -> None:
         """See `DeviceIndex.update`."""
         if self.channels is None:

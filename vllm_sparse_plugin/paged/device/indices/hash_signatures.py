@@ -10,7 +10,7 @@ import torch
 from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex, device_index_of
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
 from vllm_sparse_plugin.paged.hash_signatures import HashSignatures, Networks
-from vllm_sparse_plugin.paged.layout import BlockLayout
+from vllm_sparse_plugin.paged.layout import UNSCALED, BlockLayout, CacheScales
 from vllm_sparse_plugin.paged.triton_kernels.signature_networks import write_signatures
 
 _TOKENS_AT_ONCE = 1024
@@ -95,6 +95,7 @@ class DeviceHashSignatures(DeviceIndex):
         slots: torch.Tensor,
         key: torch.Tensor | None = None,
         value: torch.Tensor | None = None,
+        scales: CacheScales = UNSCALED,
     ) -> None:
         """See `DeviceIndex.update`."""
         if self.query_networks is None:
@@ -108,4 +109,5 @@ class DeviceHashSignatures(DeviceIndex):
                 self.index.activation,
                 slots[start : start + _TOKENS_AT_ONCE],
                 self._hidden,
+                scales.key,
             )

@@ -10,7 +10,7 @@ import torch
 from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex
 from vllm_sparse_plugin.paged.device.sequences import Change, StepSequences, prefix_of
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
-from vllm_sparse_plugin.paged.layout import BlockLayout
+from vllm_sparse_plugin.paged.layout import UNSCALED, BlockLayout, CacheScales, gathered
 from vllm_sparse_plugin.paged.learned_index import LearnedIndex
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch, key_value_rows
 from vllm_sparse_plugin.paged.triton_kernels.learned_blocks import digest_keys, note_writes
@@ -70,6 +70,7 @@ class DeviceLearnedIndex(DeviceIndex):
         slots: torch.Tensor,
         key: torch.Tensor | None = None,
         value: torch.Tensor | None = None,
+        scales: CacheScales = UNSCALED,
     ) -> None:
         """See `DeviceIndex.update`: written keys have no codes until a query needs them."""
         note_writes(kv_cache, self.place, slots)
@@ -100,7 +101,7 @@ class DeviceLearnedIndex(DeviceIndex):
 
         def read(places: torch.Tensor) -> torch.Tensor:
             size = (len(places), shape.num_kv_heads, shape.head_size)
-            return torch.zeros(size, dtype=shape.dtype, device=self._device)
+            return _numbers(torch.zeros(size, dtype=shape.dtype, device=self._device))
 
         self.learn(read, prefix_of(self._capacity))
 
@@ -112,6 +113,12 @@ class DeviceLearnedIndex(DeviceIndex):
         rows = key_value_rows(kv_cache, head_size)
 
         def read(places: torch.Tensor) -> torch.Tensor:
-            return rows[blocks[places // size], :, places % size, :head_size]
+            own = (blocks[places // size], slice(None), places % size, slice(head_size))
+            return _numbers(gathered(rows, *own))
 
         self.states[place] = self.learn(read, change.prefix).reshape(1, -1)
+
+
+def _numbers(keys: torch.Tensor) -> torch.Tensor:
+    """What torch can add up: keys of 8 bits as float32."""
+    return keys.float() if keys.dtype.itemsize == 1 else keys

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex, device_index_of
+from vllm_sparse_plugin.paged.layout import UNSCALED, CacheScales
 from vllm_sparse_plugin.paged.page_bounds import PageBounds
 from vllm_sparse_plugin.paged.triton_kernels.page_bounds import update_pages
 
@@ -23,6 +24,7 @@ class DevicePageBounds(DeviceIndex):
         slots: torch.Tensor,
         key: torch.Tensor | None = None,
         value: torch.Tensor | None = None,
+        scales: CacheScales = UNSCALED,
     ) -> None:
         """See `DeviceIndex.update`."""
         update_pages(
@@ -35,4 +37,5 @@ class DevicePageBounds(DeviceIndex):
             slots,
             key,
             value,
+            scales,
         )
