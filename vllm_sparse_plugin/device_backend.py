@@ -233,7 +233,7 @@ class DeviceAttentionImpl(SparseAttentionImpl):
         if not is_known:
             self._seen = weakref.ref(kv_cache)
         scales = compat.cache_scales(layer, kv_cache.dtype)
-        kv_cache = kv_cache.view(compat.element_type(kv_cache.dtype))
+        kv_cache = compat.typed_cache(kv_cache)
         if not is_known:
             shape = self._shape(kv_cache.shape[2], kv_cache.dtype)
             require_room(kv_cache, self._layout_and_indices(layer, shape)[0])

@@ -316,7 +316,7 @@ class PagedAttentionImpl(SparseAttentionImpl):
             or self._views[0] != kv_cache.data_ptr()
             or self._views[1].scales != scales
         ):
-            kv_cache = kv_cache.view(compat.element_type(kv_cache.dtype))
+            kv_cache = compat.typed_cache(kv_cache)
             shape = BlockShape(
                 block_size=kv_cache.shape[2],
                 num_heads=self.num_heads,

@@ -26,7 +26,7 @@ from benchmarks.gpu.engine_answers import (
     small_engine,
 )
 from benchmarks.gpu.tiny_models import write_models
-from benchmarks.gpu.token_configs import Maskers, model_of, requests, token_configs
+from benchmarks.gpu.token_configs import Maskers, model_of, options_of, requests, token_configs
 
 logger = logging.getLogger(__name__)
 EXPECTED = Path(__file__).parent / "expected_tokens.json"
@@ -34,15 +34,19 @@ TOLERANCE = 0.002
 """Of logprobs: sums in another order, in float32, through three layers."""
 
 
-def answers_of(folder: Path, maskers: Maskers, device: str) -> dict[str, Answered]:
+def answers_of(config: str, folder: Path, maskers: Maskers, device: str) -> dict[str, Answered]:
     """One engine's.
 
     Args:
-        folder: Of the model.
+        config: Name of the list of maskers.
+        folder: Of the models.
         maskers: Of the server.
         device: "cuda" or "cpu".
     """
-    engine = small_engine(str(folder), maskers, device, enforce_eager=True)
+    options = options_of(config)
+    engine = small_engine(
+        str(folder / model_of(config)), maskers, device, enforce_eager=True, **options
+    )
     try:
         return answers(engine, requests())
     finally:
@@ -65,7 +69,7 @@ def measure(device: str, only: int | None = None) -> dict[str, Any]:
             return {"records": [], "failures": ["a model has other weights on this machine"]}
         for config, maskers in list(token_configs(folder / "llama").items())[:only]:
             try:
-                given = answers_of(folder / model_of(config), maskers, device)
+                given = answers_of(config, folder, maskers, device)
             except Exception as error:  # the other lists are compared anyhow
                 logger.exception("%s", config)
                 failures.append(f"{config}: {type(error).__name__}: {error}"[:500])

@@ -18,7 +18,7 @@ from benchmarks.gpu.command import commit
 from benchmarks.gpu.engine_answers import prepare_environment
 from benchmarks.gpu.engine_tokens import EXPECTED, answers_of
 from benchmarks.gpu.tiny_models import write_models
-from benchmarks.gpu.token_configs import model_of, token_configs
+from benchmarks.gpu.token_configs import token_configs
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
         found = {
             config: {
                 request: answer.to_dict()
-                for request, answer in answers_of(folder / model_of(config), maskers, "cpu").items()
+                for request, answer in answers_of(config, folder, maskers, "cpu").items()
             }
             for config, maskers in tqdm(token_configs(folder / "llama").items())
         }

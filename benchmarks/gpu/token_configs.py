@@ -21,7 +21,7 @@ _ADAPTIVE = {
 }
 LENGTHS = [17, 200, 333, 480]
 TOKENS = 24
-
+EIGHT_BITS = "Quest, on a cache of 8 bits"
 
 _MODELS = {
     "Quest, with sinks and a window": "granite-swa",
@@ -32,6 +32,11 @@ _MODELS = {
 def model_of(config: str) -> str:
     """The kind of model that a list of maskers is served with."""
     return _MODELS.get(config, "llama")
+
+
+def options_of(config: str) -> dict[str, Any]:
+    """What the engine of a list of maskers is started with, besides."""
+    return {"kv_cache_dtype": "fp8"} if config == EIGHT_BITS else {}
 
 
 def token_configs(folder: Path) -> dict[str, Maskers]:
@@ -58,6 +63,7 @@ def token_configs(folder: Path) -> dict[str, Maskers]:
         "PQCache": [*FIXED, {**heavy, "type": "pq_cache", "pq_sub_dim": 16, "pq_bits": 4}],
         "random sample": [*FIXED, {"type": "random_sampling", "sampling_rate": 0.1, "seed": 3}],
         "vAttention over Quest": [*FIXED, _PAGES | kv_head, _ADAPTIVE | kv_head],
+        EIGHT_BITS: [*FIXED, _PAGES | kv_head],
         **{name: [*FIXED, _PAGES | kv_head] for name in _MODELS},
     }
 

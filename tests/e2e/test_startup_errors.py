@@ -16,8 +16,8 @@ SINK = {"maskers": [{"type": "sink", "sink_size": 4}]}
         ({"maskers": [{"type": "snik"}]}, [], "did you mean 'sink'"),
         (
             SINK,
-            ["--kv-cache-dtype", "fp8"],
-            "--kv-cache-dtype fp8 (allowed: auto, or the model's own type)",
+            ["--kv-cache-dtype", "fp8_e5m2"],
+            "--kv-cache-dtype fp8_e5m2 (allowed: auto, the model's own type, fp8)",
         ),
     ],
 )

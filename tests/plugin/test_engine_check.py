@@ -51,6 +51,7 @@ def engine(**changes: Any) -> Any:
         cache_config=SimpleNamespace(
             cache_dtype=options["cache_dtype"],
             kv_sharing_fast_prefill=options.get("kv_sharing_fast_prefill", False),
+            kv_cache_dtype_skip_layers=options.get("kv_cache_dtype_skip_layers", []),
         ),
         model_config=SimpleNamespace(
             dtype=torch.bfloat16,
@@ -64,7 +65,7 @@ def engine(**changes: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("cache_dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("cache_dtype", ["auto", "bfloat16", "fp8", "fp8_e4m3"])
 def test_a_plain_engine_passes(cache_dtype: str) -> None:
     compat.check_engine(engine(cache_dtype=cache_dtype))
 
@@ -77,8 +78,12 @@ def test_a_plain_engine_passes(cache_dtype: str) -> None:
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"decode_context_parallel_size": 2}, "decode context parallelism"),
         ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
-        ({"cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2 .allowed: auto, or the model's"),
-        ({"cache_dtype": "float16"}, "--kv-cache-dtype float16 .allowed: auto, or the model's"),
+        ({"cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2 .allowed: auto, the model's own"),
+        ({"cache_dtype": "float16"}, "--kv-cache-dtype float16 .allowed: auto, the model's own"),
+        (
+            {"cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
+            "--kv-cache-dtype-skip-layers",
+        ),
         ({"attention_chunk_size": 8192}, "chunked local attention"),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
         ({"enable_prompt_embeds": True}, "prompt embeddings"),
@@ -88,6 +93,22 @@ def test_a_plain_engine_passes(cache_dtype: str) -> None:
 def test_refused_with_the_reason(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"does not support: {message}"):
         compat.check_engine(engine(**changes))
+
+
+def test_eight_bits_where_they_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = engine(cache_dtype="fp8")
+    with pytest.raises(ValueError, match='--kv-cache-dtype fp8 beside "fast_path": false on CPUs'):
+        compat.check_engine(small, has_fast_path=False)
+    module = importlib.import_module("vllm_sparse_plugin.compat.engine")
+    monkeypatch.setattr(module, "device_type", lambda: "cuda")
+    for name in ("FLASH_ATTN", "TRITON_ATTN"):
+        backend = SimpleNamespace(get_name=lambda name=name: name)
+        monkeypatch.setattr(module, "dense_backend", lambda backend=backend: (backend, None, None))
+        if name == "TRITON_ATTN":
+            compat.check_engine(small, has_fast_path=False)
+            continue
+        with pytest.raises(ValueError, match="beside FlashAttention, .*=TRITON_ATTN serves it"):
+            compat.check_engine(small)
 
 
 def test_all_reasons_at_once() -> None:
@@ -180,7 +201,7 @@ def test_sequences_too_short_for_maskers_are_said(
     """(That maskers never pay is said by who measures it.)"""
     monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cuda=lambda: False))
     monkeypatch.setattr(hooks, "break_even_of", lambda *arguments: keys)
-    for name in ("attention_shape", "served_block_size"):
+    for name in ("attention_shape", "cache_dtype", "served_block_size"):
         monkeypatch.setattr(hooks, name, lambda config: None)
     config = ServingConfig.parse({"maskers": [{"type": "sink", "sink_size": 4}]})
     model = SimpleNamespace(dtype=torch.float32, max_model_len=2048)

@@ -195,6 +195,16 @@ PASSAGES: dict[str, tuple[str, ...]] = {
         "self.model_state.prepare_attn(",
         "self.cudagraph_manager.run_fullgraph(batch_desc)",
     ),
+    # Queries are quantized for whoever wants it when the layer is made.
+    "vllm.model_executor.layers.attention.attention:Attention.__init__": (
+        "self.impl = impl_cls(",
+        "self.impl.supports_quant_query_input",
+        "self.query_quant = QuantFP8(",
+    ),
+    # Queries of 16 bits can be multiplied with keys of 8.
+    "vllm.v1.attention.ops.triton_unified_attention:_cast_kv_tile": (
+        "return (data.to(tl.float32) * tl.load(tensor_scale)).to(Q.dtype)",
+    ),
     # A batch of runner V2 that holds no request has the first slots.
     "vllm.v1.worker.gpu.input_batch:InputBatch.make_dummy": ("idx_mapping_np = np.arange(",),
     # Copies of a configuration share what layers register in.

@@ -74,6 +74,7 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "vllm.config:CacheConfig": (
         "block_size",
         "cache_dtype",
+        "kv_cache_dtype_skip_layers",
         "kv_sharing_fast_prefill",
         "user_specified_block_size",
     ),
@@ -218,6 +219,7 @@ REPLACED: dict[str, str] = {
     f"{BACKEND}:AttentionBackend.supports_kv_connector": "cls",
     f"{BACKEND}:AttentionBackend.supports_mm_prefix": "cls",
     f"{BACKEND}:AttentionBackend.supports_non_causal": "cls",
+    f"{BACKEND}:AttentionBackend.supports_per_head_quant_scales": "cls",
     f"{BACKEND}:AttentionBackend.supports_rswa": "cls",
     f"{BACKEND}:AttentionBackend.supports_sink": "cls",
     f"{BACKEND}:AttentionMetadataBuilder.__init__": BUILDER_ARGUMENTS,
@@ -279,6 +281,16 @@ PASSAGES: dict[str, tuple[str, ...]] = {
     ),
     "vllm.model_executor.layers.attention.attention:unified_kv_cache_update": (
         "impl.do_kv_cache_update(attn_layer, key, value, kv_cache, layer_slot_mapping)",
+    ),
+    # Every layer has scales, which are those of its weights later on.
+    "vllm.model_executor.layers.attention.attention:set_default_quant_scales": (
+        "layer._k_scale_float = 1.0",
+        "layer._v_scale_float = 1.0",
+    ),
+    "vllm.model_executor.layers.quantization.kv_cache:"
+    "BaseKVCacheMethod.process_weights_after_loading": (
+        "layer._k_scale_float = k_scale",
+        "layer._v_scale_float = v_scale",
     ),
     # The CPU backend's layers know the instruction set of their caches.
     f"{_CPU}:CPUAttentionMetadataBuilder._set_isa_to_layers": ("layer.isa = self.isa",),

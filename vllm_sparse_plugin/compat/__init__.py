@@ -5,6 +5,12 @@ the range that is supported: `tests/plugin/vllm_symbols.py` and `vllm_cuda_symbo
 relied on, and are checked against the sources of each of its versions.
 """
 
+from vllm_sparse_plugin.compat.cache_types import (
+    SUPPORTED_CACHE_DTYPES,
+    cache_scales,
+    element_type,
+    typed_cache,
+)
 from vllm_sparse_plugin.compat.cpu_operations import (
     cpu_attend,
     cpu_attention,
@@ -12,16 +18,13 @@ from vllm_sparse_plugin.compat.cpu_operations import (
     load_cpu_operations,
 )
 from vllm_sparse_plugin.compat.engine import (
-    SUPPORTED_CACHE_DTYPES,
     attention_shape,
     block_shape,
-    cache_scales,
     check_blocks,
     check_engine,
     current_vllm_config,
     dense_backend,
     device_type,
-    element_type,
     engine_being_built,
     engine_of,
     identity,
@@ -78,5 +81,6 @@ __all__ = [
     "processor_bases",
     "remember_engine_being_built",
     "serving_config",
+    "typed_cache",
     "window_restricts",
 ]

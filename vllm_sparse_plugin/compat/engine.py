@@ -7,8 +7,7 @@ import os
 import weakref
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from vllm_sparse_plugin.compat.cache_types import EIGHT_BITS, element_type
 from vllm_sparse_plugin.serving_config import NAMESPACE, ServingConfig
 from vllm_sparse_plugin.trial import AttentionShape
 
@@ -17,11 +16,8 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder
     from vllm.v1.kv_cache_interface import AttentionSpec
 
-    from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape, CacheScales
+    from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape
 
-EIGHT_BITS = ("fp8", "fp8_e4m3")
-"""vLLM's names of the one type with which it makes caches of bytes that the plugin reads."""
-SUPPORTED_CACHE_DTYPES = ("auto", "float16", "bfloat16", *EIGHT_BITS)
 _CPU_BLOCK_SIZE = 128
 """What both versions ask the CPU backend for where the user says nothing."""
 
@@ -72,33 +68,6 @@ def block_shape(spec: AttentionSpec, vllm_config: VllmConfig) -> BlockShape:
     )
 
 
-def element_type(dtype: torch.dtype) -> torch.dtype:
-    """What a cache holds that vLLM makes with a type: bytes are E4M3, see `EIGHT_BITS`."""
-    return torch.float8_e4m3fn if dtype == torch.uint8 else dtype
-
-
-def cache_dtype(vllm_config: VllmConfig) -> torch.dtype:
-    """What the caches of this engine hold."""
-    if vllm_config.cache_config.cache_dtype in EIGHT_BITS:
-        return torch.float8_e4m3fn
-    dtype: torch.dtype = vllm_config.model_config.dtype
-    return dtype
-
-
-def cache_scales(layer: Any, dtype: torch.dtype) -> CacheScales:
-    """What a layer's keys and values are divided by in its cache: a model may say it.
-
-    Args:
-        layer: Of vLLM, whose weights are loaded.
-        dtype: With which vLLM makes the cache.
-    """
-    from vllm_sparse_plugin.paged.layout import UNSCALED, CacheScales  # which import this package
-
-    if dtype != torch.uint8:
-        return UNSCALED
-    return CacheScales(layer._k_scale_float, layer._v_scale_float)
-
-
 def check_blocks(spec: AttentionSpec, layout: BlockLayout | None) -> None:
     """Looks whether a group's blocks have room for the index.
 
@@ -146,14 +115,19 @@ def window_restricts(window: int | None, vllm_config: VllmConfig) -> bool:
     return bool(window < max(model.max_model_len, positions))
 
 
-def check_engine(vllm_config: VllmConfig) -> None:
+def check_engine(vllm_config: VllmConfig, has_fast_path: bool = True) -> None:
     """Refuses, at start-up, what the plugin cannot serve correctly.
+
+    Args:
+        vllm_config: Of the engine.
+        has_fast_path: See `ServingConfig.fast_path`.
 
     Raises:
         ValueError: Lists every reason.
     """
     parallel, model = vllm_config.parallel_config, vllm_config.model_config
     cache = vllm_config.cache_config
+    has_eight_bits = cache.cache_dtype in EIGHT_BITS
     reasons = [
         reason
         for refused, reason in (
@@ -173,18 +147,23 @@ def check_engine(vllm_config: VllmConfig) -> None:
             ),
             (
                 # Kernels do not convert between 16-bit types: keys are stored as they come.
-                cache.cache_dtype
-                not in ("auto", str(model.dtype).removeprefix("torch."), *EIGHT_BITS),
+                not has_eight_bits
+                and cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
                 f"--kv-cache-dtype {cache.cache_dtype} (allowed: auto, the model's own type, fp8)",
             ),
             (
-                cache.cache_dtype in EIGHT_BITS and _is_flash_attention(),
+                has_eight_bits and _is_flash_attention(),
                 f"--kv-cache-dtype {cache.cache_dtype} beside FlashAttention, which wants queries "
                 f"of 8 bits ({_DENSE_BACKEND}=TRITON_ATTN serves it)",
             ),
             (
-                cache.cache_dtype in EIGHT_BITS and bool(cache.kv_cache_dtype_skip_layers),
+                has_eight_bits and bool(cache.kv_cache_dtype_skip_layers),
                 "--kv-cache-dtype-skip-layers: layers with caches of different types",
+            ),
+            (
+                # Of vLLM's own cache, whose order there is not known.
+                has_eight_bits and not has_fast_path and device_type() == "cpu",
+                f'--kv-cache-dtype {cache.cache_dtype} beside "fast_path": false on CPUs',
             ),
             (
                 model.attention_chunk_size is not None,

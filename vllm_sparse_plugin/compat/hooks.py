@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from sparse_attention_hub.sparse_attention.serialization import config_to_json
 from vllm_sparse_plugin.compat.batch_hooks import install_batch_hooks
+from vllm_sparse_plugin.compat.cache_types import cache_dtype
 from vllm_sparse_plugin.compat.engine import (
     attention_shape,
-    cache_dtype,
     check_engine,
     current_vllm_config,
     is_selected,
@@ -88,7 +88,7 @@ def _hook_request_admission() -> None:
             shape, break_even, steps_decide = None, 0, False
             if config is not None:
                 log_as_vllm()
-                check_engine(vllm_config)
+                check_engine(vllm_config, config.fast_path)
                 shape = attention_shape(vllm_config)
                 if not config.attention.is_dense:
                     try_maskers(config_to_json(config.attention), shape)

@@ -2,7 +2,8 @@
 
 Recurrent layers beside attention, for which vLLM makes blocks larger (48 tokens here, for them to
 be as large as a state); layers with a window beside others whose heads are larger, one of which
-reads the keys of another; and layers with learned attention sinks, with a window and without.
+reads the keys of another; layers with learned attention sinks, with a window and without; and
+plain ones with caches of 8 bits.
 """
 
 import json
@@ -19,7 +20,14 @@ from transformers import (
 pytest.importorskip("vllm")
 
 from tests.plugin.cuda.dry_cuda import GRAPHS
-from tests.plugin.cuda.run_engines import DRY_OPTIONS, OPTIONS, SHAPE, run_both, write_model
+from tests.plugin.cuda.run_engines import (
+    DRY_OPTIONS,
+    OPTIONS,
+    SHAPE,
+    run_both,
+    write_model,
+    write_tiny_llama,
+)
 from tests.plugin.cuda.test_automatic_engines import ALWAYS
 from tests.plugin.cuda.test_sparse_engines import (
     OFF,
@@ -98,12 +106,13 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         "recurrent": str(write_model(recurrent(), folder / "recurrent")),
         "windowed": str(write_model(windowed(), folder / "windowed")),
         "with sinks": str(write_model(with_sinks(), folder / "sinks")),
+        "eight bits": str(write_tiny_llama(folder / "llama")),
     }
 
     def engine(
         model: str, options: dict[str, Any], least: int | str = 0, **others: Any
     ) -> dict[str, Any]:
-        is_general = model == "with sinks"
+        is_general = model in ("with sinks", "eight bits")
         # Elsewhere no memory is there but what the server's maskers were found to need.
         config = {**CONFIG, "min_sparse_keys": least, "allow_request_config": is_general}
         own = {
@@ -112,6 +121,8 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
             "additional_config": {"sparse_attention": config},
         }
         asked = {"batches": [RUN_WITH_SOCKET if is_general else RUN], "calls": STATISTICS}
+        if model == "eight bits":
+            own["kv_cache_dtype"] = "fp8"
         return {"options": {**options, **own}, **asked, **others}
 
     graphs = {**DRY_OPTIONS, "compilation_config": GRAPHS}
@@ -123,13 +134,15 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         "recurrent, V1": engine("recurrent", graphs, environment=V1),
         "windowed, V2": engine("windowed", graphs),
         "with sinks, V2": engine("with sinks", graphs),
+        "eight bits, V2": engine("eight bits", graphs),
     }
     cpu, found = run_both({model: engine(model, OPTIONS) for model in models}, dry, folder)
     return cpu | found
 
 
 @pytest.mark.parametrize(
-    "name", ["recurrent, V2", "recurrent, V1", "windowed, V2", "with sinks, V2"]
+    "name",
+    ["recurrent, V2", "recurrent, V1", "windowed, V2", "with sinks, V2", "eight bits, V2"],
 )
 def test_each_row_has_its_own_maskers(reports: dict[str, dict[str, Any]], name: str) -> None:
     found, expected = reports[name], reports[name.partition(",")[0]]
@@ -141,6 +154,6 @@ def test_each_row_has_its_own_maskers(reports: dict[str, dict[str, Any]], name: 
     # What is found is no query.
     assert counts == {**right, "dense_queries": right["dense_queries"] - found["prefix_hits"]}
     assert counts["sparse_queries"] > 0
-    assert (counts["general_rows"] > 0) == (name == "with sinks, V2")
+    assert (counts["general_rows"] > 0) == (name in ("with sinks, V2", "eight bits, V2"))
     assert counts["density"] < 0.9
     assert found["replays"] > 5

@@ -13,6 +13,7 @@ from tests.plugin.paged.paged_rows import SINK_LOCAL, shape_of
 from tests.tolerances import ATTENTION_ATOL
 from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.masked_attention import attend_row, attention_of
+from vllm_sparse_plugin.paged.layout import stored_as
 from vllm_sparse_plugin.paged.step import paged_step
 from vllm_sparse_plugin.request_parameters import resolve_request
 from vllm_sparse_plugin.row_parameters import Row
@@ -116,22 +117,32 @@ def expected(name, maskers, query, key, value, before: int, prefix: int, sinks):
 
 
 @pytest.mark.parametrize(
-    ("order", "has_sinks"),
+    ("order", "has_sinks", "has_eight_bits"),
     [
-        (list(range(len(ROWS))), False),
-        ([8, 13, 3, 1, 5, 10, 0, 12, 7, 9, 2, 11, 6, 4], True),
-        *[([row], False) for row in (1, 3, 11, 13)],
+        (list(range(len(ROWS))), False, False),
+        ([8, 13, 3, 1, 5, 10, 0, 12, 7, 9, 2, 11, 6, 4], True, False),
+        ([8, 13, 3, 1, 5, 10, 0, 12, 7, 9, 2, 11, 6, 4], True, True),
+        *[([row], False, False) for row in (1, 3, 11, 13)],
     ],
 )
-def test_mixed_batch(impl, order: list[int], has_sinks: bool) -> None:
-    """Learned sinks are of a layer, and so of all its rows."""
+def test_mixed_batch(impl, order: list[int], has_sinks: bool, has_eight_bits: bool) -> None:
+    """Learned sinks are of a layer, and so of all its rows; so is what its cache holds."""
     impl.sinks = torch.linspace(-2, 4, 6) if has_sinks else None
     generator = torch.Generator().manual_seed(len(order))
-    layer = SimpleNamespace(layer_name=f"model.layers.{LAYER}.self_attn.attn", isa="vec")
+    layer = SimpleNamespace(
+        layer_name=f"model.layers.{LAYER}.self_attn.attn",
+        isa="vec",
+        _k_scale_float=0.5,
+        _v_scale_float=0.03,
+    )
     from vllm_sparse_plugin.paged_backend import block_layout
 
-    width = block_layout(impl._config, SHAPE).bytes_per_token // 4
-    kv_cache = torch.full((90, 2, 32, width), torch.nan)
+    stored = torch.float8_e4m3fn if has_eight_bits else torch.float32
+    layout = block_layout(impl._config, replace(SHAPE, dtype=stored))
+    size = (90, 2, 32, layout.bytes_per_token // stored.itemsize)
+    kv_cache = torch.full(size, torch.nan, dtype=stored)
+    if has_eight_bits:
+        kv_cache = kv_cache.view(torch.uint8)  # as vLLM makes it
     blocks = torch.randperm(90, generator=generator).tolist()
     table = torch.full((len(order), 8), 10_000, dtype=torch.int32)
     starts, seq_lens, rows, wanted = [0], [], {}, []
@@ -144,6 +155,8 @@ def test_mixed_batch(impl, order: list[int], has_sinks: bool) -> None:
         # Small integers, so that no near tie falls either way.
         key = torch.randint(-4, 5, (total, 2, 64), generator=generator).float()
         value = torch.randn(total, 2, 64, generator=generator)
+        if has_eight_bits:  # else the reference would have others
+            value = stored_as(value, stored, 0.03).float() * 0.03
         query = torch.randint(-2, 3, (count, 6, 64), generator=generator).float()
         position = torch.arange(total)
         slot = table[place][position // 32].long() * 32 + position % 32

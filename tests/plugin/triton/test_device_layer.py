@@ -1,6 +1,7 @@
 """What an attention layer on CUDA holds on to, and what it takes from its engine."""
 
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from vllm_sparse_plugin.compat import hooks
 from vllm_sparse_plugin.device_metadata import DeviceMetadataBuilder
 from vllm_sparse_plugin.paged.device.cost_model import AttentionCosts, CostModel, StepCosts
 from vllm_sparse_plugin.paged.device.planner import DevicePlanner, Limits
-from vllm_sparse_plugin.paged.layout import BlockLayout
+from vllm_sparse_plugin.paged.layout import BlockLayout, CacheScales
 from vllm_sparse_plugin.paged.page_bounds import PageBounds
 from vllm_sparse_plugin.request_parameters import RequestParameters
 from vllm_sparse_plugin.row_parameters import RowTable
@@ -83,6 +84,39 @@ def test_a_layer_lets_vllm_free_its_cache(layer: Any) -> None:
     assert layer._cache(LAYER, second).kv_cache is second
     with pytest.raises(ValueError, match="must be contiguous"):
         layer._cache(LAYER, second.transpose(1, 2))
+
+
+def test_a_cache_of_bytes_has_the_scales_that_the_model_was_loaded_with(
+    layer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = replace(LAYOUT.shape, dtype=torch.float8_e4m3fn)
+    small = DevicePlanner(
+        BlockLayout(shape, LAYOUT.indices),
+        Limits(max_queries=4, capacity=64, max_tokens=16),
+        torch.device(DEVICE),
+        config_from_dict({"maskers": SINK_LOCAL}),
+    )
+    asked = []
+    monkeypatch.setattr(
+        device_backend, "planner_of", lambda engine, own: asked.append(own) or small
+    )
+    width = small.layout.bytes_per_token
+    size = (2, shape.num_kv_heads, shape.block_size, width)
+    kv_cache = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
+    own = SimpleNamespace(
+        layer_name="model.layers.3.attn",
+        kv_cache_torch_dtype=torch.uint8,
+        _k_scale_float=1.0,
+        _v_scale_float=1.0,
+    )
+    layer._reserve(own)
+    assert layer._cache(own, kv_cache).scales == CacheScales(1.0, 1.0)
+    own._k_scale_float, own._v_scale_float = 0.5, 2.0
+    cache = layer._cache(own, kv_cache)
+    assert cache.scales == CacheScales(0.5, 2.0)
+    assert cache.kv_cache.dtype == torch.float8_e4m3fn
+    assert cache.kv_cache.data_ptr() == kv_cache.data_ptr()
+    assert set(asked) == {shape}
 
 
 def test_a_profiling_run_asks_for_all_memory(layer: Any) -> None:
