@@ -7,7 +7,6 @@ between adapters, and no mode can leak from one to another.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,13 +18,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from sparse_attention_hub.adapters.dense_attention import dense_attention
+from sparse_attention_hub.adapters.sparse_layers import restricts
 from sparse_attention_hub.sparse_attention.density import count_read_keys
 from sparse_attention_hub.sparse_attention.research_attention import ResearchAttention
 from sparse_attention_hub.sparse_attention.utils.mask_attention_utils import (
     get_masked_attention_output,
 )
-
-logger = logging.getLogger(__name__)
 
 ATTENTION_NAME = "sparse_attention_hub"
 
@@ -113,27 +111,6 @@ def install(model: PreTrainedModel) -> None:
         model.set_attn_implementation(ATTENTION_NAME)
     if model.config._attn_implementation != ATTENTION_NAME:
         raise ValueError(f"{type(model).__name__} does not support a custom attention function")
-    windowed = _windowed_layers(model.config.get_text_config())
-    if windowed:
-        logger.warning(
-            "sparse attention: %d of %d layers have a sliding window and stay dense",
-            windowed,
-            model.config.get_text_config().num_hidden_layers,
-        )
-
-
-def _restricts(window: int | None, config: Any) -> bool:
-    """Whether a sliding window ever hides a key; some models have one longer than themselves."""
-    longest = getattr(config, "max_position_embeddings", None)
-    return window is not None and (longest is None or window < longest)
-
-
-def _windowed_layers(config: Any) -> int:
-    """How many layers have a window that hides keys."""
-    if not _restricts(getattr(config, "sliding_window", None), config):
-        return 0
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-    return sum(kind == "sliding_attention" for kind in kinds)
 
 
 def _attention(
@@ -150,7 +127,7 @@ def _attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     inputs = (module, query, key, value, attention_mask, scaling, dropout)
     # Layers with a sliding window stay dense, as in the vLLM plugin.
-    if session is None or _restricts(kwargs.get("sliding_window"), module.config):
+    if session is None or restricts(kwargs.get("sliding_window"), module.config):
         return dense_attention(*inputs, **kwargs), None
     for name, what in _UNSUPPORTED.items():
         if kwargs.get(name) is not None:
@@ -158,10 +135,38 @@ def _attention(
     return session.attend(*inputs, **kwargs), None
 
 
+def _require_no_room(
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int | torch.Tensor = 0,
+    **others: Any,
+) -> None:
+    """Looks whether the last key is the last query's own, as maskers take it to be.
+
+    Args:
+        q_length: Queries.
+        kv_length: Keys that attention will see.
+        q_offset: Of the first query in its sequence.
+        kv_offset: Of the first key.
+        others: Of a mask.
+
+    Raises:
+        ValueError: The cache has keys behind it, which are of no token yet.
+    """
+    keys, queries = int(kv_offset) + kv_length, int(q_offset) + q_length
+    if keys != queries:
+        raise ValueError(
+            f"sparse attention needs caches that grow: one with room for {keys} keys was given "
+            f"where there are {queries} (transformers' static caches are for dense passes)"
+        )
+
+
 def _mask(**arguments: Any) -> torch.Tensor | None:
     if _SESSION.get() is None:
         mask: torch.Tensor | None = sdpa_mask(**arguments)
         return mask
+    _require_no_room(**arguments)
     # One query without padding sees every key: no mask at all, as the paged path has it.
     if arguments["q_length"] == 1 and sdpa_mask(**arguments) is None:
         return None

@@ -26,6 +26,7 @@ from sparse_attention_hub.adapters.huggingface_answers import answer, generate_a
 from sparse_attention_hub.adapters.model_servers.huggingface import ModelServerHF
 from sparse_attention_hub.adapters.progress import TokenProgress
 from sparse_attention_hub.adapters.prompt import RequestOptions, tokenize_request
+from sparse_attention_hub.adapters.sparse_layers import say_what_stays_dense
 from sparse_attention_hub.adapters.utils.model_utils import (
     default_device,
     loader_arguments,
@@ -110,6 +111,7 @@ class ModelAdapterHF(ModelAdapter):
             self.torch_dtype = self.model.dtype
             if self.sparse_attention is not None:
                 attention_session.install(self.model)
+                say_what_stays_dense(self.model.config.get_text_config(), self.sparse_attention)
         except BaseException:
             self.close()
             raise

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
 from sparse_attention_hub import Request
 from sparse_attention_hub.adapters.attention_session import AttentionSession, attention_session
@@ -187,6 +188,27 @@ def test_a_sparse_context_is_one_sparse_pass_over_the_whole_prompt(make_tiny, co
         if detail is whole.details[0]:  # the question that paid for the context
             assert detail.read_keys == session.read_keys
             assert detail.visible_keys == session.visible_keys
+
+
+def test_a_cache_with_room_for_more_keys_is_refused_in_sparse_mode(make_tiny) -> None:
+    adapter = make_tiny(WINDOW)
+    tokens = torch.tensor([[5, 6, 7, 8]])
+
+    def logits(cache) -> torch.Tensor:
+        with torch.no_grad():
+            first = adapter.model(tokens, past_key_values=cache).logits
+            return torch.cat([first, adapter.model(tokens[:, :1], past_key_values=cache).logits], 1)
+
+    def static() -> StaticCache:
+        return StaticCache(config=adapter.model.config, max_cache_len=16)
+
+    grown = logits(DynamicCache())
+    assert torch.allclose(logits(static()), grown, atol=1e-5)
+    with adapter.enable_sparse_mode():
+        # Sinks and window are all of so few keys.
+        assert torch.allclose(logits(DynamicCache()), grown, atol=1e-5)
+        with pytest.raises(ValueError, match="room for 16 keys was given where there are 4"):
+            logits(static())
 
 
 def test_a_sparse_context_is_for_sparse_mode(make_tiny) -> None:
