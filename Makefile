@@ -7,6 +7,9 @@ INSTALLED := $(VENV)/.installed
 TEST_PROCESSES ?= 2
 # The model of the demo: a name or folder that transformers and vLLM can load; empty = a small one.
 MODEL ?=
+# Bytecode is written when a module is first imported (installation writes none, see below): else
+# each of the many processes here, where this variable forbids it, would compile vLLM for itself.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test lint kernels bench clean
 
