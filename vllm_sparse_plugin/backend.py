@@ -274,7 +274,8 @@ class SparseAttentionImpl(_DenseImpl):  # type: ignore[misc, valid-type]
         """Refuses what maskers would get wrong.
 
         Raises:
-            ValueError: The layer has ALiBi slopes or a logits soft cap.
+            ValueError: The layer has ALiBi slopes, a logits soft cap, or a cache of a type that
+                cannot be read here.
         """
         if alibi_slopes is not None:
             raise ValueError("--attention-backend CUSTOM (sparse attention): ALiBi not supported")
@@ -282,6 +283,8 @@ class SparseAttentionImpl(_DenseImpl):  # type: ignore[misc, valid-type]
             raise ValueError(
                 "--attention-backend CUSTOM (sparse attention): logits soft cap not supported"
             )
+        vllm_config = compat.current_vllm_config()
+        compat.check_cache(kv_cache_dtype, vllm_config)
         super().__init__(
             num_heads,
             head_size,
@@ -295,7 +298,6 @@ class SparseAttentionImpl(_DenseImpl):  # type: ignore[misc, valid-type]
             kv_sharing_target_layer_name,
             **extra,
         )
-        vllm_config = compat.current_vllm_config()
         self.can_be_sparse = not compat.window_restricts(sliding_window, vllm_config)
         self._statistics = row_table(vllm_config).statistics
 

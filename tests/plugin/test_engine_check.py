@@ -99,16 +99,36 @@ def test_eight_bits_where_they_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -
     small = engine(cache_dtype="fp8")
     with pytest.raises(ValueError, match='--kv-cache-dtype fp8 beside "fast_path": false on CPUs'):
         compat.check_engine(small, has_fast_path=False)
+    assert not SparseAttentionBackend.supports_per_head_quant_scales()
     module = importlib.import_module("vllm_sparse_plugin.compat.engine")
+    # What a checkpoint says of its layers is known later than the engine's options.
+    monkeypatch.setattr(module, "serving_config", lambda config: SimpleNamespace(fast_path=False))
+    with pytest.raises(ValueError, match='--kv-cache-dtype fp8 beside "fast_path": false on CPUs'):
+        compat.check_cache("fp8", small)
+    monkeypatch.setattr(module, "serving_config", lambda config: SimpleNamespace(fast_path=True))
+    compat.check_cache("fp8", small)
+    compat.check_cache("auto", engine())
+    with pytest.raises(ValueError, match="does not support: layers with caches of different types"):
+        compat.check_cache("auto", small)
     monkeypatch.setattr(module, "device_type", lambda: "cuda")
     for name in ("FLASH_ATTN", "TRITON_ATTN"):
         backend = SimpleNamespace(get_name=lambda name=name: name)
         monkeypatch.setattr(module, "dense_backend", lambda backend=backend: (backend, None, None))
         if name == "TRITON_ATTN":
             compat.check_engine(small, has_fast_path=False)
+            compat.check_cache("fp8", small)
             continue
-        with pytest.raises(ValueError, match="beside FlashAttention, .*=TRITON_ATTN serves it"):
-            compat.check_engine(small)
+        for check in (compat.check_engine, lambda config: compat.check_cache("fp8", config)):
+            with pytest.raises(ValueError, match="beside FlashAttention, .*=TRITON_ATTN serves it"):
+                check(small)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("auto", torch.bfloat16), ("bfloat16", torch.bfloat16), ("fp8", torch.float8_e4m3fn)],
+)
+def test_what_caches_hold(name: str, expected: torch.dtype) -> None:
+    assert hooks.cache_dtype(engine(cache_dtype=name)) == expected
 
 
 def test_all_reasons_at_once() -> None:

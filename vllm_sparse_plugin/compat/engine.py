@@ -152,18 +152,8 @@ def check_engine(vllm_config: VllmConfig, has_fast_path: bool = True) -> None:
                 f"--kv-cache-dtype {cache.cache_dtype} (allowed: auto, the model's own type, fp8)",
             ),
             (
-                has_eight_bits and _is_flash_attention(),
-                f"--kv-cache-dtype {cache.cache_dtype} beside FlashAttention, which wants queries "
-                f"of 8 bits ({_DENSE_BACKEND}=TRITON_ATTN serves it)",
-            ),
-            (
                 has_eight_bits and bool(cache.kv_cache_dtype_skip_layers),
                 "--kv-cache-dtype-skip-layers: layers with caches of different types",
-            ),
-            (
-                # Of vLLM's own cache, whose order there is not known.
-                has_eight_bits and not has_fast_path and device_type() == "cpu",
-                f'--kv-cache-dtype {cache.cache_dtype} beside "fast_path": false on CPUs',
             ),
             (
                 model.attention_chunk_size is not None,
@@ -186,10 +176,52 @@ def check_engine(vllm_config: VllmConfig, has_fast_path: bool = True) -> None:
         )
         if refused
     ]
+    if has_eight_bits:
+        reasons += objections_to_eight_bits(has_fast_path)
     if reasons:
         raise ValueError(
             "--attention-backend CUSTOM (sparse attention) does not support: " + "; ".join(reasons)
         )
+
+
+def check_cache(dtype: str, vllm_config: VllmConfig) -> None:
+    """Refuses what a layer's cache is to hold, which its checkpoint may say, after `check_engine`.
+
+    Args:
+        dtype: As vLLM calls it.
+        vllm_config: Of the engine whose layers are being made.
+
+    Raises:
+        ValueError: Lists every reason.
+    """
+    reasons = []
+    if dtype in EIGHT_BITS:
+        config = serving_config(vllm_config)
+        reasons += objections_to_eight_bits(config is None or config.fast_path)
+    elif vllm_config.cache_config.cache_dtype in EIGHT_BITS:
+        reasons.append("layers with caches of different types")
+    if reasons:
+        raise ValueError(
+            "--attention-backend CUSTOM (sparse attention) does not support: " + "; ".join(reasons)
+        )
+
+
+def objections_to_eight_bits(has_fast_path: bool) -> list[str]:
+    """What is against caches of 8 bits on this platform.
+
+    Args:
+        has_fast_path: See `ServingConfig.fast_path`.
+    """
+    reasons = []
+    if device_type() == "cuda" and dense_backend()[0].get_name() == "FLASH_ATTN":
+        reasons.append(
+            "--kv-cache-dtype fp8 beside FlashAttention, which wants queries of 8 bits "
+            f"({_DENSE_BACKEND}=TRITON_ATTN serves it)"
+        )
+    if device_type() == "cpu" and not has_fast_path:
+        # Of vLLM's own cache, whose order there is not known.
+        reasons.append('--kv-cache-dtype fp8 beside "fast_path": false on CPUs')
+    return reasons
 
 
 def dense_backend() -> tuple[
@@ -259,11 +291,6 @@ def _default_dense_backend() -> str:
     except (ImportError, OSError, AssertionError):
         is_there = False
     return "FLASH_ATTN" if is_there else "TRITON_ATTN"
-
-
-def _is_flash_attention() -> bool:
-    """Whether dense rows are FlashAttention's."""
-    return device_type() == "cuda" and dense_backend()[0].get_name() == "FLASH_ATTN"
 
 
 def device_type() -> str:

@@ -274,7 +274,7 @@ def stored_as(rows: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Ten
     """
     if dtype.itemsize > 1:
         return rows
-    largest = torch.finfo(dtype).max  # what is beyond it would become NaN
+    largest = torch.finfo(dtype).max  # what is beyond it may become NaN, see PyTorch's versions
     return (rows.float() / scale).clamp(-largest, largest).to(dtype)
 
 

@@ -13,7 +13,7 @@ from tests.plugin.paged.paged_rows import SINK_LOCAL, shape_of
 from tests.tolerances import ATTENTION_ATOL
 from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.masked_attention import attend_row, attention_of
-from vllm_sparse_plugin.paged.layout import stored_as
+from vllm_sparse_plugin.paged.layout import CacheScales, stored_as
 from vllm_sparse_plugin.paged.step import paged_step
 from vllm_sparse_plugin.request_parameters import resolve_request
 from vllm_sparse_plugin.row_parameters import Row
@@ -202,6 +202,21 @@ def test_mixed_batch(impl, order: list[int], has_sinks: bool, has_eight_bits: bo
             assert report["visible_keys"] == last.visible_keys, name
             assert (report["general_rows"] == 1) == ("general path" in name), name
             assert report["read_bytes"] > 0
+
+
+def test_a_cache_of_bytes_has_the_scales_that_the_model_was_loaded_with(impl) -> None:
+    from vllm_sparse_plugin.paged_backend import block_layout
+
+    layout = block_layout(impl._config, replace(SHAPE, dtype=torch.float8_e4m3fn))
+    kv_cache = torch.zeros(3, 2, 32, layout.bytes_per_token, dtype=torch.uint8)
+    layer = SimpleNamespace(
+        layer_name="model.layers.0.attn", _k_scale_float=1.0, _v_scale_float=1.0
+    )
+    assert impl._cache(layer, kv_cache).scales == CacheScales(1.0, 1.0)
+    layer._k_scale_float, layer._v_scale_float = 0.5, 2.0
+    cache = impl._cache(layer, kv_cache)
+    assert cache.scales == CacheScales(0.5, 2.0)
+    assert impl._cache(layer, kv_cache) is cache
 
 
 def test_the_log_says_what_held_the_fast_path_back(impl, caplog) -> None:

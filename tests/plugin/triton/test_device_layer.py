@@ -18,9 +18,10 @@ from tests.plugin.triton.interpreter import DEVICE
 from vllm_sparse_plugin import device_backend
 from vllm_sparse_plugin.compat import hooks
 from vllm_sparse_plugin.device_metadata import DeviceMetadataBuilder
+from vllm_sparse_plugin.paged.device.cache import DeviceCache
 from vllm_sparse_plugin.paged.device.cost_model import AttentionCosts, CostModel, StepCosts
 from vllm_sparse_plugin.paged.device.planner import DevicePlanner, Limits
-from vllm_sparse_plugin.paged.layout import BlockLayout, CacheScales
+from vllm_sparse_plugin.paged.layout import BlockLayout, CacheScales, stored_as
 from vllm_sparse_plugin.paged.page_bounds import PageBounds
 from vllm_sparse_plugin.request_parameters import RequestParameters
 from vllm_sparse_plugin.row_parameters import RowTable
@@ -117,6 +118,37 @@ def test_a_cache_of_bytes_has_the_scales_that_the_model_was_loaded_with(
     assert cache.kv_cache.dtype == torch.float8_e4m3fn
     assert cache.kv_cache.data_ptr() == kv_cache.data_ptr()
     assert set(asked) == {shape}
+
+
+def test_the_general_path_reads_the_model_s_numbers(
+    layer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = replace(LAYOUT.shape, dtype=torch.float8_e4m3fn)
+    layout, scales = BlockLayout(shape), CacheScales(0.5, 3.0)
+    size = (4, shape.num_kv_heads, shape.block_size, layout.bytes_per_token)
+    kv_cache = torch.zeros(size, dtype=shape.dtype, device=DEVICE)
+    cache = DeviceCache(kv_cache, layout, 0, {}, scales)
+    generator = torch.Generator().manual_seed(0)
+    count = shape.block_size + 5
+    key, value = (
+        torch.randn(count, shape.num_kv_heads, shape.head_size, generator=generator).to(DEVICE)
+        for _ in range(2)
+    )
+    blocks = torch.tensor([[2, 1, 9]], device=DEVICE)
+    place = torch.arange(count, device=DEVICE)
+    slots = blocks[0, place // shape.block_size] * shape.block_size + place % shape.block_size
+    cache.write(key, value, slots)
+    asked: list[Any] = []
+    monkeypatch.setattr(device_backend, "attend_generally", lambda *all: asked.extend(all))
+    group = SimpleNamespace(rows=[], config_json="", counts=None)
+    query = torch.zeros(1, shape.num_heads, shape.head_size, dtype=torch.bfloat16)
+    layer.scale, layer.sinks = 1.0, None
+    layer._attend_generally(group, query, cache, SimpleNamespace(block_table=blocks), query)
+    found = asked[1](SimpleNamespace(row=0, seq_len=count))
+    for rows, written, scale in zip(found, (key, value), (0.5, 3.0), strict=True):
+        assert rows.dtype == torch.bfloat16
+        stored = stored_as(written, shape.dtype, scale).float() * scale
+        assert torch.equal(rows[0].transpose(0, 1), stored.to(torch.bfloat16))
 
 
 def test_a_profiling_run_asks_for_all_memory(layer: Any) -> None:

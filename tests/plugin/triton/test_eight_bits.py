@@ -13,11 +13,13 @@ from tests.plugin.paged.paged_rows import Rows, make_rows, paged_attention, shap
 from tests.plugin.triton.device_rows import on_device
 from tests.plugin.triton.interpreter import DEVICE
 from tests.plugin.triton.paged_caches import assert_same_bytes, written_in_steps
+from tests.plugin.triton.row_order import from_device
 from tests.tolerances import ATTENTION_ATOL
 from vllm_sparse_plugin.paged.device.attention import KEYS_READ, DeviceAttention
 from vllm_sparse_plugin.paged.device.cache import DeviceCache
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
-from vllm_sparse_plugin.paged.layout import BlockLayout, CacheScales, stored_as
+from vllm_sparse_plugin.paged.layout import BlockLayout, CacheScales, LayerCache, stored_as
+from vllm_sparse_plugin.paged.page_bounds import PageBounds
 from vllm_sparse_plugin.paged.triton_kernels.writing import write_rows
 
 DTYPE = torch.float8_e4m3fn
@@ -49,6 +51,29 @@ def test_what_is_stored(dtype: torch.dtype, scales: CacheScales) -> None:
         assert torch.equal(stored[places, :, side], expected)
     untouched = [place for place in range(32) if place not in places.tolist()]
     assert (stored[untouched] == 0).all()
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_what_pages_write_themselves(bits: int) -> None:
+    """New keys and values with their bounds, of numbers that are rounded, and of some too large."""
+    index = PageBounds(8, bits)
+    layout = BlockLayout(shape_of(4, 2, 32, 16, DTYPE), (index,))
+    width = layout.bytes_per_token
+    host = LayerCache.of(torch.zeros(2, 2, 16, width, dtype=DTYPE), layout, 0, OTHER)
+    generator = torch.Generator().manual_seed(3)
+    key, value = (torch.randn(16, 2, 32, generator=generator) * 60 for _ in range(2))
+    assert (key / OTHER.key).abs().max() > 448
+    slots = torch.arange(16, 32)
+    host.write(key, value, slots)
+    space = DeviceSpace(layout.shape, 8, CAPACITY, 512, torch.device(DEVICE))
+    kv_cache = torch.zeros(2, 2, 16, width, dtype=DTYPE, device=DEVICE)
+    cache = DeviceCache.of(kv_cache, layout, 0, space, OTHER)
+    assert [own.writes_rows for own in cache.indices.values()] == [True]
+    cache.write(key.to(DEVICE), value.to(DEVICE), slots.to(DEVICE))
+    expected = torch.from_numpy(host.records)
+    assert torch.equal(
+        from_device(kv_cache, layout.shape).view(torch.uint8).flatten(), expected.flatten()
+    )
 
 
 def _rows(name: str, folder: Path, scales: CacheScales, exact: bool = True):
@@ -95,6 +120,24 @@ def test_every_masker_gives_the_host_s_answers(
     # Values are of order 1, and weights are rounded to the type of the queries.
     assert error <= ATTENTION_ATOL[dtype]
     assert (output.cpu()[len(LENGTHS) :] == 0).all()
+
+
+def test_queries_are_not_rounded_to_eight_bits() -> None:
+    """Float16s, which are multiplied as such."""
+    shape = shape_of(4, 2, 32, 16, DTYPE)
+    rows = make_rows(BlockLayout(shape), (40,), exact=False, scales=EXACT)
+    device, space = on_device(rows), _space(rows)
+    cache = DeviceCache.of(device.kv_cache, rows.cache.layout, 0, space, EXACT)
+    attention = DeviceAttention(config_from_dict(SINKS).masker_configs, space)
+    sizes = torch.from_numpy(attention.sizes(np.array(device.lengths))).to(DEVICE)
+    query = (3 * device.query).to(torch.float16)
+    output = torch.zeros_like(query, dtype=torch.float32)
+    counts = torch.zeros(2, 3, dtype=torch.int64, device=DEVICE)
+    attention.attend(query, cache, device.batch, sizes, 1.0, output, counts)
+    key, value = (t[0].double().repeat_interleave(2, 0) for t in (rows.keys[0], rows.values[0]))
+    weights = torch.einsum("hd,hkd->hk", query[0].cpu().double(), key).softmax(dim=-1)
+    expected = torch.einsum("hk,hkd->hd", weights, value)
+    assert (output[0].cpu().double() - expected).abs().max() <= ATTENTION_ATOL[torch.float16]
 
 
 def test_values_have_their_own_scale() -> None:

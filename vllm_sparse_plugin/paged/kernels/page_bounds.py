@@ -20,7 +20,6 @@ from vllm_sparse_plugin.paged.kernels.rows import (
     E4M3,
     FLOAT16,
     FLOAT32,
-    FROM_E4M3,
     FROM_FLOAT16,
     first_key,
     load_row,
@@ -28,7 +27,7 @@ from vllm_sparse_plugin.paged.kernels.rows import (
 
 FEW = 4
 """Pages that one thread works on: waking the others would take longer."""
-_TO_FLOAT16, _TO_E4M3 = 1 / FROM_FLOAT16, 1 / FROM_E4M3
+_TO_FLOAT16, _TO_E4M3 = 1 / FROM_FLOAT16, np.float32(2.0**-120)
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

@@ -12,6 +12,13 @@ FLOAT32, BFLOAT16, FLOAT16, E4M3 = range(4)
 """The `kind` of a cache's elements; the last one has 8 bits (Micikevicius et al. 2022, "FP8 Formats
 for Deep Learning")."""
 
+_BYTES = np.arange(256, dtype=np.uint16)
+E4M3_NUMBERS = ((_BYTES & 0x80) << 8 | (_BYTES & 0x7F) << 7).view(np.float16).astype(
+    np.float32
+) * 256
+"""Of each byte: a float16 of the same sign and exponent is 2**8 times less. (What is no number,
+0x7F and 0xFF, is +-480 here.)"""
+
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def first_key(
@@ -50,9 +57,7 @@ def load_row(
     if elements.dtype == np.float32:
         return row
     if elements.dtype == np.uint8:
-        # Where a float16 has 5 bits of exponent, E4M3 has 4, which are 8 less.
-        sizes = ((row.astype(np.uint16) & 0x7F) << 7).view(np.float16).astype(np.float32)
-        buffer[:] = np.where(row & 0x80, -256 * sizes, 256 * sizes)
+        buffer[:] = E4M3_NUMBERS[row]
     elif kind == FLOAT16:
         buffer[:] = row.view(np.float16)
     else:
@@ -60,9 +65,8 @@ def load_row(
     return buffer
 
 
-FROM_FLOAT16, FROM_E4M3 = np.float32(2.0**112), np.float32(2.0**120)
-"""Exponents of float16 are 112 lower than float32's, those of E4M3 120; the products also make
-subnormals right."""
+FROM_FLOAT16 = np.float32(2.0**112)
+"""float16's exponents are 112 lower than float32's; the product also makes subnormals right."""
 
 
 @overload(load_row, inline="always")  # type: ignore[untyped-decorator]
@@ -78,14 +82,8 @@ def _load_row(elements: Any, start: Any, buffer: Any, kind: Any) -> Any:
 
         def convert_bytes(elements: Any, start: Any, buffer: Any, kind: Any) -> Any:
             row = elements[start : start + buffer.shape[0]]
-            bits = buffer.view(np.uint32)
             for i in range(buffer.shape[0]):
-                byte = np.uint32(row[i])
-                bits[i] = (byte & np.uint32(0x7F)) << np.uint32(20) | (
-                    byte & np.uint32(0x80)
-                ) << np.uint32(24)
-            for i in range(buffer.shape[0]):
-                buffer[i] *= FROM_E4M3
+                buffer[i] = E4M3_NUMBERS[row[i]]
             return buffer
 
         return convert_bytes

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import numba
-import numpy as np
 from llvmlite import binding as llvm
 from llvmlite import ir
 from numba import types
@@ -22,7 +21,7 @@ from numba.core.datamodel import models
 from numba.core.extending import register_model
 from numba.extending import intrinsic
 
-from vllm_sparse_plugin.paged.kernels.rows import FLOAT16, FROM_E4M3, FROM_FLOAT16
+from vllm_sparse_plugin.paged.kernels.rows import FLOAT16, FROM_FLOAT16
 
 LANES = 16
 _LINE_BYTES = 64
@@ -110,20 +109,21 @@ def _as_floats(builder: Any, array_type: Any, raw: Any, kind: Any) -> Any:
         return raw
     wide = builder.zext(raw, _WORDS)
     if array_type.dtype == types.uint8:
-        return _wider(builder, wide, 8, 20, FROM_E4M3)
-    as_half = _wider(builder, wide, 16, 13, FROM_FLOAT16)
+        # A float16 of the same sign and exponent is 2**8 times less. (In float32s, as below, most
+        # numbers under 2**-6 would be subnormal, which takes processors several times as long.)
+        rest = builder.shl(builder.and_(wide, _words(0x7F)), _words(7))
+        sign = builder.shl(builder.and_(wide, _words(0x80)), _words(8))
+        bits = builder.trunc(builder.or_(sign, rest), ir.VectorType(ir.IntType(16), LANES))
+        halves = builder.bitcast(bits, ir.VectorType(ir.HalfType(), LANES))
+        return builder.fmul(builder.fpext(halves, _FLOATS), ir.Constant(_FLOATS, [256.0] * LANES))
+    # As in `rows`: exponents are 112 lower in float16, subnormals come right by the product.
+    sign = builder.shl(builder.and_(wide, _words(0x8000)), _words(16))
+    rest = builder.shl(builder.and_(wide, _words(0x7FFF)), _words(13))
+    scale = ir.Constant(_FLOATS, [float(FROM_FLOAT16)] * LANES)
+    as_half = builder.fmul(builder.bitcast(builder.or_(sign, rest), _FLOATS), scale)
     as_bfloat = builder.bitcast(builder.shl(wide, _words(16)), _FLOATS)
     is_half = builder.icmp_signed("==", kind, ir.Constant(kind.type, FLOAT16))
     return builder.select(is_half, as_half, as_bfloat)
-
-
-def _wider(builder: Any, wide: Any, width: int, shift: int, factor: np.float32) -> Any:
-    """Numbers of `width` bits, in words: the sign comes to a float32's, and the rest up to it."""
-    sign = 1 << (width - 1)
-    signs = builder.shl(builder.and_(wide, _words(sign)), _words(32 - width))
-    rest = builder.shl(builder.and_(wide, _words(sign - 1)), _words(shift))
-    number = builder.bitcast(builder.or_(signs, rest), _FLOATS)
-    return builder.fmul(number, ir.Constant(_FLOATS, [float(factor)] * LANES))
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -5,10 +5,10 @@ The indices that they write are those of the numba kernels, bit for bit, up to t
 shapes and units are those of `kernels`. Besides:
 
 - `kv_cache` `[num_blocks, num_kv_heads, block_size, width]`: a layer's cache as vLLM has it,
-  contiguous, float32, bfloat16 or float16. The last three axes are a block's memory, and only their
-  product has a meaning: of one KV head after the other, a row `key | value` per token, as vLLM's
-  own CUDA kernels read it (on CPUs keys are side by side, and values); then the indices, as on
-  CPUs (`layout` has the bytes).
+  contiguous, float32, bfloat16, float16 or float8_e4m3fn (keys and values of 8 bits are divided by
+  `CacheScales`). The last three axes are a block's memory, and only their product has a meaning: of
+  one KV head after the other, a row `key | value` per token, as vLLM's own CUDA kernels read it (on
+  CPUs keys are side by side, and values); then the indices, as on CPUs (`layout` has the bytes).
 - *Capacity*. The last axis of what has a place per key or page is as long as the longest sequence
   may be; a multiple of 16 is best. What lies past a query's own length is not written, and has no
   effect. Entries of a block table behind a sequence's blocks may be anything.

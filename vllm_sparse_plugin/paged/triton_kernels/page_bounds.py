@@ -239,8 +239,8 @@ def update_pages(
         page_size: Tokens of a page, a divisor of the block size.
         bits: Of a code: 2, 4, 8 or 16.
         slots: Of the written tokens, those of one sequence in order; see the package.
-        key: `[>= num_slots, num_kv_heads, head_size]`, of the cache's type, channels side by side:
-            or any if that has 8 bits: new keys, to be written too, in the same launch. None: they
+        key: `[>= num_slots, num_kv_heads, head_size]`, of the cache's type, or any if that has 8
+            bits, channels side by side: new keys, to be written too, in the same launch. None: they
             have been written.
         value: Likewise.
         scales: Of the cache.

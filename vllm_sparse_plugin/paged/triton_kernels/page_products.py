@@ -11,12 +11,12 @@ between them, come in afterwards:
     sum_d q_d (least + step c_d) = least sum_d q_d + step sum_d q_d c_d
 
 Codes are exact in float16; queries are too, scaled by powers of 2 (float32s: as sums of three). So
-are elements of 16 or 8 bits, and queries, in the type of the queries, unless both have 16 bits and
-differ; others are multiplied as float32s, without
-tensor cores. Products are exact then, and only sums are rounded: the error is at most that of
-float32 sums in any order, where products of codes count as `|q_d| (|least| + step c_d)`. (Tensor
-cores cut off where others round to the nearest, but only once per 8 or 16 products.) Only a channel
-of a query that is less than 2**-22 of its largest one may be off, by 2**-33 of that.
+are elements of 16 bits, and queries of the same type; and elements of 8 bits in the type of the
+queries. Others are multiplied as float32s, without tensor cores. Products are exact then, and only
+sums are rounded: the error is at most that of float32 sums in any order, where products of codes
+count as `|q_d| (|least| + step c_d)`. (Tensor cores cut off where others round to the nearest, but
+only once per 8 or 16 products.) Only a channel of a query that is less than 2**-22 of its largest
+one may be off, by 2**-33 of that.
 """
 
 from __future__ import annotations
