@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.model_executor.models.utils import extract_layer_index
 
+from sparse_attention_hub.sparse_attention.named_layers import named_in_vain
 from sparse_attention_hub.sparse_attention.research_attention import ResearchAttentionConfig
 
 logger = logging.getLogger(__name__)
@@ -29,14 +30,6 @@ def say_without_effect(config: ResearchAttentionConfig, layers: Mapping[str, Any
         for name, layer in layers.items()
         if getattr(layer.impl, "can_be_sparse", False)
     }
-    without = [
-        *(layer for layer in config.layer_masker_configs if layer not in sparse),
-        *(layer for layer in config.dense_layers if layer not in every),
-    ]
-    if without:
-        logger.warning(
-            "sparse attention: the configuration says something of layers %s, and changes nothing "
-            "there: attention can be sparse in layers %s",
-            ", ".join(map(str, sorted(without))),
-            ", ".join(map(str, sorted(sparse))),
-        )
+    message = named_in_vain(config, every, sparse)
+    if message is not None:
+        logger.warning(message)

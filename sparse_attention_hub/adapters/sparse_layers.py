@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from sparse_attention_hub.sparse_attention.named_layers import named_in_vain
 from sparse_attention_hub.sparse_attention.research_attention import (
     ResearchAttention,
     ResearchAttentionConfig,
@@ -56,14 +57,6 @@ def say_what_stays_dense(config: Any, attention: Any) -> None:
         named, ResearchAttentionConfig
     ):
         return
-    without = [
-        *(layer for layer in named.layer_masker_configs if layer not in every - windowed),
-        *(layer for layer in named.dense_layers if layer not in every),
-    ]
-    if without:
-        logger.warning(
-            "sparse attention: the configuration says something of layers %s, and changes nothing "
-            "there: attention can be sparse in layers %s",
-            ", ".join(map(str, sorted(without))),
-            ", ".join(map(str, sorted(every - windowed))),
-        )
+    message = named_in_vain(named, every, every - windowed)
+    if message is not None:
+        logger.warning(message)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_sparse_plugin.paged.cache_scales import UNSCALED, CacheScales
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-    from vllm_sparse_plugin.paged.layout import CacheScales
 
 EIGHT_BITS = ("fp8", "fp8_e4m3")
 """vLLM's names of the one type with which it makes caches of bytes that the plugin reads."""
@@ -43,8 +43,6 @@ def cache_scales(layer: Any, dtype: torch.dtype) -> CacheScales:
         layer: Of vLLM, whose weights are loaded.
         dtype: With which vLLM makes the cache.
     """
-    from vllm_sparse_plugin.paged.layout import UNSCALED, CacheScales  # which import this package
-
     if dtype.itemsize > 1:
         return UNSCALED
     return CacheScales(layer._k_scale_float, layer._v_scale_float)

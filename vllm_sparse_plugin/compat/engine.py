@@ -178,6 +178,10 @@ def check_engine(vllm_config: VllmConfig, has_fast_path: bool = True) -> None:
     ]
     if has_eight_bits:
         reasons += objections_to_eight_bits(has_fast_path)
+    _refuse(reasons)
+
+
+def _refuse(reasons: list[str]) -> None:
     if reasons:
         raise ValueError(
             "--attention-backend CUSTOM (sparse attention) does not support: " + "; ".join(reasons)
@@ -200,10 +204,7 @@ def check_cache(dtype: str, vllm_config: VllmConfig) -> None:
         reasons += objections_to_eight_bits(config is None or config.fast_path)
     elif vllm_config.cache_config.cache_dtype in EIGHT_BITS:
         reasons.append("layers with caches of different types")
-    if reasons:
-        raise ValueError(
-            "--attention-backend CUSTOM (sparse attention) does not support: " + "; ".join(reasons)
-        )
+    _refuse(reasons)
 
 
 def objections_to_eight_bits(has_fast_path: bool) -> list[str]:

@@ -17,6 +17,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from vllm_sparse_plugin.paged.cache_scales import UNSCALED, CacheScales
 from vllm_sparse_plugin.paged.kernels.rows import BFLOAT16, E4M3, FLOAT16, FLOAT32
 from vllm_sparse_plugin.paged.kernels.writing import write_rows
 
@@ -137,22 +138,6 @@ class BlockLayout:
 
 def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-
-
-@dataclass(frozen=True)
-class CacheScales:
-    """What a model's keys and values are divided by before they are stored in 8 bits.
-
-    Attributes:
-        key: Of keys, and so of what indices hold of them.
-        value: Of values.
-    """
-
-    key: float = 1.0
-    value: float = 1.0
-
-
-UNSCALED = CacheScales()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from tests.plugin.paged.paged_rows import (
 )
 from tests.tolerances import ATTENTION_ATOL
 from vllm_sparse_plugin.paged.attention import PagedAttention
-from vllm_sparse_plugin.paged.layout import UNSCALED, BlockLayout, CacheScales, LayerCache
+from vllm_sparse_plugin.paged.cache_scales import UNSCALED, CacheScales
+from vllm_sparse_plugin.paged.layout import BlockLayout, LayerCache
 from vllm_sparse_plugin.paged.maskers.base import PagedQueries
 from vllm_sparse_plugin.paged.prefill import stored_rows
 

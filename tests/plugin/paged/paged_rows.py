@@ -8,14 +8,8 @@ import torch
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict, config_to_json
 from vllm_sparse_plugin.masked_attention import attend_row, attention_of
 from vllm_sparse_plugin.paged.attention import PagedAttention, QueryBatch, ReadCounts
-from vllm_sparse_plugin.paged.layout import (
-    UNSCALED,
-    BlockLayout,
-    BlockShape,
-    CacheScales,
-    LayerCache,
-    stored_as,
-)
+from vllm_sparse_plugin.paged.cache_scales import UNSCALED, CacheScales
+from vllm_sparse_plugin.paged.layout import BlockLayout, BlockShape, LayerCache, stored_as
 
 SINK_LOCAL = [{"type": "sink", "sink_size": 4}, {"type": "local", "window_size": 12}]
 # One token, both sides of a page of 8 or 16 and of a block of 32, and several blocks.

@@ -20,10 +20,11 @@ from tests.plugin.paged.paged_rows import (
 )
 from tests.tolerances import ATTENTION_ATOL
 from vllm_sparse_plugin.paged.attention import attend_dense
+from vllm_sparse_plugin.paged.cache_scales import CacheScales
 from vllm_sparse_plugin.paged.kernels.page_bounds import encode_bounds
 from vllm_sparse_plugin.paged.kernels.rows import E4M3, load_row
 from vllm_sparse_plugin.paged.kernels.vectors import LANES, load_part, store
-from vllm_sparse_plugin.paged.layout import BlockLayout, CacheScales, stored_as
+from vllm_sparse_plugin.paged.layout import BlockLayout, stored_as
 from vllm_sparse_plugin.paged.prefill import attend_prefills
 from vllm_sparse_plugin.step_plan import DenseRow
 

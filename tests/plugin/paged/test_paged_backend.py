@@ -13,7 +13,8 @@ from tests.plugin.paged.paged_rows import SINK_LOCAL, shape_of
 from tests.tolerances import ATTENTION_ATOL
 from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.masked_attention import attend_row, attention_of
-from vllm_sparse_plugin.paged.layout import CacheScales, stored_as
+from vllm_sparse_plugin.paged.cache_scales import CacheScales
+from vllm_sparse_plugin.paged.layout import stored_as
 from vllm_sparse_plugin.paged.step import paged_step
 from vllm_sparse_plugin.request_parameters import resolve_request
 from vllm_sparse_plugin.row_parameters import Row

@@ -18,10 +18,11 @@ from tests.plugin.triton.interpreter import DEVICE
 from vllm_sparse_plugin import device_backend
 from vllm_sparse_plugin.compat import hooks
 from vllm_sparse_plugin.device_metadata import DeviceMetadataBuilder
+from vllm_sparse_plugin.paged.cache_scales import CacheScales
 from vllm_sparse_plugin.paged.device.cache import DeviceCache
 from vllm_sparse_plugin.paged.device.cost_model import AttentionCosts, CostModel, StepCosts
 from vllm_sparse_plugin.paged.device.planner import DevicePlanner, Limits
-from vllm_sparse_plugin.paged.layout import BlockLayout, CacheScales, stored_as
+from vllm_sparse_plugin.paged.layout import BlockLayout, stored_as
 from vllm_sparse_plugin.paged.page_bounds import PageBounds
 from vllm_sparse_plugin.request_parameters import RequestParameters
 from vllm_sparse_plugin.row_parameters import RowTable

@@ -16,12 +16,13 @@ from tests.plugin.paged.paged_rows import SINK_LOCAL, model_dtype, paged_attenti
 from tests.plugin.triton.interpreter import DEVICE
 from tests.tolerances import ATTENTION_ATOL
 from vllm_sparse_plugin.paged.attention import QueryBatch
+from vllm_sparse_plugin.paged.cache_scales import UNSCALED, CacheScales
 from vllm_sparse_plugin.paged.device.attention import KEYS_READ, DeviceAttention
 from vllm_sparse_plugin.paged.device.cache import DeviceCache
 from vllm_sparse_plugin.paged.device.indices.learned import DeviceLearnedIndex
 from vllm_sparse_plugin.paged.device.sequences import SequenceStates, StepSequences
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
-from vllm_sparse_plugin.paged.layout import UNSCALED, BlockShape, CacheScales, LayerCache
+from vllm_sparse_plugin.paged.layout import BlockShape, LayerCache
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 from vllm_sparse_plugin.paged.triton_kernels.learned_blocks import digest_keys
 from vllm_sparse_plugin.request_parameters import RequestParameters

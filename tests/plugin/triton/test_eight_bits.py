@@ -15,10 +15,11 @@ from tests.plugin.triton.interpreter import DEVICE
 from tests.plugin.triton.paged_caches import assert_same_bytes, written_in_steps
 from tests.plugin.triton.row_order import from_device
 from tests.tolerances import ATTENTION_ATOL
+from vllm_sparse_plugin.paged.cache_scales import CacheScales
 from vllm_sparse_plugin.paged.device.attention import KEYS_READ, DeviceAttention
 from vllm_sparse_plugin.paged.device.cache import DeviceCache
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
-from vllm_sparse_plugin.paged.layout import BlockLayout, CacheScales, LayerCache, stored_as
+from vllm_sparse_plugin.paged.layout import BlockLayout, LayerCache, stored_as
 from vllm_sparse_plugin.paged.page_bounds import PageBounds
 from vllm_sparse_plugin.paged.triton_kernels.writing import write_rows
 

@@ -6,15 +6,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vllm_sparse_plugin.paged.cache_scales import UNSCALED, CacheScales
 from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex, device_index
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
-from vllm_sparse_plugin.paged.layout import (
-    UNSCALED,
-    BlockIndex,
-    BlockLayout,
-    CacheScales,
-    require_room,
-)
+from vllm_sparse_plugin.paged.layout import BlockIndex, BlockLayout, require_room
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import key_value_rows
 from vllm_sparse_plugin.paged.triton_kernels.writing import write_rows
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse_plugin.paged.layout import UNSCALED, CacheScales
+from vllm_sparse_plugin.paged.cache_scales import UNSCALED, CacheScales
 from vllm_sparse_plugin.paged.triton_kernels.grids import await_launches, launched, overlapped
 from vllm_sparse_plugin.paged.triton_kernels.quantization import codes_of, smallest_and_step
 from vllm_sparse_plugin.paged.triton_kernels.tiles import block_bytes, padded

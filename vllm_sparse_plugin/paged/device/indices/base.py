@@ -8,8 +8,9 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from vllm_sparse_plugin.paged.cache_scales import UNSCALED, CacheScales
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
-from vllm_sparse_plugin.paged.layout import UNSCALED, BlockIndex, BlockLayout, CacheScales
+from vllm_sparse_plugin.paged.layout import BlockIndex, BlockLayout
 
 
 class DeviceIndex(ABC):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from vllm_sparse_plugin.paged.cache_scales import UNSCALED, CacheScales
 from vllm_sparse_plugin.paged.channel_labels import ChannelLabels
 from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex, device_index_of
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
-from vllm_sparse_plugin.paged.layout import UNSCALED, BlockLayout, CacheScales
+from vllm_sparse_plugin.paged.layout import BlockLayout
 from vllm_sparse_plugin.paged.triton_kernels.channel_labels import write_labels
 
 

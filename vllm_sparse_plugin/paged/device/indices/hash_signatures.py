@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_sparse_plugin.paged.cache_scales import UNSCALED, CacheScales
 from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex, device_index_of
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
 from vllm_sparse_plugin.paged.hash_signatures import HashSignatures, Networks
-from vllm_sparse_plugin.paged.layout import UNSCALED, BlockLayout, CacheScales
+from vllm_sparse_plugin.paged.layout import BlockLayout
 from vllm_sparse_plugin.paged.triton_kernels.signature_networks import write_signatures
 
 _TOKENS_AT_ONCE = 1024

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import torch
 
+from vllm_sparse_plugin.paged.cache_scales import UNSCALED, CacheScales
 from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex
 from vllm_sparse_plugin.paged.device.sequences import Change, StepSequences, prefix_of
 from vllm_sparse_plugin.paged.device.space import DeviceSpace
-from vllm_sparse_plugin.paged.layout import UNSCALED, BlockLayout, CacheScales, gathered
+from vllm_sparse_plugin.paged.layout import BlockLayout, gathered
 from vllm_sparse_plugin.paged.learned_index import LearnedIndex
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch, key_value_rows
 from vllm_sparse_plugin.paged.triton_kernels.learned_blocks import digest_keys, note_writes

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 import torch
 
+from vllm_sparse_plugin.paged.cache_scales import UNSCALED, CacheScales
 from vllm_sparse_plugin.paged.device.indices.base import DeviceIndex, device_index_of
-from vllm_sparse_plugin.paged.layout import UNSCALED, CacheScales
 from vllm_sparse_plugin.paged.page_bounds import PageBounds
 from vllm_sparse_plugin.paged.triton_kernels.page_bounds import update_pages
 
