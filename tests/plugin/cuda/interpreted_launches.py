@@ -17,6 +17,7 @@ from triton.runtime import interpreter
 
 from tests.plugin.cuda.memory import tensors_in
 from tests.plugin.triton.known_types import REPLACED
+from tests.plugin.triton.recorded_operations import operations
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def patch_language_once() -> None:
     # Lanes that are masked off compute too, with whatever is there.
     np.seterr(all="ignore")
     interpreter._patch_lang = lambda function: _NothingToRestore()
-    for place, name, value in REPLACED:
+    for place, name, value in (*REPLACED, *operations()):
         setattr(place, name, value)
 
 

@@ -22,6 +22,7 @@ from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
 from tests.plugin.triton.known_types import REPLACED
+from tests.plugin.triton.recorded_operations import operations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _SWITCH = {"TRITON_INTERPRET": "1"}
@@ -71,7 +72,7 @@ def interpreted() -> Iterator[None]:
             mock.patch.object(interpreter, "_patch_lang"),
             ExitStack() as replaced,
         ):
-            for place, name, value in REPLACED:
+            for place, name, value in (*REPLACED, *operations()):
                 replaced.enter_context(mock.patch.object(place, name, value))
             yield
     finally:

@@ -1,19 +1,17 @@
 """Types of Triton that know what its interpreter asks of them again and again.
 
-It makes the type of every intermediate result anew, writes its name, and looks up numpy's type for
-it in a table that it makes for the purpose; for small tensors, that is most of its time.
+It makes the types of intermediate results anew, writes their names, and looks up numpy's type for
+them in a table that it makes for the purpose.
 """
 
 from typing import Any
 
 import numpy as np
 import triton.language as tl
-from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 _numpy_type, _make_block_type = interpreter._get_np_dtype, tl.block_type.__init__
-_make_tensor, _is_equal = tl.tensor.__init__, tl.dtype.__eq__
-_broadcast = TritonSemantic.broadcast_impl_value
+_make_tensor = tl.tensor.__init__
 
 
 def _known_numpy_type(kind: Any) -> np.dtype:
@@ -44,22 +42,9 @@ def _make_tensor_of_known_type(self: Any, handle: Any, type: Any) -> None:
         self.handle, self.type = handle, type
 
 
-def _is_same_or_equal(self: Any, other: Any) -> bool:
-    return self is other or _is_equal(self, other)
-
-
-def _broadcast_what_differs(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
-    left, right = lhs.type, rhs.type
-    if left.is_block() and right.is_block() and left.shape.values == right.shape.values:
-        return lhs, rhs
-    return _broadcast(self, lhs, rhs)
-
-
 REPLACED: tuple[tuple[Any, str, Any], ...] = (
     (interpreter, "_get_np_dtype", _known_numpy_type),
     (tl.block_type, "__init__", _make_known_block_type),
     (tl.tensor, "__init__", _make_tensor_of_known_type),
-    (tl.dtype, "__eq__", _is_same_or_equal),
-    (TritonSemantic, "broadcast_impl_value", _broadcast_what_differs),
 )
 """Places, names and what is to stand there while kernels are interpreted."""
