@@ -1,6 +1,7 @@
 """Runs engines one after the other: `python -m tests.plugin.cuda.engines JOB RESULT`, JSON files.
 
-With `tests.plugin.cuda.dry_cuda` in front it does so on the GPU that is not there. The job:
+With `tests.plugin.cuda.dry_cuda` in front, or in a fork of `dry_process`, it does so on the GPU
+that is not there. The job:
 
     {"engines": [{
         "options": {...},       # of vllm.LLM, its model included

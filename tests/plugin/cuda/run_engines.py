@@ -1,12 +1,16 @@
 """Starts `engines` in a process of its own, with or without the GPU that is not there."""
 
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
@@ -15,6 +19,8 @@ from tests.plugin.cuda.dry_cuda import ENGINE_OPTIONS
 
 _REPOSITORY = Path(__file__).parents[3]
 _MINUTES = 10
+_DRY = multiprocessing.get_context("forkserver")
+_DRY.set_forkserver_preload(["tests.plugin.cuda.dry_process"])
 
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
@@ -169,12 +175,26 @@ class _Process:
             dry: Whether it believes in a GPU.
             variables: Of its environment.
         """
-        job = files.with_suffix(".job.json")
-        self._result, self._output = files.with_suffix(".json"), files.with_suffix(".txt")
-        job.write_text(json.dumps({"engines": engines}))
-        self._modules = ["tests.plugin.cuda.engines", str(job), str(self._result)]
-        if dry:
-            self._modules.insert(0, "tests.plugin.cuda.dry_cuda")
+        self._job, self._result = files.with_suffix(".job.json"), files.with_suffix(".json")
+        self._output = files.with_suffix(".txt")
+        self._job.write_text(json.dumps({"engines": engines}))
+        start = self._start_dry if dry else self._start_on_cpu
+        self._wait, self._kill = start(variables)
+
+    def _start_dry(self, variables: dict[str, str]) -> "_Handles":
+        process = _DRY.Process(
+            target=run_dry_job, args=(self._job, self._result, self._output, variables)
+        )
+        with mock.patch.dict(os.environ, PYTHONPATH=str(_REPOSITORY)):  # of the one that forks
+            process.start()
+
+        def wait() -> int | None:
+            process.join(_MINUTES * 60)
+            return process.exitcode
+
+        return wait, process.kill
+
+    def _start_on_cpu(self, variables: dict[str, str]) -> "_Handles":
         environment = {
             **os.environ,
             "PYTHONPATH": str(_REPOSITORY),
@@ -184,13 +204,20 @@ class _Process:
             **variables,
         }
         with open(self._output, "w") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", *self._modules],
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.plugin.cuda.engines", self._job, self._result],
                 cwd=_REPOSITORY,
                 env=environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
+
+        def wait() -> int | None:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=_MINUTES * 60)
+            return None
+
+        return wait, process.kill
 
     def answers(self) -> list[dict[str, Any]]:
         """Waits for it.
@@ -198,12 +225,21 @@ class _Process:
         Raises:
             AssertionError: With its output, when it failed.
         """
-        try:
-            code: int | str = self._process.wait(timeout=_MINUTES * 60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            code = f"none after {_MINUTES} minutes"
-        text = self._output.read_text()
-        assert code == 0, f"{' '.join(self._modules)}: code {code}\n{text[-20_000:]}"
+        code = self._wait()
+        if code is None:
+            self._kill()
+        text = self._output.read_text() if self._output.exists() else ""
+        assert code == 0, f"{self._job}: code {code}, {_MINUTES} minutes at most\n{text[-20_000:]}"
         answers: list[dict[str, Any]] = json.loads(self._result.read_text())["engines"]
         return answers
+
+
+_Handles = tuple[Callable[[], int | None], Callable[[], None]]
+"""That wait for a process (None: it takes too long), and that end it."""
+
+
+def run_dry_job(job: Path, result: Path, output: Path, variables: dict[str, str]) -> None:
+    """In a fork of the process that has imported `dry_process`, which this one must not import."""
+    from tests.plugin.cuda import dry_process
+
+    dry_process.run_job(job, result, output, variables)

@@ -17,17 +17,21 @@ from typing import Any
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle, interpreter_semantic
 
-_BINARY = "add sub mul truediv floordiv mod and or xor lshift rshift".split()
-_COMPARISONS = "eq ne lt le gt ge".split()
+_BINARY = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod"),
+    *("and", "or", "xor", "lshift", "rshift"),
+)
 _OF_TENSORS = (
     *(f"__{side}{name}__" for name in _BINARY for side in ("", "r")),
-    *(f"__{name}__" for name in (*_COMPARISONS, "neg", "invert", "not", "getitem")),
+    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"),
+    *("__neg__", "__invert__", "__not__", "__getitem__"),
     *("logical_and", "logical_or", "to", "reshape", "trans"),
 )
 _OF_MODULES = (
-    *("load", "store", "where", "minimum", "maximum", "arange", "full", "cast", "add", "sub", "mul"),
-    *("expand_dims", "broadcast_to", "reshape", "trans", "permute", "join", "split", "dot"),
-    *("fma", "abs", "exp", "exp2", "log", "log2", "sqrt", "div_rn", "ceil", "floor"),
+    *("load", "store", "where", "minimum", "maximum", "arange", "full", "cast"),
+    *("add", "sub", "mul", "fma", "div_rn", "dot"),
+    *("expand_dims", "broadcast_to", "reshape", "trans", "permute", "join", "split"),
+    *("abs", "exp", "exp2", "log", "log2", "sqrt", "ceil", "floor"),
 )
 OPERATIONS: tuple[tuple[ModuleType | type, tuple[str, ...]], ...] = (
     (tl.tensor, _OF_TENSORS),

@@ -25,8 +25,9 @@ OPERATORS = [
 
 
 def tensor(kind: Any, shape: tuple[int, ...], seed: int) -> Any:
-    numbers = np.random.default_rng(seed).integers(1, 7, shape or (1,)).astype(_get_np_dtype(kind))
-    return tl.tensor(TensorHandle(numbers, kind), tl.block_type(kind, list(shape)) if shape else kind)
+    numbers = np.random.default_rng(seed).integers(1, 7, shape or (1,))
+    handle = TensorHandle(numbers.astype(_get_np_dtype(kind)), kind)
+    return tl.tensor(handle, tl.block_type(kind, list(shape)) if shape else kind)
 
 
 def outcome(operation: Any, *args: Any, **kwargs: Any) -> Any:
