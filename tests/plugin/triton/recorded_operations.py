@@ -201,13 +201,13 @@ def _program(
             raise _CannotRepeat
         return constant(value)
 
-    lines: list[tuple[str, str, bool]] = []  # what is assigned, to what, and whether it must be
+    lines: list[tuple[str, str]] = []  # names, and what they are assigned: none for effects
     for place, (name, method, args, made) in enumerate(steps):
         written = [argument(value) for value in args]
         parts = made if isinstance(made, tuple) else (made,)
         if not any(isinstance(part, TensorHandle) for part in parts):
             if name in _HAVE_EFFECTS:
-                lines.append(("", f"{constant(method)}({', '.join(written)})", True))
+                lines.append(("", f"{constant(method)}({', '.join(written)})"))
             continue  # a type, which is there when it is asked for
         if not any(one.startswith(("a", "s")) for one in written):
             for part in parts:  # numbers that never change
@@ -216,8 +216,7 @@ def _program(
             continue
         targets = [f"s{place}_{number}" for number in range(len(parts))]
         handles.update(zip(map(id, parts), targets, strict=True))
-        text = f"{constant(method)}({', '.join(written)})"
-        lines.append((", ".join(targets), text, name in _HAVE_EFFECTS))
+        lines.append((", ".join(targets), f"{constant(method)}({', '.join(written)})"))
 
     made_tensors: list[str] = []
 
@@ -240,8 +239,9 @@ def _program(
 
     answer = returned(result)
     body = [*made_tensors, f"return {answer}"]
-    for targets, text, is_needed in reversed(lines):
-        if is_needed or any(target in line for target in targets.split(", ") for line in body):
+    for targets, text in reversed(lines):
+        is_used = any(target in line for target in targets.split(", ") for line in body)
+        if is_used or not targets:
             body.insert(0, f"{targets} = {text}" if targets else text)
     source = f"def repeat({', '.join(f'a{place}' for place in range(len(values)))}):\n    "
     exec(source + "\n    ".join(body), constants)

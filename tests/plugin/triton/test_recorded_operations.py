@@ -127,6 +127,12 @@ def test_functions(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         assert outcome(function, *made, **kwargs) == expected
 
 
+def test_shapes_are_told_apart() -> None:
+    for shape in ([2, 4], [4, 2], [8]):
+        assert tl.full(shape, 1, tl.int32).handle.data.shape == tuple(shape)
+        assert tl.broadcast_to(tensor(tl.int32, (1,), 1), [8]).handle.data.shape == (8,)
+
+
 def test_memory_is_read_and_written_each_time() -> None:
     memory = np.arange(8, dtype=np.float32)
     kind = tl.pointer_type(tl.float32)
