@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 
 # Before torch and vLLM are imported: CI has two cores, and nothing may be downloaded.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# By default each server's threads are bound to the same core.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 # By default threads that wait for work turn in circles, for milliseconds, also in servers and also
 # when another process needs the core.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -12,7 +12,7 @@ from sparse_attention_hub import ModelAdapterHF, ModelAdapterVLLM, Request
 from sparse_attention_hub.adapters.comparison import compare_answers
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict
 
-TOKENS = 24
+TOKENS = 16
 SINK_LOCAL = [{"type": "sink", "sink_size": 16}, {"type": "local", "window_size": 48}]
 CONFIGS = {
     "dense": None,
@@ -21,7 +21,7 @@ CONFIGS = {
     "oracle-share": [*SINK_LOCAL, {"type": "oracle_top_k", "heavy_size": 0.05}],
 }
 # Characters of the document, and about how many tokens that gives.
-CONTEXTS = {200: 800, 1500: 5500, 2500: 9300}
+CONTEXTS = {200: 800, 1500: 5500, 2000: 7400}
 QUESTIONS = [
     "\n\nWhat is this text about?",
     "\n\nName one method or statement that it describes.",
@@ -36,7 +36,7 @@ def request_of(characters: int) -> Request:
     return Request("Read this.\n\n" + text, questions, answer_prefix="Answer:")
 
 
-CASES = [(name, 200) for name in CONFIGS] + [("oracle-count", 1500), ("oracle-share", 2500)]
+CASES = [(name, 200) for name in CONFIGS] + [("oracle-count", 1500), ("oracle-share", 2000)]
 
 
 @pytest.mark.parametrize(("name", "length"), CASES)
@@ -98,7 +98,7 @@ def test_density_is_what_an_independent_count_gives(sparse, model_path) -> None:
 def test_sparse_prefill_in_chunks_is_the_reference_in_one_piece(sparse, model_path) -> None:
     """Without a context nearly the whole prompt is sparse; the server cuts it into chunks."""
     config = config_from_dict({"maskers": CONFIGS["oracle-share"]})
-    request = Request("", python_manual(["formatstrings"], 3000))
+    request = Request("", python_manual(["formatstrings"], 2400))
     arguments = {"max_new_tokens": TOKENS}
     served = ModelAdapterVLLM(
         model_path, config, base_url=sparse.server.base_url, sparse_by_default=True

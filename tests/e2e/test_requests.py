@@ -11,37 +11,41 @@ from tests.e2e.texts import prompt
 SINK_LOCAL = '{"maskers": [{"type": "sink", "sink_size": 2}, {"type": "local", "window_size": 8}]}'
 
 
-@pytest.mark.parametrize(
-    ("parameters", "message"),
-    [
-        ({"sparse_attention": "maybe"}, 'sparse_attention must be "on" or "off", got \'maybe\''),
-        ({"sparse_attention_dense_prefix": -1}, "dense_prefix must be an integer >= 0"),
-        ({"sparse_attention_dense_prefix": 1.5}, "dense_prefix must be an integer >= 0"),
-        ({"sparse_attention_config": "strong-llm"}, "'strong-llm' is not a preset; allowed:"),
-        ({"sparse_attention_config": "{"}, "must be JSON"),
-        (
-            {"sparse_attention_config": '{"maskers": [{"type": "snik", "sink_size": 1}]}'},
-            "did you mean 'sink'",
-        ),
-        (
-            {"sparse_attention_config": '{"maskers": [{"type": "sink", "sink_size": 0}]}'},
-            "sink_size must be an integer >= 1 (keys) or a float in (0, 1]",
-        ),
-        ({"sparse_attention_tag": "a b"}, "sparse_attention_tag must match"),
-        ({"sparse_attention_fog": 1}, "sparse_attention_fog is not known"),
-        ({"sparse_attention_resolved": "x"}, "sparse_attention_resolved is not known"),
-    ],
-)
-def test_bad_values_are_400_and_disturb_nobody(sparse, model_path, parameters, message) -> None:
+BAD_VALUES = [
+    ({"sparse_attention": "maybe"}, 'sparse_attention must be "on" or "off", got \'maybe\''),
+    ({"sparse_attention_dense_prefix": -1}, "dense_prefix must be an integer >= 0"),
+    ({"sparse_attention_dense_prefix": 1.5}, "dense_prefix must be an integer >= 0"),
+    ({"sparse_attention_config": "strong-llm"}, "'strong-llm' is not a preset; allowed:"),
+    ({"sparse_attention_config": "{"}, "must be JSON"),
+    (
+        {"sparse_attention_config": '{"maskers": [{"type": "snik", "sink_size": 1}]}'},
+        "did you mean 'sink'",
+    ),
+    (
+        {"sparse_attention_config": '{"maskers": [{"type": "sink", "sink_size": 0}]}'},
+        "sink_size must be an integer >= 1 (keys) or a float in (0, 1]",
+    ),
+    ({"sparse_attention_tag": "a b"}, "sparse_attention_tag must match"),
+    ({"sparse_attention_fog": 1}, "sparse_attention_fog is not known"),
+    ({"sparse_attention_resolved": "x"}, "sparse_attention_resolved is not known"),
+]
+
+
+def test_bad_values_are_400_and_disturb_nobody(sparse, model_path) -> None:
     tokens = prompt(model_path, 400, 100)
-    alone = sparse.complete(tokens, sparse_attention="on").token_ids
+    alone = sparse.complete(tokens, 40, ignore_eos=True, sparse_attention="on").token_ids
     with ThreadPoolExecutor() as pool:
-        others = [pool.submit(sparse.complete, tokens, sparse_attention="on") for _ in range(2)]
-        with pytest.raises(openai.BadRequestError) as error:
-            sparse.complete(tokens, **parameters)
+        others = [
+            pool.submit(sparse.complete, tokens, 40, ignore_eos=True, sparse_attention="on")
+            for _ in range(2)
+        ]
+        for parameters, message in BAD_VALUES:
+            with pytest.raises(openai.BadRequestError) as error:
+                sparse.complete(tokens, **parameters)
+            assert error.value.status_code == 400
+            assert message in str(error.value)
+        assert not any(other.done() for other in others)
         assert [other.result().token_ids for other in others] == [alone, alone]
-    assert error.value.status_code == 400
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("stream", [False, True])
