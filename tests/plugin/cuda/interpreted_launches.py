@@ -16,8 +16,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from tests.plugin.cuda.memory import tensors_in
-from tests.plugin.triton.known_types import REPLACED
-from tests.plugin.triton.recorded_operations import operations
+from tests.plugin.triton.replaced_parts import replaced_parts
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def patch_language_once() -> None:
     # Lanes that are masked off compute too, with whatever is there.
     np.seterr(all="ignore")
     interpreter._patch_lang = lambda function: _NothingToRestore()
-    for place, name, value in (*REPLACED, *operations()):
+    for place, name, value in tuple(replaced_parts()):
         setattr(place, name, value)
 
 

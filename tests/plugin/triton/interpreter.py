@@ -21,8 +21,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
-from tests.plugin.triton.known_types import REPLACED
-from tests.plugin.triton.recorded_operations import operations
+from tests.plugin.triton.replaced_parts import replaced_parts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _SWITCH = {"TRITON_INTERPRET": "1"}
@@ -72,7 +71,7 @@ def interpreted() -> Iterator[None]:
             mock.patch.object(interpreter, "_patch_lang"),
             ExitStack() as replaced,
         ):
-            for place, name, value in (*REPLACED, *operations()):
+            for place, name, value in replaced_parts():
                 replaced.enter_context(mock.patch.object(place, name, value))
             yield
     finally:

@@ -47,4 +47,4 @@ REPLACED: tuple[tuple[Any, str, Any], ...] = (
     (tl.block_type, "__init__", _make_known_block_type),
     (tl.tensor, "__init__", _make_tensor_of_known_type),
 )
-"""Places, names and what is to stand there while kernels are interpreted."""
+"""See `replaced_parts`."""

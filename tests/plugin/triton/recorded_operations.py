@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import triton.language as tl
-from triton.runtime.interpreter import TensorHandle, interpreter_semantic
+from triton.runtime.interpreter import TensorHandle, interpreter_builder, interpreter_semantic
 
 _BINARY = (
     *("add", "sub", "mul", "truediv", "floordiv", "mod"),
@@ -76,7 +76,7 @@ def recorded(operation: Callable[..., Any]) -> Callable[..., Any]:
         known = repeated.get(key)
         if known is not None:
             return known(*values)
-        if key in repeated or len(repeated) >= _MOST_KINDS:
+        if key in repeated or len(repeated) >= _MOST_KINDS or _are_shared(values):
             return operation(*args, **kwargs)
         with _recording() as recorder:
             result = operation(*args, **kwargs)
@@ -87,6 +87,12 @@ def recorded(operation: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return call
+
+
+def _are_shared(values: tuple[Any, ...]) -> bool:
+    """Whether two arguments are one, as in `a - a`: which one a call meant cannot be told."""
+    handles = [id(value.handle) for value in values if _is_tensor(value)]
+    return len(set(handles)) < len(handles)
 
 
 _NUMBER = {int: int, bool: bool, str: str, type(None): type(None)}
@@ -135,12 +141,16 @@ def _key(kind: tl.dtype) -> int:
     return known
 
 
+_Step = tuple[str, tuple[Any, ...], Any]
+"""Which of the builder's methods was called, its arguments and its result."""
+
+
 class _Recorder:
     """A builder that remembers what it is asked."""
 
     def __init__(self, builder: Any) -> None:
         self._builder = builder
-        self.steps: list[tuple[str, Callable[..., Any], tuple[Any, ...], Any]] = []
+        self.steps: list[_Step] = []
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._builder, name)
@@ -149,7 +159,7 @@ class _Recorder:
 
         def call(*args: Any) -> Any:
             result = attribute(*args)
-            self.steps.append((name, attribute, args, result))
+            self.steps.append((name, args, result))
             return result
 
         return call
@@ -174,7 +184,7 @@ def _recording() -> Iterator[_Recorder]:
 
 def _program(
     values: tuple[Any, ...],
-    steps: list[tuple[str, Callable[..., Any], tuple[Any, ...], Any]],
+    steps: list[_Step],
     result: Any,
 ) -> Callable[..., Any]:
     """A function of the arguments that makes the steps that matter.
@@ -186,6 +196,7 @@ def _program(
     tensors = {f"a{place}": value for place, value in enumerate(values) if _is_tensor(value)}
     handles = {id(value.handle): f"{name}.handle" for name, value in tensors.items()}
     constants: dict[str, Any] = {"_tensor": tl.tensor, "_new": tl.tensor.__new__}
+    constants["_builder"] = interpreter_builder  # its methods may be replaced: see `races`
 
     def constant(value: Any) -> str:
         name = f"c{len(constants)}"
@@ -202,12 +213,12 @@ def _program(
         return constant(value)
 
     lines: list[tuple[str, str]] = []  # names, and what they are assigned: none for effects
-    for place, (name, method, args, made) in enumerate(steps):
+    for place, (name, args, made) in enumerate(steps):
         written = [argument(value) for value in args]
         parts = made if isinstance(made, tuple) else (made,)
         if not any(isinstance(part, TensorHandle) for part in parts):
             if name in _HAVE_EFFECTS:
-                lines.append(("", f"{constant(method)}({', '.join(written)})"))
+                lines.append(("", f"_builder.{name}({', '.join(written)})"))
             continue  # a type, which is there when it is asked for
         if not any(one.startswith(("a", "s")) for one in written):
             for part in parts:  # numbers that never change
@@ -216,7 +227,7 @@ def _program(
             continue
         targets = [f"s{place}_{number}" for number in range(len(parts))]
         handles.update(zip(map(id, parts), targets, strict=True))
-        lines.append((", ".join(targets), f"{constant(method)}({', '.join(written)})"))
+        lines.append((", ".join(targets), f"_builder.{name}({', '.join(written)})"))
 
     made_tensors: list[str] = []
 

@@ -133,6 +133,17 @@ def test_shapes_are_told_apart() -> None:
         assert tl.broadcast_to(tensor(tl.int32, (1,), 1), [8]).handle.data.shape == (8,)
 
 
+def test_arguments_that_are_one_are_told_from_two() -> None:
+    subtract, choose = recorded(lambda one, other: one - other), recorded(vars(tl)["where"])
+    x, y, c = (tensor(tl.int32, (4,), seed) for seed in (1, 2, 3))
+    x, y, c = x * 10, y * 3, c > 3
+    for one, other in ((x, x), (x, y), (y, y), (y, x)):
+        difference = one.handle.data - other.handle.data
+        assert subtract(one, other).handle.data.tolist() == difference.tolist()
+        chosen = np.where(c.handle.data, one.handle.data, other.handle.data)
+        assert choose(c, one, other).handle.data.tolist() == chosen.tolist()
+
+
 def test_memory_is_read_and_written_each_time() -> None:
     memory = np.arange(8, dtype=np.float32)
     kind = tl.pointer_type(tl.float32)
