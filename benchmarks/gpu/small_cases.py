@@ -15,50 +15,97 @@ import torch
 from benchmarks.gpu.command import run_stage
 from benchmarks.gpu.device_step import DeviceStep, relative_error
 from benchmarks.gpu.sparse_configs import TOKENS_10, Maskers, sink_and_window, sparse_cases
+from sparse_attention_hub.sparse_attention.utils.hashattention_utils import save_hat_weights
 from vllm_sparse_plugin.paged.layout import BlockShape
 from vllm_sparse_plugin.paged.triton_kernels import row_selection
 
 logger = logging.getLogger(__name__)
 TOOLS = ("plain", "memcheck", "racecheck")
-_KEYS = 300
-_MANY_KEYS = row_selection.MOST_NUMBERS + 100
+KEYS = 300
+MANY_KEYS = row_selection.MOST_NUMBERS + 100
 """So many scores are selected from by several programs, not by one."""
+_HASH_BITS = 32
 
 
-def small_cases(folder: Path, kv_heads: int, head_size: int) -> dict[str, tuple[Maskers, int]]:
-    """Masker lists by name, and the keys that they are applied to.
+def small_cases(folder: Path, shape: BlockShape, keys: int) -> dict[str, Maskers]:
+    """Masker lists by name.
 
     Args:
         folder: For files of maskers.
-        kv_heads: Of the layer.
-        head_size: Of the layer.
+        shape: Of the layer.
+        keys: That they are applied to.
     """
-    cases = {
-        case.name: (case.maskers, _KEYS)
-        for case in sparse_cases(_KEYS, folder, kv_heads, head_size)
-    }
-    fixed = sink_and_window(_KEYS)
+    sizes = keys, folder, shape.num_kv_heads, shape.head_size
+    cases = {case.name: case.maskers for case in sparse_cases(*sizes)}
+    fixed = sink_and_window(keys)
+    by_group = {"head_granularity": "kv_head"}
     sample = {"type": "random_sampling", "sampling_rate": 0.1, "seed": 3}
+    cases["random sample"] = [*fixed, sample]
+    cases["oracle top-p"] = [*fixed, {"type": "oracle_top_p", "top_p": 0.7}]
+    cases["MagicPIG"] = [*fixed, {"type": "magic_pig", "lsh_l": 12, "lsh_k": 4}]
+    hashes = {
+        "type": "hash_attention_top_k",
+        "heavy_size": 0.1,
+        "hat_bits": _HASH_BITS,
+        "hat_mlp_layers": 2,
+        "hat_mlp_hidden_size": shape.head_size,
+        "hat_mlp_activation": "relu",
+        "hat_weight_file": _hash_weights(folder, shape),
+    }
+    cases["HashAttention"] = [*fixed, hashes]
     oracle = {"type": "oracle_top_k", "heavy_size": 0.05}
-    cases["random sample"] = ([*fixed, sample], _KEYS)
-    cases["oracle top-p"] = ([*fixed, {"type": "oracle_top_p", "top_p": 0.7}], _KEYS)
-    buckets = {"type": "magic_pig", "lsh_l": 12, "lsh_k": 4}
-    cases["MagicPIG"] = ([*fixed, buckets], _KEYS)
-    cases["oracle top-k of many, and a sample"] = ([*fixed, oracle, sample], _MANY_KEYS)
-    of_groups = {**oracle, "head_granularity": "kv_head"}
-    cases["oracle top-k of many, per KV head"] = ([*fixed, of_groups], _MANY_KEYS)
-    of_many = sparse_cases(_MANY_KEYS, folder, kv_heads, head_size)
-    labels = next(case.maskers for case in of_many if case.name == TOKENS_10)
-    cases["Double Sparsity of many"] = (labels, _MANY_KEYS)
+    cases["oracle per query head, a sample per KV head"] = [*fixed, oracle, {**sample, **by_group}]
     return cases
 
 
-def measure(device: torch.device, only: int | None = None) -> dict[str, Any]:
+def _hash_weights(folder: Path, shape: BlockShape) -> str:
+    """A file of networks of the first layer: of small integers, so sums are the same everywhere."""
+    generator = torch.Generator().manual_seed(5)
+
+    def numbers(*size: int) -> torch.Tensor:
+        return torch.randint(-1, 2, size, generator=generator).float()
+
+    layer = {}
+    for side, heads in (("query", shape.num_heads), ("key", shape.num_kv_heads)):
+        sizes = [(shape.head_size, shape.head_size), (shape.head_size, _HASH_BITS)]
+        layer[f"{side}_matrix"] = [numbers(heads, *size) for size in sizes]
+        layer[f"{side}_bias"] = [numbers(heads, size[1]) for size in sizes]
+    path = folder / "hashes.safetensors"
+    save_hat_weights({0: layer}, path)
+    return str(path)
+
+
+def cases_of_many(folder: Path, shape: BlockShape, keys: int) -> dict[str, Maskers]:
+    """Masker lists by name that select from many keys in other ways than from a few.
+
+    Args:
+        folder: For files of maskers.
+        shape: Of the layer.
+        keys: That they are applied to.
+    """
+    fixed = sink_and_window(keys)
+    sample = {"type": "random_sampling", "sampling_rate": 0.1, "seed": 3}
+    oracle = {"type": "oracle_top_k", "heavy_size": 0.05}
+    by_group = {**oracle, "head_granularity": "kv_head"}
+    of_all = sparse_cases(keys, folder, shape.num_kv_heads, shape.head_size)
+    return {
+        "oracle top-k of many, and a sample": [*fixed, oracle, sample],
+        "oracle top-k of many, per KV head": [*fixed, by_group],
+        "oracle top-k of many, per KV head, and a sample": [*fixed, by_group, sample],
+        "Double Sparsity of many": next(case.maskers for case in of_all if case.name == TOKENS_10),
+    }
+
+
+def measure(
+    device: torch.device, only: int | None = None, keys: int = KEYS, many_keys: int = MANY_KEYS
+) -> dict[str, Any]:
     """Runs and compares all of them.
 
     Args:
         device: Of the kernels.
         only: So many of them; None: all.
+        keys: Of the sequences of `small_cases`.
+        many_keys: Of that of `cases_of_many`.
     """
     is_gpu = device.type == "cuda"
     shape = (
@@ -70,14 +117,18 @@ def measure(device: torch.device, only: int | None = None) -> dict[str, Any]:
     records: list[dict[str, Any]] = []
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as name:
-        cases = small_cases(Path(name), shape.num_kv_heads, shape.head_size)
-        for case, (maskers, keys) in list(cases.items())[:only]:
-            step = DeviceStep.of(maskers, shape, 2 if keys < _MANY_KEYS else 1, keys, 1, device)
+        cases = [
+            (case, maskers, count, number)
+            for made, count, number in ((small_cases, 2, keys), (cases_of_many, 1, many_keys))
+            for case, maskers in made(Path(name), shape, number).items()
+        ]
+        for case, maskers, count, number in cases[:only]:
+            step = DeviceStep.of(maskers, shape, count, number, 1, device)
             error = relative_error(step)
-            records.append({"name": case, "keys": keys, "relative_error": error})
-            logger.info("%s, %d keys: relative error %.5f", case, keys, error)
+            records.append({"name": case, "keys": number, "relative_error": error})
+            logger.info("%s, %d keys: relative error %.5f", case, number, error)
             if not error < tolerance:
-                failures.append(f"{case}, {keys} keys: its output is off by {error:.4f}")
+                failures.append(f"{case}, {number} keys: its output is off by {error:.4f}")
     return {"records": records, "failures": failures}
 
 
