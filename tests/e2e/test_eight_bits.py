@@ -13,8 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from tests.cpu_features import needs_eight_bits
 from tests.plugin.cuda.run_engines import OPTIONS, run_on_cpu, write_tiny_llama
 from vllm_sparse_plugin.paged.layout import stored_as
+
+pytestmark = needs_eight_bits
 
 LOGPROB_ATOL = 2e-3
 """Inputs of two implementations differ by some 2**-24, which brings a few of thousands of keys' and

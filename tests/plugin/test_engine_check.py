@@ -65,6 +65,12 @@ def engine(**changes: Any) -> Any:
     )
 
 
+@pytest.fixture(autouse=True)
+def _has_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever runs the tests: vLLM has no caches of 8 bits elsewhere."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+
+
 @pytest.mark.parametrize("cache_dtype", ["auto", "bfloat16", "fp8", "fp8_e4m3"])
 def test_a_plain_engine_passes(cache_dtype: str) -> None:
     compat.check_engine(engine(cache_dtype=cache_dtype))
@@ -121,6 +127,18 @@ def test_eight_bits_where_they_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -
         for check in (compat.check_engine, lambda config: compat.check_cache("fp8", config)):
             with pytest.raises(ValueError, match="beside FlashAttention, .*=TRITON_ATTN serves it"):
                 check(small)
+
+
+def test_eight_bits_on_cpus_for_which_vllm_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_is_avx512_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    module = importlib.import_module("vllm_sparse_plugin.compat.engine")
+    monkeypatch.setattr(module, "serving_config", lambda config: SimpleNamespace(fast_path=True))
+    compat.check_engine(engine(cache_dtype="bfloat16"))
+    small = engine(cache_dtype="fp8")
+    for check in (compat.check_engine, lambda config: compat.check_cache("fp8", config)):
+        with pytest.raises(ValueError, match="--kv-cache-dtype fp8 here: .* requires .*AVX-512"):
+            check(small)
 
 
 @pytest.mark.parametrize(

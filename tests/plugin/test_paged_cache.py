@@ -4,12 +4,13 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 
+from tests.cpu_features import needs_amx
 from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.paged_cache import cpu_block_reader, gather_row, read_token_major
 
 current_platform.import_kernels()
 
-ISAS = ["vec", "vec16", "amx"]
+ISAS = ["vec", "vec16", pytest.param("amx", marks=needs_amx)]
 
 
 def filled_cache(block_size: int, heads: int, head_size: int, seq_len: int, dtype, isa: str):

@@ -190,6 +190,7 @@ CALLED: dict[str, str] = {
     # That it has an effect: tests/e2e/test_long_workload.py.
     "vllm.v1.worker.worker_base:WorkerWrapperBase.initialize_from_config": "...",
     f"{_PROCESSOR_V1}:process_dict_updates": "req_entries, batch_update, new_state",
+    f"{_CPU}:_get_attn_isa": "dtype, block_size, head_size, kv_cache_dtype",
     f"{_CPU}:CPUAttentionBackendImpl.__init__": IMPL_ARGUMENTS,
 }
 """How functions are called; see `objections_to_call`."""

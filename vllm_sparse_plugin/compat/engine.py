@@ -7,6 +7,8 @@ import os
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllm_sparse_plugin.compat.cache_types import EIGHT_BITS, element_type
 from vllm_sparse_plugin.serving_config import NAMESPACE, ServingConfig
 from vllm_sparse_plugin.trial import AttentionShape
@@ -219,10 +221,24 @@ def objections_to_eight_bits(has_fast_path: bool) -> list[str]:
             "--kv-cache-dtype fp8 beside FlashAttention, which wants queries of 8 bits "
             f"({_DENSE_BACKEND}=TRITON_ATTN serves it)"
         )
-    if device_type() == "cpu" and not has_fast_path:
-        # Of vLLM's own cache, whose order there is not known.
-        reasons.append('--kv-cache-dtype fp8 beside "fast_path": false on CPUs')
+    if device_type() == "cpu":
+        if not has_fast_path:
+            # Of vLLM's own cache, whose order there is not known.
+            reasons.append('--kv-cache-dtype fp8 beside "fast_path": false on CPUs')
+        if objection := _of_this_cpu():
+            reasons.append(f"--kv-cache-dtype fp8 here: {objection}")
     return reasons
+
+
+def _of_this_cpu() -> str:
+    """What vLLM itself has against caches of 8 bits, whatever the layer; it says so later."""
+    from vllm.v1.attention.backends import cpu_attn
+
+    try:
+        cpu_attn._get_attn_isa(torch.bfloat16, 32, 64, "fp8")
+    except NotImplementedError as error:
+        return str(error)
+    return ""
 
 
 def dense_backend() -> tuple[

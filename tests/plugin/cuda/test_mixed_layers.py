@@ -19,6 +19,7 @@ from transformers import (
 
 pytest.importorskip("vllm")
 
+from tests.cpu_features import HAS_EIGHT_BITS, needs_eight_bits
 from tests.plugin.cuda.dry_cuda import GRAPHS
 from tests.plugin.cuda.run_engines import (
     DRY_OPTIONS,
@@ -106,8 +107,9 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         "recurrent": str(write_model(recurrent(), folder / "recurrent")),
         "windowed": str(write_model(windowed(), folder / "windowed")),
         "with sinks": str(write_model(with_sinks(), folder / "sinks")),
-        "eight bits": str(write_tiny_llama(folder / "llama")),
     }
+    if HAS_EIGHT_BITS:
+        models["eight bits"] = str(write_tiny_llama(folder / "llama"))
 
     def engine(
         model: str, options: dict[str, Any], least: int | str = 0, **others: Any
@@ -134,15 +136,19 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         "recurrent, V1": engine("recurrent", graphs, environment=V1),
         "windowed, V2": engine("windowed", graphs),
         "with sinks, V2": engine("with sinks", graphs),
-        "eight bits, V2": engine("eight bits", graphs),
     }
+    if HAS_EIGHT_BITS:
+        dry["eight bits, V2"] = engine("eight bits", graphs)
     cpu, found = run_both({model: engine(model, OPTIONS) for model in models}, dry, folder)
     return cpu | found
 
 
 @pytest.mark.parametrize(
     "name",
-    ["recurrent, V2", "recurrent, V1", "windowed, V2", "with sinks, V2", "eight bits, V2"],
+    [
+        *("recurrent, V2", "recurrent, V1", "windowed, V2", "with sinks, V2"),
+        pytest.param("eight bits, V2", marks=needs_eight_bits),
+    ],
 )
 def test_each_row_has_its_own_maskers(reports: dict[str, dict[str, Any]], name: str) -> None:
     found, expected = reports[name], reports[name.partition(",")[0]]
