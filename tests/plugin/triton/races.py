@@ -151,11 +151,13 @@ class _Launch:
         for address in of_first.keys() & of_then.keys():
             last = max(of_first[address])
             release = self.accesses[last]
-            # One thread does what concerns a single number.
-            has_waited = release.epoch > access.epoch or (
-                access.pointers.size == 1 and release.pointers.size == 1 and access.kind != READ
+            # One thread does what concerns a single number; loads of it are all threads'.
+            has_waited = (
+                last == first
+                or release.epoch > access.epoch
+                or (access.kind != READ and access.pointers.size == release.pointers.size == 1)
             )
-            if last > first and has_waited and min(of_then[address]) < then:
+            if last >= first and has_waited and min(of_then[address]) < then:
                 return True
         return False
 

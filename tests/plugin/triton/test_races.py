@@ -13,6 +13,16 @@ from tests.plugin.triton.races import ADD, READ, WRITE, Race, watched
 from tests.plugin.triton.test_compiled import KERNELS
 from vllm_sparse_plugin.paged.device import queries
 from vllm_sparse_plugin.paged.device.maskers import top_k
+from vllm_sparse_plugin.paged.triton_kernels import (
+    flags,
+    key_numbers,
+    label_scores,
+    mass_selection,
+    pooling,
+    sampling,
+    selection,
+    tiles,
+)
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="nothing is interpreted there")
 
@@ -24,16 +34,26 @@ DO_NOT_MATTER = {
     ("read_counts._add_kernel", "threads"): "one thread stores, by what it has loaded itself",
 }
 """Kernels and who meets in them, with the reason."""
+SMALL_TILES = (
+    (flags, "_TILE", 256),
+    (mass_selection, "_TILE", 256),
+    *((module, "POOLING_TILE", 256) for module in (key_numbers, label_scores, pooling)),
+    (sampling, "TILE", 256),
+    (selection, "TILE", 256),
+    (tiles, "TILE_NUMBERS", 2048),
+)
 
 
 @pytest.mark.parametrize("is_backwards", [False, True], ids=["forwards", "backwards"])
 def test_every_kernel(is_backwards: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Rows are long, and are split, from here on.
+    # Of some hundred keys, rows are long, and are split among programs.
     monkeypatch.setattr(top_k, "MOST_NUMBERS", 64)
+    for module, name, size in SMALL_TILES:
+        monkeypatch.setattr(module, name, size)
     workspace_of = partial(queries.RadixWorkspace.of, long_row=128, short_row=64)
     monkeypatch.setattr(queries.RadixWorkspace, "of", workspace_of)
     with watched(is_backwards) as found:
-        result = small_cases.measure(torch.device("cpu"), keys=90, many_keys=200)
+        result = small_cases.measure(torch.device("cpu"), keys=90, many_keys=700)
     assert not result["failures"]
     assert len(found) == KERNELS
     races = {race for of_kernel in found.values() for race in of_kernel}
@@ -122,6 +142,16 @@ def own_lanes(x, y, counter, ONE: tl.constexpr):
     tl.store(y + at, tl.load(x + at))
 
 
+def last_one_resets(x, y, counter, ONE: tl.constexpr):
+    tl.atomic_add(x + tl.arange(0, 128), 1, sem="relaxed")
+    tl.debug_barrier()
+    if tl.atomic_add(counter, 1) == 3:
+        tl.store(counter, 0)
+        sums = tl.load(x + tl.arange(0, 128))
+        tl.store(x + tl.arange(0, 128), tl.zeros([128], tl.int32))
+        tl.store(y + tl.arange(0, 128), sums)
+
+
 def fewer_lanes_than_threads(x, y, counter, ONE: tl.constexpr):
     at = tl.program_id(0) * 256 + tl.arange(0, 64)
     tl.store(y + at, tl.load(x + at))
@@ -146,6 +176,7 @@ PROGRAMS, THREADS = "programs", "threads"
         (last_one_without_order, {(PROGRAMS, WRITE, READ)}),
         (last_one_without_barrier, {(PROGRAMS, WRITE, READ), (THREADS, WRITE, READ)}),
         (last_one_of_numbers, set()),
+        (last_one_resets, set()),
         (shifted, {(THREADS, WRITE, READ)}),
         (shifted_behind_a_barrier, set()),
         (own_lanes, set()),
