@@ -106,7 +106,7 @@ def test_eight_bits_where_they_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match='--kv-cache-dtype fp8 beside "fast_path": false on CPUs'):
         compat.check_engine(small, has_fast_path=False)
     assert not SparseAttentionBackend.supports_per_head_quant_scales()
-    module = importlib.import_module("vllm_sparse_plugin.compat.engine")
+    module = importlib.import_module("vllm_sparse_plugin.compat.engine_checks")
     # What a checkpoint says of its layers is known later than the engine's options.
     monkeypatch.setattr(module, "serving_config", lambda config: SimpleNamespace(fast_path=False))
     with pytest.raises(ValueError, match='--kv-cache-dtype fp8 beside "fast_path": false on CPUs'):
@@ -132,7 +132,7 @@ def test_eight_bits_where_they_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -
 def test_eight_bits_on_cpus_for_which_vllm_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_is_avx512_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False)
-    module = importlib.import_module("vllm_sparse_plugin.compat.engine")
+    module = importlib.import_module("vllm_sparse_plugin.compat.engine_checks")
     monkeypatch.setattr(module, "serving_config", lambda config: SimpleNamespace(fast_path=True))
     compat.check_engine(engine(cache_dtype="bfloat16"))
     small = engine(cache_dtype="fp8")

@@ -21,8 +21,6 @@ from vllm_sparse_plugin.compat.engine import (
     attention_shape,
     block_shape,
     check_blocks,
-    check_cache,
-    check_engine,
     current_vllm_config,
     dense_backend,
     device_type,
@@ -37,6 +35,7 @@ from vllm_sparse_plugin.compat.engine import (
     serving_config,
     window_restricts,
 )
+from vllm_sparse_plugin.compat.engine_checks import check_cache, check_engine
 from vllm_sparse_plugin.compat.hooks import (
     BACKEND_PATH,
     LEAST_KEYS,

@@ -14,12 +14,12 @@ from vllm_sparse_plugin.compat.batch_hooks import install_batch_hooks
 from vllm_sparse_plugin.compat.cache_types import cache_dtype
 from vllm_sparse_plugin.compat.engine import (
     attention_shape,
-    check_engine,
     current_vllm_config,
     is_selected,
     served_block_size,
     serving_config,
 )
+from vllm_sparse_plugin.compat.engine_checks import check_engine
 from vllm_sparse_plugin.compat.graph_hooks import install_graph_hooks
 from vllm_sparse_plugin.compat.replacing import MARK, replace_once
 from vllm_sparse_plugin.paged.break_even import NEVER, break_even_of
