@@ -58,6 +58,20 @@ def operations() -> Iterator[tuple[ModuleType | type, str, Callable[..., Any]]]:
             operation = vars(place).get(name)
             if inspect.isfunction(operation):
                 yield place, name, recorded(operation)
+    for name in ("__bool__", "__index__"):
+        yield tl.tensor, name, _noticed(vars(tl.tensor)[name])
+
+
+def _noticed(look: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A way to look at a number, of which the recording learns that is being made."""
+
+    @wraps(look)
+    def call(tensor: Any) -> Any:
+        if _RECORDERS and tensor.handle.data.size == 1:
+            _RECORDERS[-1].looked_at.append(tensor.handle)
+        return look(tensor)
+
+    return call
 
 
 def recorded(operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,7 +95,7 @@ def recorded(operation: Callable[..., Any]) -> Callable[..., Any]:
         with _recording() as recorder:
             result = operation(*args, **kwargs)
         try:
-            repeated[key] = _program(values, recorder.steps, result)
+            repeated[key] = _program(values, recorder, result)
         except _CannotRepeat:
             repeated[key] = None
         return result
@@ -151,6 +165,7 @@ class _Recorder:
     def __init__(self, builder: Any) -> None:
         self._builder = builder
         self.steps: list[_Step] = []
+        self.looked_at: list[TensorHandle] = []
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(self._builder, name)
@@ -182,11 +197,7 @@ def _recording() -> Iterator[_Recorder]:
         interpreter_semantic.builder = builder
 
 
-def _program(
-    values: tuple[Any, ...],
-    steps: list[_Step],
-    result: Any,
-) -> Callable[..., Any]:
+def _program(values: tuple[Any, ...], recorder: _Recorder, result: Any) -> Callable[..., Any]:
     """A function of the arguments that makes the steps that matter.
 
     Raises:
@@ -213,7 +224,7 @@ def _program(
         return constant(value)
 
     lines: list[tuple[str, str]] = []  # names, and what they are assigned: none for effects
-    for place, (name, args, made) in enumerate(steps):
+    for place, (name, args, made) in enumerate(recorder.steps):
         written = [argument(value) for value in args]
         parts = made if isinstance(made, tuple) else (made,)
         if not any(isinstance(part, TensorHandle) for part in parts):
@@ -229,6 +240,9 @@ def _program(
         handles.update(zip(map(id, parts), targets, strict=True))
         lines.append((", ".join(targets), f"_builder.{name}({', '.join(written)})"))
 
+    # What was done may depend on them, as in `tl.load(..., other=tensor)`.
+    if any(not argument(handle).startswith("c") for handle in recorder.looked_at):
+        raise _CannotRepeat
     made_tensors: list[str] = []
 
     def returned(value: Any) -> str:

@@ -144,6 +144,23 @@ def test_arguments_that_are_one_are_told_from_two() -> None:
         assert choose(c, one, other).handle.data.tolist() == chosen.tolist()
 
 
+def test_what_is_looked_at_is_not_recorded() -> None:
+    """What an operation does may follow from the value of an argument, then."""
+    memory = np.arange(5, 9, dtype=np.int32)
+    kind = tl.pointer_type(tl.int32)
+    start = tl.tensor(TensorHandle(np.array([memory.ctypes.data], dtype=np.uint64), kind), kind)
+    for value in (0, 5, 0, -1):
+        other = tl.full([], value, tl.int32)
+        for mask in (value > 9, other > 9):
+            assert tl.load(start, mask=mask, other=other).handle.data.tolist() == [value]
+    x = tl.full([2], 1.0, tl.float32)
+    for bitcast in (True, False, True):
+        expected = [0x3F800000] * 2 if bitcast else [1, 1]
+        assert (
+            x.to(tl.int32, bitcast=tl.full([], bitcast, tl.int1)).handle.data.tolist() == expected
+        )
+
+
 def test_memory_is_read_and_written_each_time() -> None:
     memory = np.arange(8, dtype=np.float32)
     kind = tl.pointer_type(tl.float32)
