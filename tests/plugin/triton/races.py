@@ -3,13 +3,16 @@
 It runs one program after the other, and all lanes of a program at once, so it never shows what
 happens in another order. Here are found, of the same memory within one launch:
 
-- of two programs: a write, and a read or another write, unless each did an atomic operation that
-  orders memory, on a common address, in between ("the last one reads what all have written"), and
-  the first one's threads waited for each other before theirs;
-- of one program, without a barrier in between: the same, unless the same thread does both (blocks
-  with a lane for each thread, and the same addresses in the same order).
+- of two programs: a write, and a read or another write, unless each did the one atomic operation
+  that orders memory, on a common address, in between ("the last one reads what all have written"),
+  and the first one's threads waited for each other before theirs;
+- of one program, without a barrier in between: the same, unless what is written follows from what
+  was read (blocks with a lane for each thread, the same addresses in the same order: that the read
+  is what the write depends on is taken for granted), or one thread does both (single numbers);
+- of one store: lanes that write different things to one place.
 
-Adding is a write that nobody else's adding disturbs. Writes that change nothing are none to
+Adding is a write that nobody else's adding disturbs, so are minima; other atomic operations are not
+known here, and raise. Writes that change nothing are none to
 readers, and two writes of the same do not disturb each other. Who reads without being the last one
 is seen in one of two orders of programs. Whether what is found matters is for people to say.
 """
@@ -22,11 +25,13 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
-from triton._C.libtriton.ir import MEM_SEMANTIC
+from triton._C.libtriton.ir import ATOMIC_OP, MEM_SEMANTIC, MEM_SYNC_SCOPE
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
-READ, WRITE, ADD = "reads", "writes", "adds"
+READ, WRITE, ADD, LOWER = "reads", "writes", "adds", "lowers"
+_KINDS = {ATOMIC_OP.ADD: ADD, ATOMIC_OP.FADD: ADD, ATOMIC_OP.MIN: LOWER}
+_UNKNOWN = ("cas", "load", "store", "poll")
 _THREADS = 32
 """Of a warp."""
 
@@ -71,6 +76,7 @@ class _Launch:
     threads: int
     accesses: list[_Access] = field(default_factory=list)
     epoch: int = 0
+    found: set[Race] = field(default_factory=set)
 
     def add(
         self,
@@ -102,10 +108,17 @@ class _Launch:
                 (before_and_after[0], before_and_after[1]) if values else None,
             )
         )
+        if kind == WRITE:
+            _, lanes = np.unique(addresses, return_inverse=True)
+            after = values[1][chosen]
+            last = np.empty_like(after, shape=lanes.max() + 1)
+            last[lanes] = after
+            if (last[lanes] != after).any():
+                self.found.add(Race(self.kernel, "threads", WRITE, WRITE))
 
     def races(self) -> set[Race]:
         """Those that nothing excuses."""
-        found: set[Race] = set()
+        found = set(self.found)
         lowest, highest, programs, epochs = np.array(
             [(one.bytes.min(), one.bytes.max(), one.program, one.epoch) for one in self.accesses],
             np.uint64,
@@ -119,7 +132,7 @@ class _Launch:
             for other in np.flatnonzero(is_near).tolist():
                 first, then = min(number, other), max(number, other)
                 one, two = self.accesses[first], self.accesses[then]
-                if first == then or (one.kind == ADD and two.kind == ADD):
+                if first == then or (one.kind == two.kind != WRITE):
                     continue
                 is_within = one.program == two.program
                 race = Race(self.kernel, "threads" if is_within else "programs", one.kind, two.kind)
@@ -149,24 +162,26 @@ class _Launch:
     ) -> bool:
         access = self.accesses[first]
         for address in of_first.keys() & of_then.keys():
-            last = max(of_first[address])
-            release = self.accesses[last]
+            if len(of_first[address]) + len(of_then[address]) > 2:
+                continue  # which one of them was before which is not the same in each order
+            [release], [acquire] = of_first[address], of_then[address]
+            released = self.accesses[release]
             # One thread does what concerns a single number; loads of it are all threads'.
             has_waited = (
-                last == first
-                or release.epoch > access.epoch
-                or (access.kind != READ and access.pointers.size == release.pointers.size == 1)
+                release == first
+                or released.epoch > access.epoch
+                or (access.kind != READ and access.pointers.size == released.pointers.size == 1)
             )
-            if last >= first and has_waited and min(of_then[address]) < then:
+            if release >= first and has_waited and acquire < then:
                 return True
         return False
 
     def _is_one_threads(self, one: _Access, two: _Access) -> bool:
-        if one.kind == ADD and one.pointers.size == 1:
-            return True  # its result comes to all threads behind a barrier
-        if one.pointers.shape != two.pointers.shape or one.pointers.size < self.threads:
+        if one.pointers.size == two.pointers.size == 1:
+            return READ not in (one.kind, two.kind)  # loads are all threads'
+        if (one.kind, two.kind) != (READ, WRITE) or one.pointers.shape != two.pointers.shape:
             return False
-        return bool((one.pointers == two.pointers).all())
+        return one.pointers.size >= self.threads and bool((one.pointers == two.pointers).all())
 
 
 def _disagree(one: _Access, two: _Access) -> bool:
@@ -214,15 +229,21 @@ def watched(is_backwards: bool = False) -> Iterator[dict[str, set[Race]]]:
     def watched_add(
         self: Any, operation: Any, pointers: Any, value: Any, mask: Any, order: Any, scope: Any
     ) -> Any:
+        if operation not in _KINDS:
+            raise NotImplementedError(f"what {operation} disturbs")
         before = values_at(pointers, mask)
         result = add(self, operation, pointers, value, mask, order, scope)
-        after, orders = values_at(pointers, mask), order == MEM_SEMANTIC.ACQUIRE_RELEASE
-        running[-1].add(ADD, pointers, mask, before, after, orders=orders)
+        orders = order == MEM_SEMANTIC.ACQUIRE_RELEASE and scope != MEM_SYNC_SCOPE.CTA
+        after = values_at(pointers, mask)
+        running[-1].add(_KINDS[operation], pointers, mask, before, after, orders=orders)
         return result
 
     def watched_barrier(self: Any) -> Any:
         running[-1].epoch += 1
         return barrier(self)
+
+    def unknown(self: Any, *args: Any) -> Any:
+        raise NotImplementedError("what this atomic operation disturbs")
 
     def backwards(self: Any, *place: int) -> None:
         set_place(self, *(size - 1 - one for one, size in zip(place, self.grid_dim, strict=True)))
@@ -242,6 +263,7 @@ def watched(is_backwards: bool = False) -> Iterator[dict[str, set[Race]]]:
         (InterpreterBuilder, "create_masked_load", watched_load),
         (InterpreterBuilder, "create_masked_store", watched_store),
         (InterpreterBuilder, "create_atomic_rmw", watched_add),
+        *((InterpreterBuilder, f"create_atomic_{name}", unknown) for name in _UNKNOWN),
         (InterpreterBuilder, "create_barrier", watched_barrier),
         (InterpreterBuilder, "set_grid_idx", backwards if is_backwards else set_place),
         (GridExecutor, "__call__", watched_run),
