@@ -1,4 +1,6 @@
-"""Small decode steps with every kernel, compared with the reference: to run under a checking tool.
+"""Small decode steps of every masker, compared with the reference: to run under a checking tool.
+
+They launch all kernels but `selection._select_kernel`, which is for long rows if there are many.
 
 compute-sanitizer --tool memcheck python -m benchmarks.gpu.small_cases memcheck --output FOLDER
 """
@@ -25,6 +27,9 @@ KEYS = 300
 MANY_KEYS = row_selection.MOST_NUMBERS + 100
 """So many scores are selected from by several programs, not by one."""
 _HASH_BITS = 32
+_SAMPLE = {"type": "random_sampling", "sampling_rate": 0.1, "seed": 3}
+_ORACLE = {"type": "oracle_top_k", "heavy_size": 0.05}
+_BY_GROUP = {"head_granularity": "kv_head"}
 
 
 def small_cases(folder: Path, shape: BlockShape, keys: int) -> dict[str, Maskers]:
@@ -38,9 +43,7 @@ def small_cases(folder: Path, shape: BlockShape, keys: int) -> dict[str, Maskers
     sizes = keys, folder, shape.num_kv_heads, shape.head_size
     cases = {case.name: case.maskers for case in sparse_cases(*sizes)}
     fixed = sink_and_window(keys)
-    by_group = {"head_granularity": "kv_head"}
-    sample = {"type": "random_sampling", "sampling_rate": 0.1, "seed": 3}
-    cases["random sample"] = [*fixed, sample]
+    cases["random sample"] = [*fixed, _SAMPLE]
     cases["oracle top-p"] = [*fixed, {"type": "oracle_top_p", "top_p": 0.7}]
     cases["MagicPIG"] = [*fixed, {"type": "magic_pig", "lsh_l": 12, "lsh_k": 4}]
     hashes = {
@@ -53,13 +56,13 @@ def small_cases(folder: Path, shape: BlockShape, keys: int) -> dict[str, Maskers
         "hat_weight_file": _hash_weights(folder, shape),
     }
     cases["HashAttention"] = [*fixed, hashes]
-    oracle = {"type": "oracle_top_k", "heavy_size": 0.05}
-    cases["oracle per query head, a sample per KV head"] = [*fixed, oracle, {**sample, **by_group}]
+    of_groups = {**_SAMPLE, **_BY_GROUP}
+    cases["oracle per query head, a sample per KV head"] = [*fixed, _ORACLE, of_groups]
     return cases
 
 
 def _hash_weights(folder: Path, shape: BlockShape) -> str:
-    """A file of networks of the first layer: of small integers, so sums are the same everywhere."""
+    """A file of networks of the first layer, of small integers: few sums depend on their order."""
     generator = torch.Generator().manual_seed(5)
 
     def numbers(*size: int) -> torch.Tensor:
@@ -84,14 +87,12 @@ def cases_of_many(folder: Path, shape: BlockShape, keys: int) -> dict[str, Maske
         keys: That they are applied to.
     """
     fixed = sink_and_window(keys)
-    sample = {"type": "random_sampling", "sampling_rate": 0.1, "seed": 3}
-    oracle = {"type": "oracle_top_k", "heavy_size": 0.05}
-    by_group = {**oracle, "head_granularity": "kv_head"}
+    of_groups = {**_ORACLE, **_BY_GROUP}
     of_all = sparse_cases(keys, folder, shape.num_kv_heads, shape.head_size)
     return {
-        "oracle top-k of many, and a sample": [*fixed, oracle, sample],
-        "oracle top-k of many, per KV head": [*fixed, by_group],
-        "oracle top-k of many, per KV head, and a sample": [*fixed, by_group, sample],
+        "oracle top-k of many, and a sample": [*fixed, _ORACLE, _SAMPLE],
+        "oracle top-k of many, per KV head": [*fixed, of_groups],
+        "oracle top-k of many, per KV head, and a sample": [*fixed, of_groups, _SAMPLE],
         "Double Sparsity of many": next(case.maskers for case in of_all if case.name == TOKENS_10),
     }
 
