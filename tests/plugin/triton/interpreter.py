@@ -45,6 +45,15 @@ def kernel_of(function: Callable[..., None]) -> Any:
         return triton.jit(function)
 
 
+class _NothingToRestore:
+    def restore(self) -> None:
+        pass
+
+
+def _already_patched(function: Any) -> _NothingToRestore:
+    return _NothingToRestore()
+
+
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Runs interpreted kernels inside."""
@@ -68,7 +77,7 @@ def interpreted() -> Iterator[None]:
     try:
         with (
             mock.patch.dict(os.environ, _SWITCH),
-            mock.patch.object(interpreter, "_patch_lang"),
+            mock.patch.object(interpreter, "_patch_lang", _already_patched),
             ExitStack() as replaced,
         ):
             for place, name, value in replaced_parts():

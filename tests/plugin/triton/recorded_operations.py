@@ -14,8 +14,16 @@ from functools import wraps
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import triton.language as tl
-from triton.runtime.interpreter import TensorHandle, interpreter_builder, interpreter_semantic
+from triton.runtime.interpreter import (
+    InterpreterBuilder,
+    TensorHandle,
+    interpreter_builder,
+    interpreter_semantic,
+)
+
+from tests.plugin.triton.quick_handles import quick_handle
 
 _BINARY = (
     *("add", "sub", "mul", "truediv", "floordiv", "mod"),
@@ -43,6 +51,23 @@ OPERATIONS: tuple[tuple[ModuleType | type, tuple[str, ...]], ...] = (
 
 _MOST_KINDS = 4_096
 """Of arguments of an operation that are recorded: numbers count by their values."""
+
+
+class _TellsFunction:
+    """Stands for a builder whose methods for two numbers only say numpy's function for them."""
+
+    @staticmethod
+    def binary_op(left: None, right: None, function: np.ufunc) -> np.ufunc:
+        return function
+
+
+_OF_TWO: dict[str, np.ufunc] = {
+    name: method(_TellsFunction, None, None)
+    for name, method in vars(InterpreterBuilder).items()
+    if inspect.isfunction(method) and method.__code__.co_names[:1] == ("binary_op",)
+    if method.__name__ == "<lambda>"
+}
+"""By the names of the builder's methods that do nothing else."""
 
 _HAVE_EFFECTS = {"create_store", "create_masked_store", "create_assert"}
 
@@ -84,9 +109,11 @@ def recorded(operation: Callable[..., Any]) -> Callable[..., Any]:
             return operation(*args, **kwargs)
         values = (*args, *kwargs.values()) if kwargs else args
         try:
-            key = (*kwargs, *map(_kind, values))
+            key = _kinds(values)
         except _CannotRepeat:
             return operation(*args, **kwargs)
+        if kwargs:
+            key = (*kwargs, *key)
         known = repeated.get(key)
         if known is not None:
             return known(*values)
@@ -109,7 +136,17 @@ def _are_shared(values: tuple[Any, ...]) -> bool:
     return len(set(handles)) < len(handles)
 
 
+_TENSOR = tl.tensor
 _NUMBER = {int: int, bool: bool, str: str, type(None): type(None)}
+
+
+def _kinds(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of all arguments; see `_kind`."""
+    try:
+        # Most are tensors whose types have been met.
+        return tuple([one.type._key if one.__class__ is _TENSOR else _kind(one) for one in values])
+    except AttributeError:
+        return tuple(map(_kind, values))
 
 
 def _kind(value: Any) -> Any:
@@ -207,6 +244,7 @@ def _program(values: tuple[Any, ...], recorder: _Recorder, result: Any) -> Calla
     tensors = {f"a{place}": value for place, value in enumerate(values) if _is_tensor(value)}
     handles = {id(value.handle): f"{name}.handle" for name, value in tensors.items()}
     constants: dict[str, Any] = {"_tensor": tl.tensor, "_new": tl.tensor.__new__}
+    constants["_handle"] = quick_handle
     constants["_builder"] = interpreter_builder  # its methods may be replaced: see `races`
 
     def constant(value: Any) -> str:
@@ -223,6 +261,18 @@ def _program(values: tuple[Any, ...], recorder: _Recorder, result: Any) -> Calla
             raise _CannotRepeat
         return constant(value)
 
+    def direct(name: str, args: tuple[Any, ...], written: list[str], made: TensorHandle) -> str:
+        """What the builder's method comes to for arrays of these types, if it can be said."""
+        left, right = (handle.data for handle in args)
+        if left.dtype == right.dtype == np.bool_:
+            return ""  # bits that wrap around, unlike numpy's
+        with np.errstate(all="ignore"):
+            kind = _OF_TWO[name](left, right).dtype
+        text = f"{constant(_OF_TWO[name])}({written[0]}.data, {written[1]}.data)"
+        if kind != made.data.dtype:
+            text += f".astype({constant(made.data.dtype)})"
+        return f"_handle({text}, {constant(made.dtype)})"
+
     lines: list[tuple[str, str]] = []  # names, and what they are assigned: none for effects
     for place, (name, args, made) in enumerate(recorder.steps):
         written = [argument(value) for value in args]
@@ -238,7 +288,10 @@ def _program(values: tuple[Any, ...], recorder: _Recorder, result: Any) -> Calla
             continue
         targets = [f"s{place}_{number}" for number in range(len(parts))]
         handles.update(zip(map(id, parts), targets, strict=True))
-        lines.append((", ".join(targets), f"_builder.{name}({', '.join(written)})"))
+        text = f"_builder.{name}({', '.join(written)})"
+        if name in _OF_TWO:
+            text = direct(name, args, written, made) or text
+        lines.append((", ".join(targets), text))
 
     # What was done may depend on them, as in `tl.load(..., other=tensor)`.
     if any(not argument(handle).startswith("c") for handle in recorder.looked_at):
