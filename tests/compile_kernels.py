@@ -49,8 +49,13 @@ def _top_k(folder: Path, heads: int, granularity: str) -> list[MaskerConfig]:
     return list(configs.values())
 
 
-def compile_kernels(dtype: torch.dtype) -> None:
-    """Runs each masker that has a counterpart on a cache of a type."""
+def compile_kernels(dtype: torch.dtype, is_reversed: bool) -> None:
+    """Runs each masker that has a counterpart on a cache of a type.
+
+    Args:
+        dtype: Of the cache.
+        is_reversed: Whether the last masker comes first.
+    """
     logging.basicConfig(level=logging.INFO)
     shape = shape_of(heads=8, kv_heads=2, head_size=HEAD_SIZE, dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +64,7 @@ def compile_kernels(dtype: torch.dtype) -> None:
         ]
         for granularity in ("query_head", "kv_head"):
             maskers += _top_k(Path(folder), shape.num_heads, granularity)
-        for masker in maskers:
+        for masker in reversed(maskers) if is_reversed else maskers:
             if has_counterpart(type(masker)):
                 [paged] = paged_maskers([masker], shape)
                 layout = BlockLayout(shape, tuple(paged.indices))
@@ -67,9 +72,18 @@ def compile_kernels(dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    """Caches of float32, and of the two half-precision types, which are read by the same code."""
+    """Caches of float32, of the two half-precision types, which the same code reads, and of 8 bits.
+
+    Many kernels are the same for all of them: two processes that begin at different ends compile
+    few of them twice.
+    """
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(compile_kernels, [torch.float32, torch.bfloat16]))
+        for started in [
+            pool.submit(compile_kernels, torch.float32, is_reversed=False),
+            pool.submit(compile_kernels, torch.bfloat16, is_reversed=True),
+            pool.submit(compile_kernels, torch.float8_e4m3fn, is_reversed=False),
+        ]:
+            started.result()
 
 
 if __name__ == "__main__":
