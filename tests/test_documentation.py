@@ -1,6 +1,6 @@
 """Every code block of the documentation runs as written; what cannot is listed with the reason.
 
-Those that need a server: `tests/e2e/test_documentation.py`.
+Those that need a server: `tests/e2e/one_server/test_documentation.py`.
 """
 
 import json

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-CLIENTS = Path(__file__).resolve().parents[2] / "examples" / "clients"
+CLIENTS = Path(__file__).resolve().parents[3] / "examples" / "clients"
 
 
 def run(command: list[str], **environment: str) -> str:
