@@ -16,7 +16,14 @@ import torch
 
 from benchmarks.gpu.command import run_stage
 from benchmarks.gpu.device_step import DeviceStep, relative_error
-from benchmarks.gpu.sparse_configs import TOKENS_10, Maskers, sink_and_window, sparse_cases
+from benchmarks.gpu.sparse_configs import (
+    QUEST_10,
+    TOKENS_10,
+    Maskers,
+    quest,
+    sink_and_window,
+    sparse_cases,
+)
 from sparse_attention_hub.sparse_attention.utils.hashattention_utils import save_hat_weights
 from vllm_sparse_plugin.paged.layout import BlockShape
 from vllm_sparse_plugin.paged.triton_kernels import row_selection
@@ -26,6 +33,8 @@ TOOLS = ("plain", "memcheck", "racecheck")
 KEYS = 300
 MANY_KEYS = row_selection.MOST_NUMBERS + 100
 """So many scores are selected from by several programs, not by one."""
+_SEVERAL = 0.4
+"""Of the keys: a few pages."""
 _HASH_BITS = 32
 _SAMPLE = {"type": "random_sampling", "sampling_rate": 0.1, "seed": 3}
 _ORACLE = {"type": "oracle_top_k", "heavy_size": 0.05}
@@ -41,7 +50,11 @@ def small_cases(folder: Path, shape: BlockShape, keys: int) -> dict[str, Maskers
         keys: That they are applied to.
     """
     sizes = keys, folder, shape.num_kv_heads, shape.head_size
-    cases = {case.name: case.maskers for case in sparse_cases(*sizes)}
+    of_steps = sparse_cases(*sizes)
+    # 10 % of so few keys are the one page that 5 % are.
+    cases = {case.name: case.maskers for case in of_steps if not case.name.startswith(QUEST_10)}
+    cases["Quest, several pages"] = quest(keys, _SEVERAL)
+    cases["Quest, several pages, per query head"] = quest(keys, _SEVERAL, "query_head")
     fixed = sink_and_window(keys)
     cases["random sample"] = [*fixed, _SAMPLE]
     cases["oracle top-p"] = [*fixed, {"type": "oracle_top_p", "top_p": 0.7}]

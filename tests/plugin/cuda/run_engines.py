@@ -7,9 +7,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from unittest import mock
 
 import torch
@@ -90,14 +90,15 @@ def run_both(
         lighter = min(halves, key=lambda half: sum(map(_tokens_of, half.values())))
         lighter[key] = engine
     jobs = [(on_cpu, False), *((half, True) for half in halves)]
-    started = [
-        _Process(list(job.values()), folder / f"job-{number}", dry=is_dry)
-        for number, (job, is_dry) in enumerate(jobs)
-    ]
-    answers = [
-        dict(zip(job, process.answers(), strict=True))
-        for (job, _), process in zip(jobs, started, strict=True)
-    ]
+    with ExitStack() as ends:
+        started = [
+            ends.enter_context(_Process(list(job.values()), folder / f"job-{number}", dry=is_dry))
+            for number, (job, is_dry) in enumerate(jobs)
+        ]
+        answers = [
+            dict(zip(job, process.answers(), strict=True))
+            for (job, _), process in zip(jobs, started, strict=True)
+        ]
     return answers[0], answers[1] | answers[2]
 
 
@@ -114,8 +115,8 @@ def run_on_cpu(
     Raises:
         AssertionError: With the process's output, when it failed.
     """
-    process = _Process(list(engines.values()), files, dry=False, **variables)
-    return dict(zip(engines, process.answers(), strict=True))
+    with _Process(list(engines.values()), files, dry=False, **variables) as process:
+        return dict(zip(engines, process.answers(), strict=True))
 
 
 def _tokens_of(engine: dict[str, Any]) -> int:
@@ -144,25 +145,31 @@ def run_ranks(engine: dict[str, Any], folder: Path, ranks: int) -> list[dict[str
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [
-        _Process(
-            [{**engine, "options": options}],
-            folder / f"rank-{rank}",
-            dry=True,
-            RANK=str(rank),
-            LOCAL_RANK="0",  # each has a machine of its own
-            WORLD_SIZE=str(ranks),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            GLOO_SOCKET_IFNAME="lo",
-        )
-        for rank in range(ranks)
-    ]
-    return [process.answers()[0] for process in processes]
+    with ExitStack() as ends:
+        processes = [
+            ends.enter_context(
+                _Process(
+                    [{**engine, "options": options}],
+                    folder / f"rank-{rank}",
+                    dry=True,
+                    RANK=str(rank),
+                    LOCAL_RANK="0",  # each has a machine of its own
+                    WORLD_SIZE=str(ranks),
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(port),
+                    GLOO_SOCKET_IFNAME="lo",
+                )
+            )
+            for rank in range(ranks)
+        ]
+        return [process.answers()[0] for process in processes]
 
 
 class _Process:
-    """Engines in a process of their own."""
+    """Engines in a process of their own, which ends with the context, whatever it still does.
+
+    So no other one goes on, or waits for this one, after one has failed.
+    """
 
     def __init__(
         self, engines: list[dict[str, Any]], files: Path, *, dry: bool, **variables: str
@@ -219,6 +226,13 @@ class _Process:
 
         return wait, process.kill
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._kill()  # of no effect after its end
+        self._wait()
+
     def answers(self) -> list[dict[str, Any]]:
         """Waits for it.
 
@@ -226,8 +240,6 @@ class _Process:
             AssertionError: With its output, when it failed.
         """
         code = self._wait()
-        if code is None:
-            self._kill()
         text = self._output.read_text() if self._output.exists() else ""
         assert code == 0, f"{self._job}: code {code}, {_MINUTES} minutes at most\n{text[-20_000:]}"
         answers: list[dict[str, Any]] = json.loads(self._result.read_text())["engines"]
