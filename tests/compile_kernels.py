@@ -41,6 +41,9 @@ OTHERS = [
 ]
 
 
+HALVES = (0, 1)
+
+
 def _top_k(folder: Path, heads: int, granularity: str) -> list[MaskerConfig]:
     configs = top_k_configs(folder, heads, 4, granularity)
     path = folder / "weights.safetensors"
@@ -49,12 +52,12 @@ def _top_k(folder: Path, heads: int, granularity: str) -> list[MaskerConfig]:
     return list(configs.values())
 
 
-def compile_kernels(dtype: torch.dtype, is_reversed: bool) -> None:
-    """Runs each masker that has a counterpart on a cache of a type.
+def compile_kernels(dtype: torch.dtype, half: int) -> None:
+    """Runs maskers that have a counterpart on a cache of a type.
 
     Args:
         dtype: Of the cache.
-        is_reversed: Whether the last masker comes first.
+        half: Of the maskers, in `HALVES`.
     """
     logging.basicConfig(level=logging.INFO)
     shape = shape_of(heads=8, kv_heads=2, head_size=HEAD_SIZE, dtype=dtype)
@@ -62,9 +65,14 @@ def compile_kernels(dtype: torch.dtype, is_reversed: bool) -> None:
         maskers: list[MaskerConfig] = [
             config_from_dict({"maskers": [other]}).masker_configs[0] for other in OTHERS
         ]
-        for granularity in ("query_head", "kv_head"):
-            maskers += _top_k(Path(folder), shape.num_heads, granularity)
-        for masker in reversed(maskers) if is_reversed else maskers:
+        granularities = ("query_head", "kv_head")
+        # One masker's two, which have most kernels in common, side by side.
+        for pair in zip(
+            *(_top_k(Path(folder), shape.num_heads, one) for one in granularities), strict=True
+        ):
+            maskers += pair
+        middle = len(maskers) // 2
+        for masker in (maskers[:middle], maskers[middle:])[half]:
             if has_counterpart(type(masker)):
                 [paged] = paged_maskers([masker], shape)
                 layout = BlockLayout(shape, tuple(paged.indices))
@@ -74,14 +82,17 @@ def compile_kernels(dtype: torch.dtype, is_reversed: bool) -> None:
 def main() -> None:
     """Caches of float32, of the two half-precision types, which the same code reads, and of 8 bits.
 
-    Many kernels are the same for all of them: two processes that begin at different ends compile
-    few of them twice.
+    What two processes do at the same time has few kernels in common: other types, other maskers.
     """
+    first, second = HALVES
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         for started in [
-            pool.submit(compile_kernels, torch.float32, is_reversed=False),
-            pool.submit(compile_kernels, torch.bfloat16, is_reversed=True),
-            pool.submit(compile_kernels, torch.float8_e4m3fn, is_reversed=False),
+            pool.submit(compile_kernels, torch.float32, first),
+            pool.submit(compile_kernels, torch.bfloat16, second),
+            pool.submit(compile_kernels, torch.float8_e4m3fn, first),
+            pool.submit(compile_kernels, torch.float32, second),
+            pool.submit(compile_kernels, torch.bfloat16, first),
+            pool.submit(compile_kernels, torch.float8_e4m3fn, second),
         ]:
             started.result()
 
