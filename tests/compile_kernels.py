@@ -41,9 +41,6 @@ OTHERS = [
 ]
 
 
-HALVES = (0, 1)
-
-
 def _top_k(folder: Path, heads: int, granularity: str) -> list[MaskerConfig]:
     configs = top_k_configs(folder, heads, 4, granularity)
     path = folder / "weights.safetensors"
@@ -57,7 +54,7 @@ def compile_kernels(dtype: torch.dtype, half: int) -> None:
 
     Args:
         dtype: Of the cache.
-        half: Of the maskers, in `HALVES`.
+        half: Of the maskers, 0 or 1.
     """
     logging.basicConfig(level=logging.INFO)
     shape = shape_of(heads=8, kv_heads=2, head_size=HEAD_SIZE, dtype=dtype)
@@ -84,17 +81,9 @@ def main() -> None:
 
     What two processes do at the same time has few kernels in common: other types, other maskers.
     """
-    first, second = HALVES
+    dtypes = (torch.float32, torch.bfloat16, torch.float8_e4m3fn)
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        for started in [
-            pool.submit(compile_kernels, torch.float32, first),
-            pool.submit(compile_kernels, torch.bfloat16, second),
-            pool.submit(compile_kernels, torch.float8_e4m3fn, first),
-            pool.submit(compile_kernels, torch.float32, second),
-            pool.submit(compile_kernels, torch.bfloat16, first),
-            pool.submit(compile_kernels, torch.float8_e4m3fn, second),
-        ]:
-            started.result()
+        list(pool.map(compile_kernels, dtypes * 2, (0, 1) * len(dtypes)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from xdist.scheduler import LoadFileScheduling
 from examples.small_model import ensure_small_model
 from tests.e2e.tiny_models import write_tiny_model
 
+ONE_SERVER = "tests/e2e/one_server/"
+
 
 @pytest.fixture(scope="session")
 def model_path() -> str:
@@ -29,9 +31,6 @@ def model_path() -> str:
 def tiny_path(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model of random weights that answers in milliseconds; it has no chat template."""
     return str(write_tiny_model("llama", tmp_path_factory.mktemp("models"), model_path))
-
-
-ONE_SERVER = "tests/e2e/one_server/"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

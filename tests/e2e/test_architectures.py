@@ -14,12 +14,12 @@ import torch
 from transformers import AutoTokenizer
 
 from examples.documents import python_manual
-from sparse_attention_hub import ModelAdapterHF, Request
+from sparse_attention_hub import Request
 from sparse_attention_hub.adapters.base import AnswerDetails
-from sparse_attention_hub.adapters.comparison import compare_answers
 from sparse_attention_hub.adapters.model_servers import ModelServerHF
 from sparse_attention_hub.adapters.prompt import RequestOptions, tokenize_request
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict, config_to_json
+from tests.e2e.reference import assert_same_answer, reference_adapter
 from tests.e2e.start_engines import Asked, EngineReport
 from tests.e2e.tiny_models import HEADS, LAYERS, SERVED, write_tiny_model
 
@@ -64,17 +64,6 @@ REQUEST = Request(
 )
 
 
-def adapter_of(folder: Path, name: str) -> ModelAdapterHF:
-    config = CONFIGS[name]
-    return ModelAdapterHF(
-        str(folder),
-        config,
-        model_kwargs={"dtype": torch.float32},
-        device=None,
-        sparse_by_default=config is not None,
-    )
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """With tensors this small, threads do little but wait for each other."""
@@ -100,7 +89,7 @@ def reference(folders) -> Callable[[str, str], AnswerDetails]:
 
     def answer(kind: str, name: str) -> AnswerDetails:
         if (kind, name) not in found:
-            with one_thread(), adapter_of(folders[kind], name) as adapter:
+            with one_thread(), reference_adapter(str(folders[kind]), CONFIGS[name]) as adapter:
                 response = adapter.process_request(
                     REQUEST, {"max_new_tokens": TOKENS}, {"return_logits": True}
                 )
@@ -165,11 +154,7 @@ def test_same_tokens_and_same_counts(kind, name, reference, engine_report, capsy
         time_per_output_token_s=None,
         finish_reason=answered.finish_reason,
     )
-    comparison = compare_answers(expected, found)
-    if not comparison.is_equal:
-        with capsys.disabled():
-            print(f"\n{kind}, {name}: {comparison}")
-    assert comparison.is_equal or comparison.is_near_tie, str(comparison)
+    comparison = assert_same_answer(expected, found, f"{kind}, {name}", capsys)
     # Two implementations can agree on the best token by luck, but not on its probability.
     logprobs = torch.tensor(answered.logprobs[: comparison.num_equal])
     row, column = range(comparison.num_equal), expected.token_ids[: comparison.num_equal]
@@ -203,7 +188,7 @@ def test_answers_depend_on_what_is_read(kind, name, reference) -> None:
 
 @pytest.mark.parametrize("kind", SERVED)
 def test_layers_with_a_window_are_said_to_be_dense(kind, folders, engine_report, caplog) -> None:
-    with adapter_of(folders[kind], "oracle"):
+    with reference_adapter(str(folders[kind]), CONFIGS["oracle"]):
         pass
     for messages in (caplog.messages, engine_report(kind).log):
         # The engine says it once for each group of layers that share a table of blocks.

@@ -3,13 +3,12 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 
 from examples.documents import python_manual
-from sparse_attention_hub import ModelAdapterHF, ModelAdapterVLLM, Request
-from sparse_attention_hub.adapters.comparison import compare_answers
+from sparse_attention_hub import ModelAdapterVLLM, Request
 from sparse_attention_hub.sparse_attention.research_attention.maskers.base import MaskerRegistry
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict
+from tests.e2e.reference import assert_same_answer, reference_adapter
 from tests.e2e.texts import prompt
 from vllm_sparse_plugin.paged.maskers.base import has_counterpart
 
@@ -100,21 +99,10 @@ def test_served_is_reference(sparse, model_path, masker_files, name, capsys) -> 
     took_general = sparse.statistics().json()["totals"]["general_rows"] > general_rows
     # Only what has no counterpart on pages takes the general path.
     assert took_general != has_counterpart(type(config.masker_configs[-1]))
-    with ModelAdapterHF(
-        model_path,
-        config,
-        model_kwargs={"dtype": torch.float32},
-        device=None,
-        sparse_by_default=True,
-    ) as adapter:
+    with reference_adapter(model_path, config) as adapter:
         reference = adapter.process_request(request, arguments, {"return_logits": True})
     for expected, answer in zip(reference.details, found.details, strict=True):
-        comparison = compare_answers(expected, answer)
-        if not comparison.is_equal:
-            with capsys.disabled():
-                print(f"\n{name}: {comparison}")
-        assert comparison.is_equal or comparison.is_near_tie, str(comparison)
-        if comparison.is_equal:
+        if assert_same_answer(expected, answer, name, capsys).is_equal:
             assert answer.visible_keys == expected.visible_keys
             # A selection is a whole page here or there when two scores tie within float noise.
             assert answer.read_keys == pytest.approx(expected.read_keys, rel=1e-3)

@@ -5,12 +5,11 @@ part; the test then prints both logits, and that it was a tie.
 """
 
 import pytest
-import torch
 
 from examples.documents import python_manual
-from sparse_attention_hub import ModelAdapterHF, ModelAdapterVLLM, Request
-from sparse_attention_hub.adapters.comparison import compare_answers
+from sparse_attention_hub import ModelAdapterVLLM, Request
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict
+from tests.e2e.reference import assert_same_answer, reference_adapter
 
 TOKENS = 16
 SINK_LOCAL = [{"type": "sink", "sink_size": 16}, {"type": "local", "window_size": 48}]
@@ -48,23 +47,12 @@ def test_same_tokens_and_same_density(sparse, model_path, name, length, capsys) 
     served = ModelAdapterVLLM(
         model_path, config, base_url=sparse.server.base_url, sparse_by_default=is_sparse
     ).process_request(request, generation)
-    with ModelAdapterHF(
-        model_path,
-        config,
-        model_kwargs={"dtype": torch.float32},
-        device=None,
-        sparse_by_default=is_sparse,
-    ) as adapter:
+    with reference_adapter(model_path, config) as adapter:
         reference = adapter.process_request(request, generation, {"return_logits": True})
     for expected, found in zip(reference.details, served.details, strict=True):
         assert abs(found.context_tokens - length) < 0.15 * length
         assert found.mode == ("sparse" if is_sparse else "dense")
-        comparison = compare_answers(expected, found)
-        if not comparison.is_equal:
-            with capsys.disabled():
-                print(f"\n{name}, {length} tokens: {comparison}")
-        assert comparison.is_equal or comparison.is_near_tie, str(comparison)
-        if comparison.is_equal:
+        if assert_same_answer(expected, found, f"{name}, {length} tokens", capsys).is_equal:
             assert len(found.token_ids) == TOKENS or found.finish_reason == "stop"
             assert (found.read_keys, found.visible_keys) == (
                 expected.read_keys,
@@ -95,7 +83,7 @@ def test_density_is_what_an_independent_count_gives(sparse, model_path) -> None:
         assert item.density == pytest.approx(read / visible)
 
 
-def test_sparse_prefill_in_chunks_is_the_reference_in_one_piece(sparse, model_path) -> None:
+def test_sparse_prefill_in_chunks_is_the_reference_in_one_piece(sparse, model_path, capsys) -> None:
     """Without a context nearly the whole prompt is sparse; the server cuts it into chunks."""
     config = config_from_dict({"maskers": CONFIGS["oracle-share"]})
     request = Request("", python_manual(["formatstrings"], 2400))
@@ -103,16 +91,9 @@ def test_sparse_prefill_in_chunks_is_the_reference_in_one_piece(sparse, model_pa
     served = ModelAdapterVLLM(
         model_path, config, base_url=sparse.server.base_url, sparse_by_default=True
     ).process_request(request, arguments)
-    with ModelAdapterHF(
-        model_path,
-        config,
-        model_kwargs={"dtype": torch.float32},
-        device=None,
-        sparse_by_default=True,
-    ) as adapter:
+    with reference_adapter(model_path, config) as adapter:
         reference = adapter.process_request(request, arguments, {"return_logits": True})
     expected, found = reference.details[0], served.details[0]
     assert found.prompt_tokens - found.context_tokens > 512
-    comparison = compare_answers(expected, found)
-    assert comparison.is_equal or comparison.is_near_tie, str(comparison)
+    assert_same_answer(expected, found, "prefill in chunks", capsys)
     assert found.visible_keys == expected.visible_keys

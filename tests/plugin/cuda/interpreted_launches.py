@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton.language as tl
 from triton.runtime import interpreter
 
 from tests.plugin.cuda.memory import tensors_in
-from tests.plugin.triton.replaced_parts import replaced_parts
+from tests.plugin.triton.replaced_parts import patch_language, replaced_parts
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,6 @@ def _variant(executor: Any, given: dict[str, Any]) -> str:
     return f"{executor.fn.__module__}.{executor.fn.__name__} {' '.join(parts)}"
 
 
-class _NothingToRestore:
-    def restore(self) -> None:
-        pass
-
-
 def _accept_integer_masks(builder: type, name: str, place: int) -> None:
     """Masks that are results of `&` may be integers here; compiled, they are bits."""
     original = getattr(builder, name)
@@ -103,24 +97,14 @@ def _accept_integer_masks(builder: type, name: str, place: int) -> None:
 
 
 def patch_language_once() -> None:
-    """Lets `triton.language` compute with numpy, for good.
-
-    By itself the interpreter does so at each call of a function, which takes longer than the
-    functions do. As much takes what it does to find integers that overflow.
-    """
-
-    def sees_both_modules() -> None:
-        pass
-
-    names = {"tl": tl, "core": tl.core}
-    interpreter._patch_lang(type(sees_both_modules)(sees_both_modules.__code__, names))
+    """Lets `triton.language` compute with numpy, for good, and find no integers that overflow."""
+    patch_language()
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     _accept_integer_masks(type(builder), "create_masked_load", 1)
     _accept_integer_masks(type(builder), "create_masked_store", 2)
     # Lanes that are masked off compute too, with whatever is there.
     np.seterr(all="ignore")
-    interpreter._patch_lang = lambda function: _NothingToRestore()
     for place, name, value in tuple(replaced_parts()):
         setattr(place, name, value)
 

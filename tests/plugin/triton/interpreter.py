@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
-from tests.plugin.triton.replaced_parts import replaced_parts
+from tests.plugin.triton.replaced_parts import patch_language, replaced_parts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _SWITCH = {"TRITON_INTERPRET": "1"}
@@ -45,15 +45,6 @@ def kernel_of(function: Callable[..., None]) -> Any:
         return triton.jit(function)
 
 
-class _NothingToRestore:
-    def restore(self) -> None:
-        pass
-
-
-def _already_patched(function: Any) -> _NothingToRestore:
-    return _NothingToRestore()
-
-
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Runs interpreted kernels inside."""
@@ -64,20 +55,10 @@ def interpreted() -> Iterator[None]:
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):
                 setattr(module, name, interpreter.InterpretedFunction(value.fn))
-
-    def sees_both_modules() -> None:
-        pass
-
-    sees_both_modules = type(sees_both_modules)(
-        sees_both_modules.__code__, {"tl": tl, "core": tl.core}
-    )
-    interpreter._patch_lang(sees_both_modules)
-    # Once is enough; by itself it would do so at each call of a function, which takes longer than
-    # the functions do.
+    patch_language()
     try:
         with (
             mock.patch.dict(os.environ, _SWITCH),
-            mock.patch.object(interpreter, "_patch_lang", _already_patched),
             ExitStack() as replaced,
         ):
             for place, name, value in replaced_parts():
