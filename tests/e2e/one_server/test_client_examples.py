@@ -30,8 +30,10 @@ def test_curl(sparse) -> None:
     assert counts["sparse_queries"] >= prompt_tokens
 
 
-@pytest.mark.parametrize("program", ["openai_completion.py", "openai_chat_stream.py"])
-@pytest.mark.parametrize("from_environment", [True, False])
+@pytest.mark.parametrize(
+    ("program", "from_environment"),
+    [("openai_completion.py", False), ("openai_chat_stream.py", True)],
+)
 def test_python(sparse, program, from_environment) -> None:
     url, model = sparse.server.base_url, sparse.server.model_name
     command = [sys.executable, str(CLIENTS / program)]

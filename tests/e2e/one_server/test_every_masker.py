@@ -84,16 +84,16 @@ def test_served_is_reference(sparse, model_path, masker_files, name, capsys) -> 
             "layers": {str(LAYERS - 1): SINK_LOCAL},
         }
     )
-    text = python_manual(["formatstrings"], 2200)
+    text = python_manual(["formatstrings"], 1800)
     request = Request("Read this.\n\n" + text, "\n\nWhat is a field?")
-    arguments = {"max_new_tokens": 12}
+    arguments = {"max_new_tokens": 8}
     served = ModelAdapterVLLM(
         model_path, config, base_url=sparse.server.base_url, sparse_by_default=True
     )
-    neighbour = prompt(model_path, 2500, 300)
+    neighbour = prompt(model_path, 2500, 200)
     general_rows = sparse.statistics().json()["totals"]["general_rows"]
     with ThreadPoolExecutor() as pool:
-        beside = pool.submit(sparse.complete, neighbour, tokens=30, sparse_attention="off")
+        beside = pool.submit(sparse.complete, neighbour, tokens=16, sparse_attention="off")
         found = served.process_request(request, arguments)
         assert len(beside.result().token_ids) > 0
     took_general = sparse.statistics().json()["totals"]["general_rows"] > general_rows

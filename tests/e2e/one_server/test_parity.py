@@ -11,7 +11,7 @@ from sparse_attention_hub import ModelAdapterVLLM, Request
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict
 from tests.e2e.reference import assert_same_answer, reference_adapter
 
-TOKENS = 16
+TOKENS = 12
 SINK_LOCAL = [{"type": "sink", "sink_size": 16}, {"type": "local", "window_size": 48}]
 CONFIGS = {
     "dense": None,
@@ -20,22 +20,21 @@ CONFIGS = {
     "oracle-share": [*SINK_LOCAL, {"type": "oracle_top_k", "heavy_size": 0.05}],
 }
 # Characters of the document, and about how many tokens that gives.
-CONTEXTS = {200: 800, 1500: 5500, 2000: 7400}
+CONTEXTS = {200: 800, 2000: 7400}
 QUESTIONS = [
     "\n\nWhat is this text about?",
-    "\n\nName one method or statement that it describes.",
     "\n\nGive an example.",
 ]
 
 
 def request_of(characters: int) -> Request:
-    """Several questions on a short text, and one on a long one, which takes its time."""
+    """Two questions on a short text, and one on a long one, which takes its time."""
     text = python_manual(["string-methods"], characters)
     questions = QUESTIONS if characters < 5000 else QUESTIONS[:1]
     return Request("Read this.\n\n" + text, questions, answer_prefix="Answer:")
 
 
-CASES = [(name, 200) for name in CONFIGS] + [("oracle-count", 1500), ("oracle-share", 2000)]
+CASES = [(name, 200) for name in CONFIGS] + [("oracle-share", 2000)]
 
 
 @pytest.mark.parametrize(("name", "length"), CASES)

@@ -131,23 +131,23 @@ def test_statistics_route(sparse) -> None:
 def test_a_mixed_batch_gives_each_request_what_it_gets_alone(sparse, model_path) -> None:
     """Dense and sparse, long and short, one token and many, prefill beside decode."""
     requests = [
-        (prompt(model_path, 1000, 900), 24, {"sparse_attention": "off"}),
-        (prompt(model_path, 2000, 40), 40, {"sparse_attention": "on"}),
+        (prompt(model_path, 1000, 900), 16, {"sparse_attention": "off"}),
+        (prompt(model_path, 2000, 40), 30, {"sparse_attention": "on"}),
         (prompt(model_path, 3000, 1), 8, {"sparse_attention": "on"}),
         (
-            prompt(model_path, 1500, 1300),
-            24,
+            prompt(model_path, 1500, 1100),
+            16,
             {"sparse_attention": "on", "sparse_attention_dense_prefix": 700},
         ),
-        (prompt(model_path, 2500, 129), 24, {"sparse_attention": "on"}),
+        (prompt(model_path, 2500, 129), 16, {"sparse_attention": "on"}),
         (
-            prompt(model_path, 1700, 600),
-            24,
+            prompt(model_path, 1700, 500),
+            16,
             {"sparse_attention": "on", "sparse_attention_config": SINK_LOCAL},
         ),
         (
-            prompt(model_path, 1800, 500),
-            24,
+            prompt(model_path, 1800, 400),
+            16,
             {"sparse_attention": "on", "sparse_attention_config": "sink-local-oracle"},
         ),
     ]

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.exponential import exp_in_place
 from vllm_sparse_plugin.paged.kernels.group_lists import NOT_SELECTED
+from vllm_sparse_plugin.paged.kernels.rows import copy_row
 from vllm_sparse_plugin.paged.kernels.tile_products import (
     add_values,
     pad_queries,
@@ -26,7 +28,7 @@ _NOTHING = np.float32(-1e30)
 _LARGEST_EXPONENT = np.float32(80.0)
 
 
-@njit(parallel=True, fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True, fastmath=True)
 def attend_lists(
     query: np.ndarray,
     elements: np.ndarray,
@@ -139,9 +141,9 @@ def attend_lists(
                 weight[h] += mass_of_tile
             add_values(scores, elements, kind, values, filled, head_size, total, following)
             filled = ahead
-        top[unit, split] = largest
-        mass[unit, split] = weight
-        sums[unit, split] = total[:, :head_size]
+        for h in range(heads):
+            top[unit, split, h], mass[unit, split, h] = largest[h], weight[h]
+            copy_row(total[h, :head_size], sums[unit, split, h])
     for unit in prange(counts.shape[0]):
         index, kv_head = unit // num_kv_heads, unit % num_kv_heads
         parts = (counts[unit] + PART - 1) // PART

@@ -11,8 +11,9 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.index_places import first_byte, later_run
 from vllm_sparse_plugin.paged.kernels.learned_blocks import (
     chunks_of,
@@ -30,7 +31,7 @@ _SMALLEST = 1e-12
 """Of probabilities, as in the reference."""
 
 
-@njit(fastmath={"contract"}, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(fastmath={"contract"})
 def _project(vector: np.ndarray, matrix: np.ndarray, first: int, sums: np.ndarray) -> None:
     """The vector times columns of a matrix from `first` on, term by term."""
     sums[:] = np.float32(0.0)
@@ -40,7 +41,7 @@ def _project(vector: np.ndarray, matrix: np.ndarray, first: int, sums: np.ndarra
             sums[j] += number * row[j]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _buckets(projected: np.ndarray, bits: int, buckets: np.ndarray) -> None:
     """The bucket of each table: the signs of its projections."""
     for table in range(buckets.shape[0]):
@@ -50,7 +51,7 @@ def _buckets(projected: np.ndarray, bits: int, buckets: np.ndarray) -> None:
         buckets[table] = code
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def sign_queries(
     query: np.ndarray, projections: np.ndarray, bits: int, signatures: np.ndarray
 ) -> None:
@@ -71,7 +72,7 @@ def sign_queries(
         _buckets(sums, bits, signatures[index, head])
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def sign_keys(
     elements: np.ndarray,
     kind: int,
@@ -142,7 +143,7 @@ def sign_keys(
         note_codes(header, tags[task], wanted[task])
 
 
-@njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(fastmath=True)
 def _cosine(query: np.ndarray, key: np.ndarray, mean: np.ndarray) -> Any:
     """Of a query with a centred key; 0 where one of them is."""
     product, own, other = np.float32(0.0), np.float32(0.0), np.float32(0.0)
@@ -154,7 +155,7 @@ def _cosine(query: np.ndarray, key: np.ndarray, mean: np.ndarray) -> Any:
     return product / max(np.sqrt(own) * np.sqrt(other), _TINY)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def sampling_probability(cosine: float, tables: int, bits: int) -> float:
     """Of a key to share two buckets or more with a query: `MagicPig.sampling_probability`."""
     agree = 1 - math.acos(min(max(np.float64(cosine), -1.0), 1.0)) / math.pi
@@ -164,7 +165,7 @@ def sampling_probability(cosine: float, tables: int, bits: int) -> float:
     return min(max(chance, _SMALLEST), 1.0)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _collide_twice(
     own: np.ndarray, stored: np.ndarray, block_size: int, once: np.ndarray, twice: np.ndarray
 ) -> None:
@@ -179,7 +180,7 @@ def _collide_twice(
             once[t] |= same
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def flag_collisions(
     own: np.ndarray,
     records: np.ndarray,
@@ -230,7 +231,7 @@ def flag_collisions(
                 selected[t] = np.uint8(3) if twice[t] and selected[t] == 0 else selected[t]
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def weigh_collisions(
     query: np.ndarray,
     elements: np.ndarray,

@@ -13,8 +13,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.index_places import first_byte, later_run
 from vllm_sparse_plugin.paged.kernels.learned_blocks import (
     chunks_of,
@@ -26,7 +27,7 @@ from vllm_sparse_plugin.paged.kernels.rows import first_key, load_row
 from vllm_sparse_plugin.paged.kernels.vectors import fetch_bytes
 
 
-@njit(fastmath={"contract"}, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(fastmath={"contract"})
 def _products(vector: np.ndarray, factor: float, book: np.ndarray, sums: np.ndarray) -> None:
     """Dot products of `factor` times a sub-vector with each centroid of its sub-space."""
     sums[:] = np.float32(0.0)
@@ -36,7 +37,7 @@ def _products(vector: np.ndarray, factor: float, book: np.ndarray, sums: np.ndar
             sums[c] += number * channel[c]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _nearest(vector: np.ndarray, book: np.ndarray, sums: np.ndarray) -> int:
     """The centroid with the least `|c|^2 - 2 x c`; the lower one wins ties."""
     _products(vector, 2.0, book, sums)
@@ -49,7 +50,7 @@ def _nearest(vector: np.ndarray, book: np.ndarray, sums: np.ndarray) -> int:
     return best
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def encode_keys(
     elements: np.ndarray,
     kind: int,
@@ -119,7 +120,7 @@ def encode_keys(
         note_codes(header, tags[task], wanted[task])
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def fill_tables(
     query: np.ndarray,
     queries: np.ndarray,
@@ -156,14 +157,14 @@ def fill_tables(
                 tables[place, kv_head, m, c, h] = sums[c]
 
 
-@njit(inline="always", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(inline=True)
 def _code(codes: np.ndarray, row: np.uint64, bit: np.uint64, bits: np.uint64) -> Any:
     """The code of some bits that begins at a bit of the token whose codes begin at byte `row`."""
     byte = np.uint64(codes[row + (bit >> np.uint64(3))])
     return (byte >> (bit & np.uint64(7))) & ((np.uint64(1) << bits) - np.uint64(1))
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _score_four(
     table: np.ndarray, codes: np.ndarray, stored_bits: int, row_bytes: int, h: int, sums: np.ndarray
 ) -> None:
@@ -204,7 +205,7 @@ def _score_four(
         sums[0, u], sums[1, u], sums[2, u], sums[3, u] = p, q, r, s
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _score_one(
     table: np.ndarray, codes: np.ndarray, stored_bits: int, row_bytes: int, h: int, sums: np.ndarray
 ) -> None:
@@ -226,7 +227,7 @@ def _score_one(
         sums[t], sums[u] = a, p
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def score_codes(
     tables: np.ndarray,
     queries: np.ndarray,

@@ -13,13 +13,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.index_places import first_byte
 from vllm_sparse_plugin.paged.kernels.rows import first_key, load_row
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _extremes_of(key: np.ndarray, channels: np.ndarray) -> tuple[int, int]:
     """The channels of a key's smallest and largest value."""
     lowest, highest = channels[0], channels[0]
@@ -29,17 +30,17 @@ def _extremes_of(key: np.ndarray, channels: np.ndarray) -> tuple[int, int]:
     return lowest, highest
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _step_of(low: np.float32, high: np.float32, levels: np.float32) -> Any:
     return (high - low) / levels if high > low else np.float32(1.0)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _code_of(value: float, low: float, step: float, levels: float) -> Any:
     return min(max(np.rint((value - low) / step), np.float32(0.0)), levels)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def label_queries(query: np.ndarray, channels: np.ndarray, bits: int, labels: np.ndarray) -> None:
     """The queries' kept channels, as `pseudo_quantize` leaves them.
 
@@ -66,7 +67,7 @@ def label_queries(query: np.ndarray, channels: np.ndarray, bits: int, labels: np
                     label[c] = _code_of(label[c], low, step, levels) * step + low
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def write_labels(
     elements: np.ndarray,
     kind: int,

@@ -7,7 +7,8 @@ bits that `uniform_per_key` divides by 2**53.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
@@ -16,7 +17,7 @@ NUMBERS = np.uint64(1 << 53)
 """How many there are: numbers are below."""
 
 
-@njit(inline="always", cache=True)  # type: ignore[untyped-decorator]
+@compiled(inline=True)
 def _mixed(bits: np.uint64) -> np.uint64:
     bits = bits + _STEP
     bits = (bits ^ (bits >> np.uint64(30))) * _FIRST
@@ -24,7 +25,7 @@ def _mixed(bits: np.uint64) -> np.uint64:
     return bits ^ (bits >> np.uint64(31))
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def stream_of(seed: int, layer: int, head: int, position: int) -> np.uint64:
     """What the numbers of one query have in common.
 
@@ -39,7 +40,7 @@ def stream_of(seed: int, layer: int, head: int, position: int) -> np.uint64:
     return stream
 
 
-@njit(inline="always", cache=True)  # type: ignore[untyped-decorator]
+@compiled(inline=True)
 def number_of(stream: np.uint64, key: np.uint64) -> np.uint64:
     """The number of the key at a position, in [0, `NUMBERS`)."""
     number: np.uint64 = _mixed(stream ^ key) >> np.uint64(11)

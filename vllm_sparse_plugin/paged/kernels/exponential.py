@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.vectors import (
     LANES,
     add,
@@ -37,7 +37,7 @@ _E = np.float32(1.6666665459e-1)
 _F = np.float32(5.0000001201e-1)
 
 
-@njit(inline="always", cache=True)  # type: ignore[untyped-decorator]
+@compiled(inline=True)
 def exponential(vector: Any) -> Any:
     """e**x of each lane, none above 80; relative error below 2e-7.
 
@@ -57,7 +57,7 @@ def exponential(vector: Any) -> Any:
     return times_power_of_2(multiply_add(result, square, one_and_rest), power)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def exp_in_place(values: np.ndarray, count: int, scale: float, offset: float) -> Any:
     """Replaces the first `count` values x by e**(x * scale - offset), and sums them.
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
+
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
+from vllm_sparse_plugin.paged.kernels.rows import copy_row
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def pool_flags(flags: np.ndarray, lengths: np.ndarray, pooled: np.ndarray) -> None:
     """Gives a KV head what any query head of its group has selected.
 
@@ -22,14 +25,14 @@ def pool_flags(flags: np.ndarray, lengths: np.ndarray, pooled: np.ndarray) -> No
     for unit in prange(pooled.shape[0]):
         count = (np.int64(lengths[unit // units]) + 7) // 8
         row = result[unit, :count]
-        row[:] = words[unit * group, :count]
+        copy_row(words[unit * group, :count], row)
         for head in range(unit * group + 1, (unit + 1) * group):
             own = words[head, :count]
             for i in range(count):
                 row[i] |= own[i]
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def spread_flags(pooled: np.ndarray, lengths: np.ndarray, flags: np.ndarray) -> None:
     """Gives every query head what its KV head has selected.
 
@@ -42,4 +45,4 @@ def spread_flags(pooled: np.ndarray, lengths: np.ndarray, flags: np.ndarray) -> 
     units = flags.shape[0] // lengths.shape[0]
     for unit in prange(flags.shape[0]):
         length = np.int64(lengths[unit // units])
-        flags[unit, :length] = pooled[unit // group, :length]
+        copy_row(pooled[unit // group, :length], flags[unit, :length])

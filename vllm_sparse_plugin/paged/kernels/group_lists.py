@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
+
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 
 NOT_SELECTED = np.float32(-1e30)
 """In place of -log of a probability, which is at least 0. Finite: kernels use fast arithmetic."""
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def list_group_tokens(
     flags: np.ndarray,
     probability: np.ndarray,

@@ -8,18 +8,19 @@ together.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from vllm_sparse_plugin.paged.kernels.bits import count_bits
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.index_places import first_byte, later_run
-from vllm_sparse_plugin.paged.kernels.rows import first_key, load_row
+from vllm_sparse_plugin.paged.kernels.rows import copy_row, first_key, load_row
 from vllm_sparse_plugin.paged.kernels.vectors import fetch_bytes
 
 _TOKENS = 16
 """Tokens that one task puts through a layer."""
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def read_keys(
     elements: np.ndarray, kind: int, block_size: int, slots: np.ndarray, keys: np.ndarray
 ) -> None:
@@ -38,10 +39,10 @@ def read_keys(
         for head in range(keys.shape[0]):
             start = first_key(elements, block, head, block_size, head_size) + row * head_size
             target = keys[head, token]
-            target[:] = load_row(flat, start, target, kind)
+            copy_row(load_row(flat, start, target, kind), target)
 
 
-@njit(fastmath={"contract"}, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(fastmath={"contract"})
 def _times_matrix(row: np.ndarray, matrix: np.ndarray, result: np.ndarray) -> None:
     width = result.shape[0]
     whole = row.shape[0] // 4 * 4
@@ -56,7 +57,7 @@ def _times_matrix(row: np.ndarray, matrix: np.ndarray, result: np.ndarray) -> No
             result[j] += row[k] * a[j]
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def apply_layer(
     inputs: np.ndarray, matrices: np.ndarray, biases: np.ndarray, outputs: np.ndarray
 ) -> None:
@@ -85,7 +86,7 @@ def apply_layer(
                 result[j] += bias[j]
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def pack_signs(values: np.ndarray, words: np.ndarray) -> None:
     """Signs as bits, from the lowest: 1 for what is not negative, and 0 to fill up.
 
@@ -104,7 +105,7 @@ def pack_signs(values: np.ndarray, words: np.ndarray) -> None:
                 packed = np.uint32(0)
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def write_signatures(
     signatures: np.ndarray,
     records: np.ndarray,
@@ -135,7 +136,7 @@ def write_signatures(
                     ]
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def score_signatures(
     own: np.ndarray,
     bits: int,

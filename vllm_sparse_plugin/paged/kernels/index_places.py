@@ -7,10 +7,11 @@ along a sequence, block by block, which is the order of memory within a block.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def first_byte(records: np.ndarray, place: tuple[int, int], block: int, head: int) -> np.int64:
     """Where a block's index of a KV head begins, in bytes from the cache's start.
 
@@ -24,7 +25,7 @@ def first_byte(records: np.ndarray, place: tuple[int, int], block: int, head: in
     return np.int64(block) * width + place[0] + head * place[1]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def later_run(
     records: np.ndarray,
     place: tuple[int, int],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.rows import first_key
 from vllm_sparse_plugin.paged.kernels.tile_products import pad_queries, padded, score_tile
 
@@ -12,7 +13,7 @@ _AHEAD = 8
 """Keys that are asked for before their turn."""
 
 
-@njit(parallel=True, fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True, fastmath=True)
 def score_keys(
     query: np.ndarray,
     elements: np.ndarray,

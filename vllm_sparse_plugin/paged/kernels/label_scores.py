@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.index_places import first_byte, later_run
-from vllm_sparse_plugin.paged.kernels.rows import load_row
+from vllm_sparse_plugin.paged.kernels.rows import copy_row, load_row
 from vllm_sparse_plugin.paged.kernels.tile_products import padded
 from vllm_sparse_plugin.paged.kernels.vectors import (
     LANES,
@@ -21,7 +22,7 @@ from vllm_sparse_plugin.paged.kernels.vectors import (
 )
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _decode(
     flat: np.ndarray,
     first: int,
@@ -68,7 +69,7 @@ def _decode(
                     store(labels, c * columns + t, multiply_then_add(code, step, low))
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _multiply(query: np.ndarray, labels: np.ndarray, count: int, products: np.ndarray) -> None:
     """`query @ labels`, at least the first `count` columns.
 
@@ -101,7 +102,7 @@ def _multiply(query: np.ndarray, labels: np.ndarray, count: int, products: np.nd
                 store(products, d * columns + t, sum_d)
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def score_labels(
     query: np.ndarray,
     elements: np.ndarray,
@@ -161,7 +162,8 @@ def score_labels(
             if bits == 16:
                 for c in range(channels):
                     target = labels[c, :count]
-                    target[:] = load_row(flat, first_element + c * block_size, target, kind)
+                    channel = load_row(flat, first_element + c * block_size, target, kind)
+                    copy_row(channel, target)
             else:
                 codes = start + 2 * elements.itemsize * block_size
                 _decode(flat, first_element, kind, records, codes, bits, block_size, count, labels)

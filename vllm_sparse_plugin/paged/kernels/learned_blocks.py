@@ -9,15 +9,16 @@ one for each of some `sizes`, the largest of which is the block's. The stamps ar
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.index_places import first_byte
 
 COUNT, TAG, STAMPS = 0, 1, 2
 """Places in a header."""
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def header_of(
     records: np.ndarray, place: tuple[int, int], words: int, block: int, head: int
 ) -> np.ndarray:
@@ -35,21 +36,21 @@ def header_of(
     return header
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def coded_tokens(header: np.ndarray, tag: int) -> int:
     """How many leading tokens have codes of the state with this tag."""
     count: int = header[COUNT] if header[TAG] == tag else 0
     return count
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def note_codes(header: np.ndarray, tag: int, count: int) -> None:
     """Says that at least the first `count` tokens have codes of the state with this tag now."""
     header[COUNT] = max(coded_tokens(header, tag), count)
     header[TAG] = tag
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def chunks_of(queries: np.ndarray, lengths: np.ndarray, block_size: int) -> int:
     """Blocks of the longest of some queries.
 
@@ -64,7 +65,7 @@ def chunks_of(queries: np.ndarray, lengths: np.ndarray, block_size: int) -> int:
     return (longest + block_size - 1) // block_size
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def note_writes(
     records: np.ndarray,
     place: tuple[int, int],
@@ -98,7 +99,7 @@ def note_writes(
                 header[STAMPS + k] = first_stamp + i
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def name_prefixes(
     records: np.ndarray,
     place: tuple[int, int],
@@ -136,7 +137,7 @@ def name_prefixes(
             names[item, whole] = header[STAMPS + k]
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def list_short_blocks(
     records: np.ndarray,
     place: tuple[int, int],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
+
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def clear_flags(flags: np.ndarray, lengths: np.ndarray) -> None:
     """Unselects every key that a query sees, and fills up to the next eight."""
     num_units = flags.shape[0] // lengths.shape[0]
@@ -14,7 +16,7 @@ def clear_flags(flags: np.ndarray, lengths: np.ndarray) -> None:
         flags[unit, : (lengths[unit // num_units] + 7) // 8 * 8] = 0
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def list_tokens(
     flags: np.ndarray, lengths: np.ndarray, tokens: np.ndarray, counts: np.ndarray
 ) -> None:

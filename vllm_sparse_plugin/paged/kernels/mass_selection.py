@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.exponential import exp_in_place
 from vllm_sparse_plugin.paged.kernels.selection import (
     BINS,
@@ -15,7 +16,7 @@ from vllm_sparse_plugin.paged.kernels.selection import (
 )
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _weigh(logits: np.ndarray, order: np.ndarray, weights: np.ndarray) -> float:
     """Weights e**(logit - largest) of the candidates, 0 for others; returns their sum."""
     peak = np.float32(-np.inf)
@@ -33,7 +34,7 @@ def _weigh(logits: np.ndarray, order: np.ndarray, weights: np.ndarray) -> float:
     return total
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def bound_of_mass(order: np.ndarray, weights: np.ndarray, wanted: float) -> np.uint32:
     """The largest bound such that what is not below it weighs more than is wanted; 0 for none.
 
@@ -62,7 +63,7 @@ def bound_of_mass(order: np.ndarray, weights: np.ndarray, wanted: float) -> np.u
     return bound
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def flag_mass(
     scores: np.ndarray, top_p: float, scaling: float, lengths: np.ndarray, flags: np.ndarray
 ) -> None:

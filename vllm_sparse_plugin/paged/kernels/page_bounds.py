@@ -13,8 +13,9 @@ nobody reads it: a query that sees a part of a page makes that part's bounds fro
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.index_places import first_byte
 from vllm_sparse_plugin.paged.kernels.rows import (
     E4M3,
@@ -30,7 +31,7 @@ FEW = 4
 _TO_FLOAT16, _TO_E4M3 = 1 / FROM_FLOAT16, np.float32(2.0**-120)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def bounds_of_keys(
     elements: np.ndarray,
     kind: int,
@@ -63,7 +64,7 @@ def bounds_of_keys(
                 high[d] = max(high[d], row[d])
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def encode_bounds(bounds: np.ndarray, bits: int, kind: int, record: np.ndarray) -> None:
     """Writes a page's record; the codes are those of `pseudo_quantize`.
 
@@ -120,7 +121,7 @@ def encode_bounds(bounds: np.ndarray, bits: int, kind: int, record: np.ndarray) 
             record[start + byte] = packed
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _update_page(
     elements: np.ndarray,
     flat: np.ndarray,
@@ -151,7 +152,7 @@ def _update_page(
     encode_bounds(bounds, bits, kind, flat_records[start : start + record_bytes])
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def update_pages(
     elements: np.ndarray,
     kind: int,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.index_places import first_byte, later_run
 from vllm_sparse_plugin.paged.kernels.page_bounds import bounds_of_keys, encode_bounds
 from vllm_sparse_plugin.paged.kernels.rows import first_key
@@ -29,7 +30,7 @@ _AHEAD = 2
 """Runs of records that are asked for before their turn."""
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _score_codes(
     up: np.ndarray,
     down: np.ndarray,
@@ -108,7 +109,7 @@ def _score_codes(
         later += record_bytes
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _score_elements(
     up: np.ndarray,
     down: np.ndarray,
@@ -141,7 +142,7 @@ def _score_elements(
         later += record_bytes
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _score_records(
     up: np.ndarray,
     down: np.ndarray,
@@ -181,7 +182,7 @@ def _score_records(
         )
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _split_query(query: np.ndarray, step: int, up: np.ndarray, down: np.ndarray) -> None:
     """The positive and the negative part of queries.
 
@@ -200,7 +201,7 @@ def _split_query(query: np.ndarray, step: int, up: np.ndarray, down: np.ndarray)
             down[h, place] = min(value, np.float32(0.0))
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def score_pages(
     query: np.ndarray,
     elements: np.ndarray,

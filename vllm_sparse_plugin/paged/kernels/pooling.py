@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.exponential import exp_in_place
 
 _TILE = 4096
@@ -15,7 +16,7 @@ _SCORES_AT_ONCE = 1 << 19
 """Scores that all tasks work on together: about what the cores' caches hold."""
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _largest(values: np.ndarray) -> Any:
     # As integers that rank as the floats do: compilers make no vector instructions of a running
     # maximum of floats.
@@ -29,7 +30,7 @@ def _largest(values: np.ndarray) -> Any:
     return found.view(np.float32)[0]
 
 
-@njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(fastmath=True)
 def _sum(values: np.ndarray) -> Any:
     total = np.float32(0.0)
     for i in range(values.shape[0]):
@@ -37,7 +38,7 @@ def _sum(values: np.ndarray) -> Any:
     return total
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def pool_scores(
     scores: np.ndarray, selectors: int, page_size: int, scaling: float, lengths: np.ndarray
 ) -> None:
@@ -92,7 +93,7 @@ def pool_scores(
                         shares[i] += row[i] * factor
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _tile_of(length: int, page_size: int, tile: int) -> tuple[int, int]:
     pages = (length + page_size - 1) // page_size
     return min(tile * _TILE, pages), min((tile + 1) * _TILE, pages)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.counter_random import NUMBERS, number_of
 
 _CHUNK = 512
@@ -18,7 +18,7 @@ _CHUNK = 512
 _BUCKETS = 256
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def count_unselected(flags: np.ndarray, length: int) -> int:
     """Keys before `length` whose flag is 0."""
     count = 0
@@ -27,7 +27,7 @@ def count_unselected(flags: np.ndarray, length: int) -> int:
     return count
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _keys_below(
     flags: np.ndarray, length: int, stream: np.uint64, bound: np.uint64, keys: np.ndarray
 ) -> int:
@@ -48,7 +48,7 @@ def _keys_below(
     return int(count)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def draw(
     flags: np.ndarray,
     length: int,
@@ -85,7 +85,7 @@ def draw(
     return count
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def smallest(numbers: np.ndarray, count: int, wanted: int, chosen: np.ndarray) -> None:
     """Marks the `wanted` smallest; of equal ones, the first.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
+
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 
 FLOAT32, BFLOAT16, FLOAT16, E4M3 = range(4)
 """The `kind` of a cache's elements; the last one has 8 bits (Micikevicius et al. 2022, "FP8 Formats
@@ -20,7 +22,7 @@ E4M3_NUMBERS = ((_BYTES & 0x80) << 8 | (_BYTES & 0x7F) << 7).view(np.float16).as
 0x7F and 0xFF, is +-480 here.)"""
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def first_key(
     elements: np.ndarray, block: int, head: int, block_size: int, head_size: int
 ) -> np.int64:
@@ -37,6 +39,18 @@ def first_key(
     """
     width = np.int64(elements.shape[1] * elements.shape[2])
     return np.int64(block) * width + head * (2 * block_size * head_size)
+
+
+@compiled()
+def copy_row(source: np.ndarray, target: np.ndarray) -> None:
+    """`target[:] = source`, for which numba would compile the text of an error, some seconds long.
+
+    Args:
+        source: One axis.
+        target: As long; may be the source itself.
+    """
+    for i in range(target.shape[0]):
+        target[i] = source[i]
 
 
 def load_row(

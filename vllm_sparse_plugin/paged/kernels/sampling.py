@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.counter_random import stream_of
 from vllm_sparse_plugin.paged.kernels.exponential import exp_in_place
 from vllm_sparse_plugin.paged.kernels.random_order import count_unselected, draw, smallest
@@ -23,7 +24,7 @@ _FIRST_DRAW = 4
 _TINY = np.finfo(np.float64).tiny
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def sample_share(
     share: float,
     seed: int,
@@ -61,7 +62,7 @@ def sample_share(
         probability[unit] = wanted / unselected
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _flag_chosen(keys: np.ndarray, chosen: np.ndarray, count: int, flags: np.ndarray) -> None:
     """Flags the chosen ones of the first `count` keys, none of which is selected yet."""
     for i in range(count):
@@ -69,7 +70,7 @@ def _flag_chosen(keys: np.ndarray, chosen: np.ndarray, count: int, flags: np.nda
         flags[keys[i]] = np.uint8(2) * chosen[i]
 
 
-@njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(fastmath=True)
 def _sum(values: np.ndarray) -> float:
     total = 0.0
     for i in range(values.shape[0]):
@@ -77,7 +78,7 @@ def _sum(values: np.ndarray) -> float:
     return total
 
 
-@njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(fastmath=True)
 def _sum_of_squares(values: np.ndarray, mean: float) -> float:
     total = 0.0
     for i in range(values.shape[0]):
@@ -85,7 +86,7 @@ def _sum_of_squares(values: np.ndarray, mean: float) -> float:
     return total
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _score_keys(
     query: np.ndarray,
     first: int,
@@ -128,7 +129,7 @@ def _score_keys(
             scores[h, i] *= np.float32(scaling)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def budget_of(
     base_mass: np.ndarray, static: float, unselected: int, epsilon: float, quantile: float
 ) -> int:
@@ -153,7 +154,7 @@ def budget_of(
     return budget
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def sample_adaptively(
     query: np.ndarray,
     elements: np.ndarray,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.exponential import exp_in_place
 from vllm_sparse_plugin.paged.kernels.group_lists import NOT_SELECTED
 from vllm_sparse_plugin.paged.kernels.tile_products import pad_queries, padded, score_tile
 from vllm_sparse_plugin.paged.kernels.tiles import PART, TILE, fetch_rows, locate
 
 
-@njit(parallel=True, fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True, fastmath=True)
 def sum_selected_mass(
     query: np.ndarray,
     elements: np.ndarray,

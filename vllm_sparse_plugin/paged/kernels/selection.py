@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.pooling import pool_scores
 
 DIGITS = ((21, 11), (10, 11), (0, 10))
@@ -20,7 +21,7 @@ _PAGES_PER_PART = 16384
 """A row is cut into parts of at least this many pages."""
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def order_of(scores: np.ndarray, order: np.ndarray) -> None:
     """Integers that rank as their scores do; 0 is left for "no candidate".
 
@@ -36,7 +37,7 @@ def order_of(scores: np.ndarray, order: np.ndarray) -> None:
         order[i] = word ^ ((np.uint32(0) - sign) | np.uint32(0x80000000))
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def exclude_selected(
     flags: np.ndarray,
     units: tuple[int, int],
@@ -71,7 +72,7 @@ def exclude_selected(
             order[page] = 0
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def count_digits(
     order: np.ndarray, shift: int, width: int, bound: np.uint32, histogram: np.ndarray
 ) -> None:
@@ -98,7 +99,7 @@ def count_digits(
             histogram[(order[i] >> down) & low] += 1
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def digit_of(histograms: np.ndarray, place: int) -> tuple[int, int]:
     """Which digit the number at a place has, counted from the largest.
 
@@ -120,7 +121,7 @@ def digit_of(histograms: np.ndarray, place: int) -> tuple[int, int]:
     return 0, place
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def mark_largest(
     order: np.ndarray,
     bound: np.uint32,
@@ -159,7 +160,7 @@ def mark_largest(
             page += 1
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def flag_range(
     flags: np.ndarray, lengths: np.ndarray, begins: np.ndarray, ends: np.ndarray
 ) -> None:
@@ -178,7 +179,7 @@ def flag_range(
             flags[unit, begins[index] : ends[index]] = 1
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _flag_largest_alone(
     scores: np.ndarray,
     page_size: int,
@@ -221,7 +222,7 @@ def _flag_largest_alone(
     mark_largest(own, bound, room, page_size, flags, units, keys)
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def flag_largest(
     scores: np.ndarray,
     page_size: int,
@@ -324,7 +325,7 @@ def flag_largest(
             )
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _part_of(length: int, page_size: int, part: int, parts: int) -> tuple[int, int]:
     pages = (length + page_size - 1) // page_size
     share = (pages + parts - 1) // parts

@@ -12,8 +12,8 @@ bfloat16.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.vectors import (
     LANES,
     fetch,
@@ -26,13 +26,13 @@ from vllm_sparse_plugin.paged.kernels.vectors import (
 )
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def padded(head_size: int) -> int:
     """Elements of a row of whole vectors."""
     return (head_size + LANES - 1) // LANES * LANES
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def pad_queries(query: np.ndarray, first: int, rows: np.ndarray) -> None:
     """Copies the queries of a group of heads, with zeros up to whole vectors.
 
@@ -49,7 +49,7 @@ def pad_queries(query: np.ndarray, first: int, rows: np.ndarray) -> None:
             rows[h, d] = np.float32(0.0)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def score_tile(
     query: np.ndarray,
     elements: np.ndarray,
@@ -103,7 +103,7 @@ def score_tile(
                 scores[h, column + i] = total(sum_a)
 
 
-@njit(inline="always", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(inline=True)
 def _add_to_four(
     factors: np.ndarray,
     elements: np.ndarray,
@@ -183,7 +183,7 @@ def _add_to_four(
     store(sums, at_d + 3 * LANES, d3)
 
 
-@njit(inline="always", nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(inline=True)
 def _add_part_to_four(
     factors: np.ndarray,
     elements: np.ndarray,
@@ -216,7 +216,7 @@ def _add_part_to_four(
     store(sums, at_d, sum_d)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def add_values(
     factors: np.ndarray,
     elements: np.ndarray,

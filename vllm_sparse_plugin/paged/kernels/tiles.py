@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.rows import first_key
 from vllm_sparse_plugin.paged.kernels.vectors import LANES, fetch
 
@@ -15,7 +15,7 @@ PART = 512
 in every batch: a row's sums must not depend on its neighbours."""
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def locate(
     tokens: np.ndarray,
     unit: int,
@@ -58,7 +58,7 @@ def locate(
     return count
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def fetch_rows(elements: np.ndarray, rows: np.ndarray, count: int, head_size: int) -> None:
     """Asks for rows before their turn.
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 from llvmlite import binding as llvm
 from llvmlite import ir
 from numba import types
@@ -21,6 +20,7 @@ from numba.core.datamodel import models
 from numba.core.extending import register_model
 from numba.extending import intrinsic
 
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
 from vllm_sparse_plugin.paged.kernels.rows import FLOAT16, FROM_FLOAT16
 
 LANES = 16
@@ -356,14 +356,14 @@ def total(typing_context: Any, vector: Any) -> Any:
     return types.float32(VECTOR), generate
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def fetch_bytes(records: Any, start: int, count: int) -> None:
     """`fetch`es `count` bytes of a uint8 array from byte `start` on."""
     for byte in range(0, count, _LINE_BYTES):
         fetch(records, start + byte)
 
 
-@numba.njit(inline="always", cache=True)  # type: ignore[untyped-decorator]
+@compiled(inline=True)
 def load_part(array: Any, index: int, kind: int, left: int) -> Any:
     """The next `LANES` elements of a row, or as many as it has left, and zeros."""
     if left >= LANES:
@@ -371,7 +371,7 @@ def load_part(array: Any, index: int, kind: int, left: int) -> Any:
     return load_some(array, index, kind, left)
 
 
-@numba.njit(inline="always", cache=True)  # type: ignore[untyped-decorator]
+@compiled(inline=True)
 def load_codes_part(array: Any, index: int, shift: int, mask: int, left: int) -> Any:
     """The next `LANES` codes of a row, or as many as it has left, and zeros."""
     if left >= LANES:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
-from vllm_sparse_plugin.paged.kernels.rows import first_key
+from vllm_sparse_plugin.paged.kernels.compiled import compiled
+from vllm_sparse_plugin.paged.kernels.rows import copy_row, first_key
 
 FEW = 8
 """Tokens that one thread writes."""
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled()
 def _write_token(
     key: np.ndarray,
     value: np.ndarray,
@@ -28,11 +29,11 @@ def _write_token(
     for head in range(num_kv_heads):
         start = first_key(elements, block, head, block_size, head_size) + place * head_size
         value_start = start + block_size * head_size
-        flat[start : start + head_size] = key[token, head]
-        flat[value_start : value_start + head_size] = value[token, head]
+        copy_row(key[token, head], flat[start : start + head_size])
+        copy_row(value[token, head], flat[value_start : value_start + head_size])
 
 
-@njit(parallel=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@compiled(parallel=True)
 def write_rows(
     key: np.ndarray, value: np.ndarray, elements: np.ndarray, block_size: int, slots: np.ndarray
 ) -> None:
