@@ -6,8 +6,9 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 from unittest import mock
@@ -19,6 +20,7 @@ from tests.plugin.cuda.dry_cuda import ENGINE_OPTIONS
 
 _REPOSITORY = Path(__file__).parents[3]
 _MINUTES = 10
+_POLL_S = 0.1
 _DRY = multiprocessing.get_context("forkserver")
 _DRY.set_forkserver_preload(["tests.plugin.cuda.dry_process"])
 
@@ -96,8 +98,8 @@ def run_both(
             for number, (job, is_dry) in enumerate(jobs)
         ]
         answers = [
-            dict(zip(job, process.answers(), strict=True))
-            for (job, _), process in zip(jobs, started, strict=True)
+            dict(zip(job, found, strict=True))
+            for (job, _), found in zip(jobs, _answers_of(started), strict=True)
         ]
     return answers[0], answers[1] | answers[2]
 
@@ -116,7 +118,8 @@ def run_on_cpu(
         AssertionError: With the process's output, when it failed.
     """
     with _Process(list(engines.values()), files, dry=False, **variables) as process:
-        return dict(zip(engines, process.answers(), strict=True))
+        [answers] = _answers_of([process])
+        return dict(zip(engines, answers, strict=True))
 
 
 def _tokens_of(engine: dict[str, Any]) -> int:
@@ -162,7 +165,7 @@ def run_ranks(engine: dict[str, Any], folder: Path, ranks: int) -> list[dict[str
             )
             for rank in range(ranks)
         ]
-        return [process.answers()[0] for process in processes]
+        return [answers for [answers] in _answers_of(processes)]
 
 
 class _Process:
@@ -186,7 +189,7 @@ class _Process:
         self._output = files.with_suffix(".txt")
         self._job.write_text(json.dumps({"engines": engines}))
         start = self._start_dry if dry else self._start_on_cpu
-        self._wait, self._kill = start(variables)
+        self._code, self._kill = start(variables)
 
     def _start_dry(self, variables: dict[str, str]) -> "_Handles":
         process = _DRY.Process(
@@ -194,12 +197,7 @@ class _Process:
         )
         with mock.patch.dict(os.environ, PYTHONPATH=str(_REPOSITORY)):  # of the one that forks
             process.start()
-
-        def wait() -> int | None:
-            process.join(_MINUTES * 60)
-            return process.exitcode
-
-        return wait, process.kill
+        return lambda: process.exitcode, process.kill
 
     def _start_on_cpu(self, variables: dict[str, str]) -> "_Handles":
         environment = {
@@ -218,36 +216,51 @@ class _Process:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-
-        def wait() -> int | None:
-            with suppress(subprocess.TimeoutExpired):
-                return process.wait(timeout=_MINUTES * 60)
-            return None
-
-        return wait, process.kill
+        return process.poll, process.kill
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._kill()  # of no effect after its end
-        self._wait()
+        while self.code is None:
+            time.sleep(_POLL_S)
+
+    @property
+    def code(self) -> int | None:
+        """That it ended with; None while it runs."""
+        return self._code()
 
     def answers(self) -> list[dict[str, Any]]:
-        """Waits for it.
+        """When it has ended.
 
         Raises:
             AssertionError: With its output, when it failed.
         """
-        code = self._wait()
         text = self._output.read_text() if self._output.exists() else ""
-        assert code == 0, f"{self._job}: code {code}, {_MINUTES} minutes at most\n{text[-20_000:]}"
+        assert self.code == 0, f"{self._job}: code {self.code}\n{text[-20_000:]}"
         answers: list[dict[str, Any]] = json.loads(self._result.read_text())["engines"]
         return answers
 
 
 _Handles = tuple[Callable[[], int | None], Callable[[], None]]
-"""That wait for a process (None: it takes too long), and that end it."""
+"""That say what a process ended with, None while it runs, and that end it."""
+
+
+def _answers_of(processes: Sequence[_Process]) -> list[list[dict[str, Any]]]:
+    """Of all; where one fails, others may wait for it and say nothing of why.
+
+    Raises:
+        AssertionError: With the output of the first that failed, or of one that takes too long.
+    """
+    latest = time.monotonic() + _MINUTES * 60
+    while any(process.code is None for process in processes) and time.monotonic() < latest:
+        if any(process.code for process in processes):
+            break
+        time.sleep(_POLL_S)
+    by_end = sorted(processes, key=lambda process: not process.code)  # failed ones first
+    found = {process: process.answers() for process in by_end}
+    return [found[process] for process in processes]
 
 
 def run_dry_job(job: Path, result: Path, output: Path, variables: dict[str, str]) -> None:
