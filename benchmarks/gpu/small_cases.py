@@ -1,6 +1,6 @@
 """Small decode steps of every masker, compared with the reference: to run under a checking tool.
 
-They launch all kernels but `selection._select_kernel`, which is for long rows if there are many.
+They launch all kernels.
 
 compute-sanitizer --tool memcheck python -m benchmarks.gpu.small_cases memcheck --output FOLDER
 """
@@ -33,6 +33,8 @@ TOOLS = ("plain", "memcheck", "racecheck")
 KEYS = 300
 MANY_KEYS = row_selection.MOST_NUMBERS + 100
 """So many scores are selected from by several programs, not by one."""
+MANY_SEQUENCES = 17
+"""But not where there are so many: their query heads are more rows than are split."""
 _SEVERAL = 0.4
 """Of the keys: a few pages."""
 _HASH_BITS = 32
@@ -110,8 +112,23 @@ def cases_of_many(folder: Path, shape: BlockShape, keys: int) -> dict[str, Maske
     }
 
 
+def cases_of_sequences(folder: Path, shape: BlockShape, keys: int) -> dict[str, Maskers]:
+    """The masker list, by name, that selects in another way from many keys of many sequences.
+
+    Args:
+        folder: Not needed.
+        shape: Likewise.
+        keys: That it is applied to.
+    """
+    return {"oracle top-k of many, for many": [*sink_and_window(keys), _ORACLE]}
+
+
 def measure(
-    device: torch.device, only: int | None = None, keys: int = KEYS, many_keys: int = MANY_KEYS
+    device: torch.device,
+    only: int | None = None,
+    keys: int = KEYS,
+    many_keys: int = MANY_KEYS,
+    many_sequences: int = MANY_SEQUENCES,
 ) -> dict[str, Any]:
     """Runs and compares all of them.
 
@@ -119,7 +136,8 @@ def measure(
         device: Of the kernels.
         only: So many of them; None: all.
         keys: Of the sequences of `small_cases`.
-        many_keys: Of that of `cases_of_many`.
+        many_keys: Of that of `cases_of_many`, and of those of `cases_of_sequences`.
+        many_sequences: How many those are.
     """
     is_gpu = device.type == "cuda"
     shape = (
@@ -133,7 +151,11 @@ def measure(
     with tempfile.TemporaryDirectory() as name:
         cases = [
             (case, maskers, count, number)
-            for made, count, number in ((small_cases, 2, keys), (cases_of_many, 1, many_keys))
+            for made, count, number in (
+                (small_cases, 2, keys),
+                (cases_of_many, 1, many_keys),
+                (cases_of_sequences, many_sequences, many_keys),
+            )
             for case, maskers in made(Path(name), shape, number).items()
         ]
         for case, maskers, count, number in cases[:only]:

@@ -55,7 +55,7 @@ def test_every_kernel(is_backwards: bool, monkeypatch: pytest.MonkeyPatch) -> No
     workspace_of = partial(queries.RadixWorkspace.of, long_row=128, short_row=64)
     monkeypatch.setattr(queries.RadixWorkspace, "of", workspace_of)
     with watched(is_backwards) as found:
-        result = small_cases.measure(torch.device("cpu"), keys=90, many_keys=700)
+        result = small_cases.measure(torch.device("cpu"), keys=90, many_keys=700, many_sequences=3)
     assert not result["failures"]
     assert len(found) == KERNELS
     races = {race for of_kernel in found.values() for race in of_kernel}
