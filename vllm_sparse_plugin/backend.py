@@ -25,7 +25,7 @@ from vllm_sparse_plugin.paged_cache import (
     gather_row,
     read_token_major,
 )
-from vllm_sparse_plugin.row_parameters import Row, row_table
+from vllm_sparse_plugin.row_table import Row, row_table
 from vllm_sparse_plugin.step_plan import DenseRow, SparseRow, StepPlan, dense_part, split_rows
 
 if TYPE_CHECKING:

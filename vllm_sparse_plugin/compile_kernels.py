@@ -25,7 +25,7 @@ from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.dummy_steps import LayerGroup, decode_batch, layers_of
 from vllm_sparse_plugin.paged.served import configs_of_layer
 from vllm_sparse_plugin.paged.warm_up import compiling
-from vllm_sparse_plugin.row_parameters import row_table
+from vllm_sparse_plugin.row_table import row_table
 from vllm_sparse_plugin.serving_config import ServingConfig
 
 if TYPE_CHECKING:

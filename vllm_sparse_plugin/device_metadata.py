@@ -32,7 +32,7 @@ from vllm_sparse_plugin.paged.group_counts import GroupCounts
 from vllm_sparse_plugin.paged.learned_index import LearnedIndex
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 from vllm_sparse_plugin.request_parameters import RequestParameters
-from vllm_sparse_plugin.row_parameters import Row
+from vllm_sparse_plugin.row_table import Row
 from vllm_sparse_plugin.step_plan import DenseRow, SparseRow, split_rows
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from vllm_sparse_plugin.automatic_rows import settle_automatic
-from vllm_sparse_plugin.row_parameters import RowTable
+from vllm_sparse_plugin.row_table import RowTable
 from vllm_sparse_plugin.step_plan import SparseRow
 
 

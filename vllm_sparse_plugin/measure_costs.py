@@ -31,7 +31,7 @@ from vllm_sparse_plugin.paged.device.cost_model import (
 )
 from vllm_sparse_plugin.paged.device.sequences import Change
 from vllm_sparse_plugin.paged.device.step import DeviceStep
-from vllm_sparse_plugin.row_parameters import row_table
+from vllm_sparse_plugin.row_table import row_table
 
 if TYPE_CHECKING:
     from vllm_sparse_plugin.device_metadata import DeviceMetadataBuilder

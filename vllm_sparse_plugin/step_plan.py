@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from vllm_sparse_plugin.request_parameters import RequestParameters
-from vllm_sparse_plugin.row_parameters import Row
+from vllm_sparse_plugin.row_table import Row
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata

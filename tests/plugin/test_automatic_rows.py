@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from vllm_sparse_plugin.automatic_rows import load_of, settle_automatic
 from vllm_sparse_plugin.paged.device.cost_model import AttentionCosts, CostModel, StepLoad
 from vllm_sparse_plugin.request_parameters import RequestParameters
-from vllm_sparse_plugin.row_parameters import Row
+from vllm_sparse_plugin.row_table import Row
 from vllm_sparse_plugin.step_plan import DenseRow, SparseRow, split_rows
 
 FIXED = RequestParameters("{}", "f", None, "fixed")

@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 from vllm_sparse_plugin.backend import SparseAttentionMetadataBuilder
 from vllm_sparse_plugin.compat.batch_hooks import _tell_requests
 from vllm_sparse_plugin.request_parameters import RequestParameters
-from vllm_sparse_plugin.row_parameters import GraphState, Row, RowTable
+from vllm_sparse_plugin.row_table import GraphState, Row, RowTable
 
 BATCH = SimpleNamespace(idx_mapping_np=np.array([2, 0]))
 

@@ -8,7 +8,7 @@ import pytest
 from vllm_sparse_plugin.compat import graph_hooks
 from vllm_sparse_plugin.graph_steps import fits_graphs
 from vllm_sparse_plugin.request_parameters import RequestParameters
-from vllm_sparse_plugin.row_parameters import GraphState, Row, RowTable
+from vllm_sparse_plugin.row_table import GraphState, Row, RowTable
 
 FULL, PIECEWISE = "full", "piecewise"
 OWN, OTHER = '{"maskers": "own"}', '{"maskers": "other"}'

@@ -19,7 +19,7 @@ from tests.tolerances import ATTENTION_ATOL
 from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.backend import SparseAttentionImpl
 from vllm_sparse_plugin.request_parameters import resolve_request
-from vllm_sparse_plugin.row_parameters import Row
+from vllm_sparse_plugin.row_table import Row
 from vllm_sparse_plugin.serving_config import ServingConfig
 from vllm_sparse_plugin.step_plan import StepPlan, split_rows
 

@@ -10,7 +10,7 @@ import pytest
 from vllm_sparse_plugin import measure_costs
 from vllm_sparse_plugin.measure_costs import MOST_KEYS, places, report
 from vllm_sparse_plugin.paged.device.cost_model import AttentionCosts, CostModel, StepCosts
-from vllm_sparse_plugin.row_parameters import GraphState, RowTable
+from vllm_sparse_plugin.row_table import GraphState, RowTable
 from vllm_sparse_plugin.serving_config import ServingConfig
 
 

@@ -14,7 +14,8 @@ from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 
 from vllm_sparse_plugin import compat
 from vllm_sparse_plugin.request_parameters import resolve_request
-from vllm_sparse_plugin.row_parameters import RowParametersProcessor, row_table
+from vllm_sparse_plugin.row_parameters import RowParametersProcessor
+from vllm_sparse_plugin.row_table import row_table
 from vllm_sparse_plugin.serving_config import ServingConfig
 
 SERVER = ServingConfig.parse("streaming-llm")

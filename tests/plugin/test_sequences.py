@@ -16,7 +16,7 @@ from vllm_sparse_plugin.paged.device.sequences import (
     prefix_of,
 )
 from vllm_sparse_plugin.request_parameters import RequestParameters
-from vllm_sparse_plugin.row_parameters import GraphState, Row, RowTable
+from vllm_sparse_plugin.row_table import GraphState, Row, RowTable
 from vllm_sparse_plugin.step_plan import SparseRow
 
 OWN = "own"

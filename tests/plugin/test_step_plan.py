@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_sparse_plugin.request_parameters import RequestParameters
-from vllm_sparse_plugin.row_parameters import Row
+from vllm_sparse_plugin.row_table import Row
 from vllm_sparse_plugin.step_plan import dense_part, split_rows
 
 SPARSE = RequestParameters('{"maskers": []}', "f", None, None)

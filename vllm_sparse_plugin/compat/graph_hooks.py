@@ -17,7 +17,7 @@ from vllm_sparse_plugin.compat.replacing import replace_once
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_sparse_plugin.row_parameters import RowTable
+    from vllm_sparse_plugin.row_table import RowTable
 
 
 def install_graph_hooks() -> None:
@@ -39,7 +39,7 @@ def install_graph_hooks() -> None:
 
 def _table_of(vllm_config: VllmConfig) -> RowTable | None:
     """The engine's rows; None when its attention does not run through the plugin."""
-    from vllm_sparse_plugin.row_parameters import row_table
+    from vllm_sparse_plugin.row_table import row_table
 
     return row_table(vllm_config) if is_selected(vllm_config) else None
 

@@ -246,7 +246,7 @@ def _hook_worker_statistics() -> None:
         return
 
     def sparse_attention_stats(self: Any, tag: str | None = None) -> dict[str, Any] | None:
-        from vllm_sparse_plugin.row_parameters import row_table
+        from vllm_sparse_plugin.row_table import row_table
 
         return row_table(self.vllm_config).statistics.report(tag)
 
@@ -263,7 +263,7 @@ def _hook_sleep() -> None:
     def wrap(original: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(original)
         def sleep(self: Any, *args: Any, **kwargs: Any) -> None:
-            from vllm_sparse_plugin.row_parameters import row_table
+            from vllm_sparse_plugin.row_table import row_table
 
             if is_selected(self.vllm_config):
                 row_table(self.vllm_config).statistics.settle()

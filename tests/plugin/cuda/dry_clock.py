@@ -22,7 +22,7 @@ def measuring(costs: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
     """
     from vllm_sparse_plugin import measure_costs
     from vllm_sparse_plugin.compat import hooks
-    from vllm_sparse_plugin.row_parameters import row_table
+    from vllm_sparse_plugin.row_table import row_table
 
     sparse = costs.get("rank_1", costs["sparse"]) if os.environ.get("RANK") == "1" else None
     formulas = {True: sparse or costs["sparse"], False: costs["dense"]}

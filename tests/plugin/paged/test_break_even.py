@@ -1,6 +1,8 @@
 """From how many keys on maskers run: measured, kept, and counted where it keeps a query dense."""
 
 import json
+import subprocess
+import sys
 
 import numba
 import pytest
@@ -12,7 +14,7 @@ from vllm_sparse_plugin.paged import break_even
 from vllm_sparse_plugin.paged.break_even import NEVER
 from vllm_sparse_plugin.paged.measure_break_even import crossing
 from vllm_sparse_plugin.request_parameters import RequestParameters, resolve_request
-from vllm_sparse_plugin.row_parameters import Row
+from vllm_sparse_plugin.row_table import Row
 from vllm_sparse_plugin.serving_config import ServingConfig
 from vllm_sparse_plugin.step_plan import split_rows
 from vllm_sparse_plugin.trial import AttentionShape
@@ -54,6 +56,16 @@ def test_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path, caplo
     assert break_even_of(SINK_LOCAL) == keys  # not measured again
     assert break_even_of(SINK_LOCAL[:1]) == 0
     assert "break-even not measured" in caplog.text
+
+
+def test_measuring_does_not_wait_for_vllm() -> None:
+    """Which takes ten seconds to import."""
+    program = """
+import sys
+import vllm_sparse_plugin.paged.measure_break_even
+assert not {"vllm", "transformers"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 OWN = '{"maskers": [{"type": "sink", "sink_size": 2}]}'

@@ -17,7 +17,7 @@ from vllm_sparse_plugin.paged.cache_scales import CacheScales
 from vllm_sparse_plugin.paged.layout import stored_as
 from vllm_sparse_plugin.paged.step import paged_step
 from vllm_sparse_plugin.request_parameters import resolve_request
-from vllm_sparse_plugin.row_parameters import Row
+from vllm_sparse_plugin.row_table import Row
 from vllm_sparse_plugin.serving_config import ServingConfig
 from vllm_sparse_plugin.statistics import Statistics
 from vllm_sparse_plugin.step_plan import split_rows

@@ -25,7 +25,7 @@ from vllm_sparse_plugin.paged.device.planner import DevicePlanner, Limits
 from vllm_sparse_plugin.paged.layout import BlockLayout, stored_as
 from vllm_sparse_plugin.paged.page_bounds import PageBounds
 from vllm_sparse_plugin.request_parameters import RequestParameters
-from vllm_sparse_plugin.row_parameters import RowTable
+from vllm_sparse_plugin.row_table import RowTable
 from vllm_sparse_plugin.step_plan import SparseRow
 
 
@@ -188,7 +188,7 @@ def test_counts_are_taken_in_before_a_worker_sleeps(monkeypatch: pytest.MonkeyPa
     table = SimpleNamespace(
         statistics=SimpleNamespace(settle=lambda: happened.append("counts are taken in"))
     )
-    monkeypatch.setattr("vllm_sparse_plugin.row_parameters.row_table", lambda config: table)
+    monkeypatch.setattr("vllm_sparse_plugin.row_table.row_table", lambda config: table)
     monkeypatch.setattr(hooks, "is_selected", lambda config: config == "sparse")
     monkeypatch.setattr(Worker, "sleep", lambda self, level=1: happened.append(level))
     hooks._hook_sleep()

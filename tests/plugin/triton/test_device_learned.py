@@ -26,7 +26,7 @@ from vllm_sparse_plugin.paged.layout import BlockShape, LayerCache
 from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 from vllm_sparse_plugin.paged.triton_kernels.learned_blocks import digest_keys
 from vllm_sparse_plugin.request_parameters import RequestParameters
-from vllm_sparse_plugin.row_parameters import Row
+from vllm_sparse_plugin.row_table import Row
 
 BLOCKS = 24
 CAPACITY = 128

@@ -21,7 +21,7 @@ from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 from vllm_sparse_plugin.step_plan import SparseRow, flat_queries
 
 if TYPE_CHECKING:
-    from vllm_sparse_plugin.row_parameters import Row
+    from vllm_sparse_plugin.row_table import Row
 
 
 def launches_of(

@@ -20,7 +20,7 @@ from vllm_sparse_plugin.paged.triton_kernels.cache_rows import DeviceBatch
 from vllm_sparse_plugin.step_plan import SparseRow
 
 if TYPE_CHECKING:
-    from vllm_sparse_plugin.row_parameters import Row
+    from vllm_sparse_plugin.row_table import Row
 
 
 @dataclass(frozen=True)
