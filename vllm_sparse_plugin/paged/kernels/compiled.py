@@ -16,7 +16,7 @@ def compiled(
     """A function that numba compiles when it is first called, and keeps; it lets other threads run.
 
     Nothing here divides by what may be zero, so divisions are not checked for it (`error_model`):
-    that would take a tenth of the time that compiling takes.
+    each check would be a branch more to compile, and to take.
 
     Args:
         parallel: Its `prange`s run on numba's threads.
