@@ -112,17 +112,6 @@ def cases_of_many(folder: Path, shape: BlockShape, keys: int) -> dict[str, Maske
     }
 
 
-def cases_of_sequences(folder: Path, shape: BlockShape, keys: int) -> dict[str, Maskers]:
-    """The masker list, by name, that selects in another way from many keys of many sequences.
-
-    Args:
-        folder: Not needed.
-        shape: Likewise.
-        keys: That it is applied to.
-    """
-    return {"oracle top-k of many, for many": [*sink_and_window(keys), _ORACLE]}
-
-
 def measure(
     device: torch.device,
     only: int | None = None,
@@ -136,7 +125,7 @@ def measure(
         device: Of the kernels.
         only: So many of them; None: all.
         keys: Of the sequences of `small_cases`.
-        many_keys: Of that of `cases_of_many`, and of those of `cases_of_sequences`.
+        many_keys: Of that of `cases_of_many`, and of many sequences.
         many_sequences: How many those are.
     """
     is_gpu = device.type == "cuda"
@@ -151,13 +140,11 @@ def measure(
     with tempfile.TemporaryDirectory() as name:
         cases = [
             (case, maskers, count, number)
-            for made, count, number in (
-                (small_cases, 2, keys),
-                (cases_of_many, 1, many_keys),
-                (cases_of_sequences, many_sequences, many_keys),
-            )
+            for made, count, number in ((small_cases, 2, keys), (cases_of_many, 1, many_keys))
             for case, maskers in made(Path(name), shape, number).items()
         ]
+        of_many = [*sink_and_window(many_keys), _ORACLE]
+        cases.append(("oracle top-k of many, for many", of_many, many_sequences, many_keys))
         for case, maskers, count, number in cases[:only]:
             step = DeviceStep.of(maskers, shape, count, number, 1, device)
             error = relative_error(step)

@@ -237,8 +237,9 @@ class _Process:
         Raises:
             AssertionError: With its output, when it failed.
         """
+        code = self.code
         text = self._output.read_text() if self._output.exists() else ""
-        assert self.code == 0, f"{self._job}: code {self.code}\n{text[-20_000:]}"
+        assert code == 0, f"{self._job}: code {code}, {_MINUTES} minutes at most\n{text[-20_000:]}"
         answers: list[dict[str, Any]] = json.loads(self._result.read_text())["engines"]
         return answers
 
@@ -254,8 +255,9 @@ def _answers_of(processes: Sequence[_Process]) -> list[list[dict[str, Any]]]:
         AssertionError: With the output of the first that failed, or of one that takes too long.
     """
     latest = time.monotonic() + _MINUTES * 60
-    while any(process.code is None for process in processes) and time.monotonic() < latest:
-        if any(process.code for process in processes):
+    while time.monotonic() < latest:
+        codes = [process.code for process in processes]
+        if any(codes) or None not in codes:
             break
         time.sleep(_POLL_S)
     by_end = sorted(processes, key=lambda process: not process.code)  # failed ones first

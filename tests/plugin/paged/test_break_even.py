@@ -1,14 +1,13 @@
 """From how many keys on maskers run: measured, kept, and counted where it keeps a query dense."""
 
 import json
-import subprocess
-import sys
 
 import numba
 import pytest
 import torch
 
 from sparse_attention_hub.sparse_attention.serialization import config_from_dict
+from tests.hub.test_imports import modules_after
 from tests.plugin.paged.paged_rows import SINK_LOCAL
 from vllm_sparse_plugin.paged import break_even
 from vllm_sparse_plugin.paged.break_even import NEVER
@@ -60,12 +59,8 @@ def test_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path, caplo
 
 def test_measuring_does_not_wait_for_vllm() -> None:
     """Which takes ten seconds to import."""
-    program = """
-import sys
-import vllm_sparse_plugin.paged.measure_break_even
-assert not {"vllm", "transformers"} & set(sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", program], check=True)
+    loaded = modules_after("import vllm_sparse_plugin.paged.measure_break_even")
+    assert not loaded & {"vllm", "transformers"}
 
 
 OWN = '{"maskers": [{"type": "sink", "sink_size": 2}]}'
